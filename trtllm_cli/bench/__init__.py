@@ -1,0 +1,1 @@
+"""Measuring an engine: workloads, runs and reports."""

@@ -1,0 +1,1 @@
+"""Lowering: Graph -> Plan, one module per backend."""

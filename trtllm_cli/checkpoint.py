@@ -1,0 +1,88 @@
+"""The checkpoint: `config.json` + `rank{N}.safetensors` + `tokenizer/`, with TensorRT-LLM's field and tensor names.
+
+`SHA256SUMS` (the format of the `sha256sum` tool) covers the rank files that we wrote; checkpoints from other tools
+have none, and are read all the same.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtllm_cli.artifact import read_json, validate, write_json
+from trtllm_cli.errors import CheckpointError
+from trtllm_cli.mapping import Rank
+from trtllm_cli.model_config import ModelConfig
+from trtllm_cli.tensor_file import TensorFile
+
+SUMS = "SHA256SUMS"
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory whose config is read and whose rank files are there."""
+
+    path: Path
+    config: ModelConfig
+    sha256: dict[str, str]  # rank file name -> hex; empty when there is no SHA256SUMS
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Reads `config.json`. Raises CheckpointError for anything missing, wrong or unknown."""
+        data = read_json(path / "config.json", CheckpointError)
+        if "model_type" in data and "architecture" not in data:
+            raise CheckpointError(
+                f"{path} is a Hugging Face snapshot, not a checkpoint",
+                where=str(path / "config.json"),
+                fix=f"trtllm convert {path} --output-dir ckpt",
+            )
+        if "pretrained_config" in data:
+            raise CheckpointError(f"{path} is an engine, not a checkpoint", fix="give the checkpoint it was built from")
+        config = validate(ModelConfig, data, path / "config.json", CheckpointError)
+        checkpoint = cls(path, config, read_sums(path / SUMS))
+        for rank in config.mapping.ranks:
+            if not checkpoint.rank_file(rank).is_file():
+                raise CheckpointError(
+                    f"{checkpoint.rank_file(rank).name} is missing: the config says {config.mapping.world_size} ranks",
+                    where=str(path),
+                    fix="convert again",
+                )
+        return checkpoint
+
+    def rank_file(self, rank: Rank) -> Path:
+        """Where the rank's tensors are."""
+        return self.path / f"rank{rank.rank}.safetensors"
+
+    def tensors(self, rank: Rank) -> TensorFile:
+        """The rank's tensors, open for reading."""
+        return TensorFile(self.rank_file(rank), CheckpointError)
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """The tokenizer's directory, or None where the checkpoint carries none."""
+        directory = self.path / TOKENIZER
+        return directory if directory.is_dir() else None
+
+
+def write_config(path: Path, config: ModelConfig) -> None:
+    """Writes `config.json`, the last thing that a complete checkpoint gets."""
+    write_json(path / "config.json", config.model_dump(mode="json", exclude_none=True))
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """File name -> SHA-256 of a `sha256sum` list, or nothing where there is no such file."""
+    if not path.is_file():
+        return {}
+    sums = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not (match := re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line)):
+            raise CheckpointError(f"{path.name} has a line that is no checksum: {line[:80]!r}", where=str(path))
+        sums[match[2]] = match[1]
+    return sums
+
+
+def write_sums(path: Path, sums: dict[str, str]) -> None:
+    """Writes a list that `sha256sum --check` reads."""
+    path.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())), encoding="utf-8")

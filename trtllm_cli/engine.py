@@ -1,0 +1,182 @@
+"""The engine: `config.json` + `rank{N}.engine` + `tokenizer/`.
+
+`rank{N}.engine` is a safetensors file: kernel-ready weights, compiled kernels as byte tensors, and the plan as JSON in
+its metadata under "plan". It needs no model code, no compiler and no Hugging Face library to run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trtllm_cli.artifact import human_bytes, read_json, sha256, validate, write_json
+from trtllm_cli.errors import EngineError
+from trtllm_cli.mapping import Rank
+from trtllm_cli.model_config import ModelConfig
+from trtllm_cli.tensor_file import TensorFile
+
+FORMAT_VERSION = 1
+TOKENIZER = "tokenizer"
+
+Backend = Literal["cpu"]
+WeightDType = Literal["float32", "bfloat16", "int8", "int4"]
+KvCacheDType = Literal["float32", "bfloat16"]
+
+
+class BuildConfig(BaseModel):
+    """The limits and choices that an engine was built with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_batch_size: int = Field(default=8, ge=1)
+    max_seq_len: int = Field(ge=1)  # tokens of a request, prompt and output together
+    max_num_tokens: int = Field(default=512, ge=1)  # tokens of one step, over all requests
+    max_input_len: int = Field(ge=1)  # tokens of a prompt
+    tokens_per_block: int = Field(default=32, ge=1)
+    weight_dtype: WeightDType
+    group_size: int | None = Field(default=None, ge=1)  # of int4 weights
+    kv_cache_dtype: KvCacheDType
+
+    @model_validator(mode="after")
+    def _limits_agree(self) -> BuildConfig:
+        if self.max_input_len > self.max_seq_len:
+            raise ValueError(f"max_input_len {self.max_input_len} is more than max_seq_len {self.max_seq_len}")
+        if self.max_num_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_num_tokens {self.max_num_tokens} is less than max_batch_size {self.max_batch_size}: "
+                "a step could not hold one token of each request"
+            )
+        return self
+
+
+class RankFile(BaseModel):
+    """One rank's file as it was when the engine was written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^rank\d+\.engine$")
+    size: int = Field(ge=0)  # bytes
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class EngineConfig(BaseModel):
+    """An engine's config.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int
+    version: str  # of the trtllm that built it
+    backend: Backend
+    target: dict[str, str]  # what the backend compiled for; the cpu backend: {"arch", "kernels", "features"}
+    pretrained_config: ModelConfig
+    build_config: BuildConfig
+    rank_files: list[RankFile]
+    notes: dict[str, Any] = {}  # what the build measured and chose, for people
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine directory whose config is read and whose files have their recorded sizes."""
+
+    path: Path
+    config: EngineConfig
+
+    @classmethod
+    def open(cls, path: Path) -> Engine:
+        """Reads `config.json`. Raises EngineError with what was found, what is needed, and the command that makes it."""
+        if not path.is_dir():
+            raise EngineError(f"no such engine directory: {path}", where="--engine-dir", fix=_build_command("CKPT", path))
+        data = read_json(path / "config.json", EngineError)
+        if "pretrained_config" not in data:
+            raise EngineError(f"{path} is no engine", where="--engine-dir", fix=_build_command(path, "engine"))
+        if "format_version" not in data:
+            raise EngineError(
+                f"{path} was built by TensorRT-LLM {data.get('version', '(unknown version)')}; "
+                "its engines hold TensorRT plans that only that version can run",
+                where=str(path / "config.json"),
+                fix="build the same checkpoint here: " + _build_command("CKPT", "engine"),
+            )
+        found = data["format_version"]
+        if found != FORMAT_VERSION:
+            raise EngineError(
+                f"{path} has engine format version {found} (built by trtllm {data.get('version')}); "
+                f"this trtllm reads version {FORMAT_VERSION}",
+                where=str(path / "config.json"),
+                fix=_build_command("CKPT", path) + " --force",
+            )
+        backend = data.get("backend")
+        if backend not in Backend.__args__:  # type: ignore[attr-defined]
+            raise EngineError(
+                f"{path} was built for the backend {backend!r}; this trtllm runs {', '.join(Backend.__args__)}",  # type: ignore[attr-defined]
+                where=str(path / "config.json"),
+                fix=_build_command("CKPT", path) + " --backend cpu --force",
+            )
+        config = validate(EngineConfig, data, path / "config.json", EngineError)
+        engine = cls(path, config)
+        engine._check_files()
+        return engine
+
+    def _check_files(self) -> None:
+        expected = self.config.pretrained_config.mapping.world_size
+        if len(self.config.rank_files) != expected:
+            raise EngineError(
+                f"the config lists {len(self.config.rank_files)} rank files for {expected} ranks",
+                where=str(self.path / "config.json"),
+            )
+        for entry in self.config.rank_files:
+            file = self.path / entry.name
+            size = file.stat().st_size if file.is_file() else None
+            if size != entry.size:
+                found = "missing" if size is None else f"{human_bytes(size)} ({size} bytes)"
+                raise EngineError(
+                    f"{entry.name} is damaged: {found}, it was built with {entry.size} bytes",
+                    where=str(file),
+                    fix="copy the engine again, or rebuild it: " + _build_command("CKPT", self.path) + " --force",
+                )
+
+    def rank_file(self, rank: Rank) -> Path:
+        """Where the rank's weights, kernels and plan are."""
+        return self.path / f"rank{rank.rank}.engine"
+
+    def tensors(self, rank: Rank) -> TensorFile:
+        """The rank's tensors, open for reading."""
+        return TensorFile(self.rank_file(rank), EngineError)
+
+    def plan(self, file: TensorFile) -> dict[str, Any]:
+        """The plan in a rank file's metadata."""
+        try:
+            plan = json.loads(file.metadata["plan"])
+        except (KeyError, ValueError, RecursionError):
+            plan = None
+        if not isinstance(plan, dict):
+            raise EngineError(f"{file.path.name} holds no plan", where=str(file.path), fix="rebuild the engine")
+        return plan
+
+    def verify(self, rank: Rank) -> None:
+        """Raises EngineError unless the rank's file has its recorded SHA-256. Reads the whole file."""
+        entry = self.config.rank_files[rank.rank]
+        if (found := sha256(self.rank_file(rank))) != entry.sha256:
+            raise EngineError(
+                f"{entry.name} was altered: its SHA-256 is {found[:16]}…, it was built with {entry.sha256[:16]}…",
+                where=str(self.rank_file(rank)),
+                fix="copy the engine again, or rebuild it: " + _build_command("CKPT", self.path) + " --force",
+            )
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """The tokenizer's directory, or None where the engine carries none."""
+        directory = self.path / TOKENIZER
+        return directory if directory.is_dir() else None
+
+
+def write_config(path: Path, config: EngineConfig) -> None:
+    """Writes `config.json`, the last thing that a complete engine gets."""
+    write_json(path / "config.json", config.model_dump(mode="json", exclude_none=True))
+
+
+def _build_command(checkpoint: Path | str, engine: Path | str) -> str:
+    return f"trtllm build --checkpoint-dir {checkpoint} --output-dir {engine}"

@@ -1,0 +1,93 @@
+"""The exceptions that users see.
+
+    TrtllmError                 exit 1   anything below
+    ├── UsageError              exit 2   a flag or an argument is wrong
+    ├── ArtifactError           exit 3   a snapshot, checkpoint or engine is missing, damaged or of another kind
+    │   ├── SnapshotError
+    │   ├── CheckpointError
+    │   ├── EngineError
+    │   └── OutputExistsError            the output is there already and --force was not given
+    ├── UnsupportedError        exit 4   valid input that cannot be honoured exactly, so it is refused
+    ├── DownloadError           exit 5   the hub said no, or cannot be reached
+    ├── ResourceError           exit 6   disk, memory, permissions, a tool that the machine lacks
+    └── RequestError            exit 7   a generation request that this engine cannot serve
+
+Each carries what is wrong (`message`), where (`where`: a file, a field or a flag) and what to do (`fix`). The command
+line prints the three and exits with the class's code; `--debug` adds the traceback. `assert` is for our own bugs.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TrtllmError(Exception):
+    """Base of every error that is the user's to mend: what, where, and the fix."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.fix = fix
+
+    def __str__(self) -> str:
+        lines = [self.message]
+        if self.where:
+            lines.append(f"  in:  {self.where}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
+        return "\n".join(lines)
+
+
+class UsageError(TrtllmError):
+    """A flag or an argument is wrong."""
+
+    exit_code = 2
+
+
+class ArtifactError(TrtllmError):
+    """An artifact on disk is missing, damaged, or of another kind than the stage reads."""
+
+    exit_code = 3
+
+
+class SnapshotError(ArtifactError):
+    """A Hugging Face directory or GGUF file cannot be read as one."""
+
+
+class CheckpointError(ArtifactError):
+    """A checkpoint directory cannot be read as one."""
+
+
+class EngineError(ArtifactError):
+    """An engine directory cannot be read, or was built for something else."""
+
+
+class OutputExistsError(ArtifactError):
+    """The output is there already and --force was not given."""
+
+
+class UnsupportedError(TrtllmError):
+    """Valid input that we cannot honour exactly; running on would change the numbers."""
+
+    exit_code = 4
+
+
+class DownloadError(TrtllmError):
+    """The hub refused, or cannot be reached, or sent something else than it promised."""
+
+    exit_code = 5
+
+
+class ResourceError(TrtllmError):
+    """The machine lacks something: disk, memory, a permission, a tool."""
+
+    exit_code = 6
+
+
+class RequestError(TrtllmError):
+    """A generation request that this engine cannot serve."""
+
+    exit_code = 7

@@ -1,0 +1,160 @@
+"""A checkpoint's config.json: TensorRT-LLM's field names, each with one meaning, unknown ones refused."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trtllm_cli.mapping import Mapping
+from trtllm_cli.quant_config import QuantConfig
+
+DType = Literal["float32", "float16", "bfloat16"]
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
+LayerType = Literal["full_attention", "sliding_attention"]
+
+# Fields that TensorRT-LLM and ModelOpt write and that change nothing here, with the values that mean nothing.
+# Any other value is refused: it would mean something that we do not do.
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "rotary_pct": (None, 1.0),
+    "decoder": (None, "llama", "qwen", "mistral"),
+    "rmsnorm": (None, True),
+    "bias": (None, False),
+    "residual_mlp": (None, False),
+    "qwen_type": (None, "qwen2", "qwen3"),
+    "moe": (None, {}),
+    "disable_weight_only_quant_plugin": (None, False),
+    "remove_duplicated_kv_heads": (None, False),
+    "fc_after_embed": (None, False),
+    "use_input_layernorm_in_first_layer": (None, True),
+    "use_last_layernorm": (None, True),
+    "layer_idx_offset": (None, 0),
+    "use_prompt_tuning": (None, False),
+    "embedding_multiplier": (None, 1.0),
+    "attention_multiplier": (None, 1.0),
+    "residual_multiplier": (None, 1.0),
+    "output_multiplier_scale": (None, 1.0),
+    "has_partial_lora_mask": (None, False),
+    "mlp_output": (None, False),
+    "tie_word_embeddings": (None, False, True),  # lm_head.weight is read when it is there
+}
+
+
+class RopeScaling(BaseModel):
+    """Rotary position scaling, with transformers' field names (its `rope_utils`), all types that it has for Llama."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rope_type: Literal["linear", "dynamic", "yarn", "longrope", "llama3"]
+    factor: float | None = Field(default=None, ge=1.0)
+    original_max_position_embeddings: int | None = Field(default=None, ge=1)
+    attention_factor: float | None = None  # yarn, longrope
+    beta_fast: float | None = None  # yarn
+    beta_slow: float | None = None  # yarn
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool | None = None  # yarn
+    short_factor: list[float] | None = None  # longrope
+    long_factor: list[float] | None = None  # longrope
+    low_freq_factor: float | None = None  # llama3
+    high_freq_factor: float | None = None  # llama3
+
+
+class ModelConfig(BaseModel):
+    """Everything that a model's graph depends on, but the rank."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    producer: dict[str, str] | None = None
+    architecture: str
+    dtype: DType
+    logits_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    vocab_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(default=0, ge=0, validate_default=True)  # 0: as many as attention heads
+    head_size: int = Field(default=0, ge=0)  # 0: hidden_size / num_attention_heads
+    intermediate_size: int = Field(default=0, ge=0)  # 0: 4 * hidden_size
+    hidden_act: Activation
+    norm_epsilon: float = Field(default=1e-5, gt=0)
+    max_position_embeddings: int = Field(default=2048, ge=1)
+    position_embedding_type: Literal["learned_absolute", "rope_gpt_neox", "rope_gptj"] = "learned_absolute"
+    rotary_base: float = Field(default=10000.0, gt=0)
+    rotary_embedding_dim: int = Field(default=0, ge=0)  # 0: head_size
+    rotary_scaling: RopeScaling | None = None
+    attn_bias: bool = False  # on qkv
+    dense_bias: bool = False  # on the attention's output projection
+    mlp_bias: bool = False
+    qk_layernorm: bool = False
+    sliding_window: int | None = Field(default=None, ge=1)  # tokens, the present one counted in
+    layer_types: list[LayerType] | None = None  # None: every layer slides if sliding_window is set
+    use_parallel_embedding: bool = False
+    embedding_sharding_dim: Literal[0, 1] = 0
+    share_embedding_table: bool = False  # lm_head uses transformer.vocab_embedding.weight
+    mapping: Mapping = Mapping()
+    quantization: QuantConfig = QuantConfig()
+    runtime_defaults: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_without_effect(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for field, harmless in _WITHOUT_EFFECT.items():
+            if field in data and (value := data.pop(field)) not in harmless:
+                raise ValueError(f"`{field}` is {value!r}, which is not supported")
+        return data
+
+    @model_validator(mode="after")
+    def _fill_defaults(self) -> ModelConfig:
+        fill = object.__setattr__  # frozen for everyone else
+        if not self.num_key_value_heads:
+            fill(self, "num_key_value_heads", self.num_attention_heads)
+        if not self.head_size:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError("hidden_size is no multiple of num_attention_heads, and head_size is not given")
+            fill(self, "head_size", self.hidden_size // self.num_attention_heads)
+        if not self.intermediate_size:
+            fill(self, "intermediate_size", 4 * self.hidden_size)
+        if not self.rotary_embedding_dim:
+            fill(self, "rotary_embedding_dim", self.head_size)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads is no multiple of num_key_value_heads")
+        if self.rotary_embedding_dim > self.head_size or self.rotary_embedding_dim % 2:
+            raise ValueError("rotary_embedding_dim must be even and at most head_size")
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError("layer_types must name each of the num_hidden_layers layers")
+        if self.layer_types and "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention, but sliding_window is not set")
+        tp = self.mapping.tp_size
+        if self.num_attention_heads % tp or self.intermediate_size % tp:
+            raise ValueError(f"tp_size {tp} does not divide the heads or intermediate_size")
+        if self.num_key_value_heads % tp and tp % self.num_key_value_heads:
+            raise ValueError(f"tp_size {tp} neither divides the {self.num_key_value_heads} KV heads nor is a multiple")
+        if self.mapping.pp_size > self.num_hidden_layers:
+            raise ValueError(f"pp_size {self.mapping.pp_size} is more than the {self.num_hidden_layers} layers")
+        return self
+
+    def window_of(self, layer: int) -> int | None:
+        """The attention window of a layer in tokens, or None for full attention."""
+        if self.layer_types is not None and self.layer_types[layer] == "full_attention":
+            return None
+        return self.sliding_window
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """vocab_size rounded up to a multiple of tp_size."""
+        tp = self.mapping.tp_size
+        return -(-self.vocab_size // tp) * tp
+
+    @property
+    def kv_heads_per_rank(self) -> int:
+        """KV heads that each tensor-parallel rank holds; one is repeated when there are fewer heads than ranks."""
+        return max(1, self.num_key_value_heads // self.mapping.tp_size)
+
+    @property
+    def heads_per_rank(self) -> int:
+        """Query heads that each tensor-parallel rank holds."""
+        return self.num_attention_heads // self.mapping.tp_size

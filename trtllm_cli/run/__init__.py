@@ -1,0 +1,1 @@
+"""Running an engine: requests in, tokens out."""
