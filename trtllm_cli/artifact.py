@@ -73,7 +73,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def validate(model: type[ModelT], data: Any, path: Path, error: type[ArtifactError]) -> ModelT:
-    """`data` as a `model`; a pydantic error becomes one `error` that names the file, each field and what it should be."""
+    """`data` as a `model`; a pydantic error becomes one `error` naming the file, each field and what is wrong."""
     from pydantic import ValidationError
 
     try:

@@ -87,9 +87,10 @@ class Engine:
 
     @classmethod
     def open(cls, path: Path) -> Engine:
-        """Reads `config.json`. Raises EngineError with what was found, what is needed, and the command that makes it."""
+        """Reads `config.json`. Raises EngineError: what was found, what is needed, the command that makes it."""
         if not path.is_dir():
-            raise EngineError(f"no such engine directory: {path}", where="--engine-dir", fix=_build_command("CKPT", path))
+            fix = _build_command("CKPT", path)
+            raise EngineError(f"no such engine directory: {path}", where="--engine-dir", fix=fix)
         data = read_json(path / "config.json", EngineError)
         if "pretrained_config" not in data:
             raise EngineError(f"{path} is no engine", where="--engine-dir", fix=_build_command(path, "engine"))

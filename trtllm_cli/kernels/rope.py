@@ -7,52 +7,14 @@ Follows transformers' `modeling_rope_utils`: linear and dynamic NTK (u/emozilla)
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
+from trtllm_cli.kernels.rope_spec import RopeSpec
 from trtllm_cli.model_config import RopeScaling
 
-if TYPE_CHECKING:
-    from trtllm_cli.model_config import ModelConfig
-
-
 T = TypeVar("T")
-
-
-class RopeSpec(BaseModel):
-    """What a table of angles depends on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dim: int  # how many of a head's elements are rotated
-    base: float
-    layout: Literal["neox", "gptj"]  # rotate halves, or pairs of neighbours
-    max_position_embeddings: int
-    scaling: RopeScaling | None = None
-
-    @classmethod
-    def of(cls, config: ModelConfig) -> RopeSpec:
-        """The model's."""
-        return cls(
-            dim=config.rotary_embedding_dim,
-            base=config.rotary_base,
-            layout="gptj" if config.position_embedding_type == "rope_gptj" else "neox",
-            max_position_embeddings=config.max_position_embeddings,
-            scaling=config.rotary_scaling,
-        )
-
-    @property
-    def max_prompt_len(self) -> int | None:
-        """The longest prompt whose angles do not depend on its own length, or None where there is no such limit.
-
-        Dynamic NTK and LongRoPE give every token of a prompt longer than this other angles than a shorter one has. A
-        table indexed by position is exact up to here, and for tokens generated past it.
-        """
-        if self.scaling is None or self.scaling.rope_type not in ("dynamic", "longrope"):
-            return None
-        return self.scaling.original_max_position_embeddings or self.max_position_embeddings
 
 
 def cos_sin_table(spec: RopeSpec, num_positions: int) -> torch.Tensor:
@@ -96,12 +58,12 @@ def _inv_freq(spec: RopeSpec, seq_len: int) -> torch.Tensor:
             factors = s.long_factor if seq_len > limit else s.short_factor
             return 1.0 / (torch.tensor(_need(factors, "short_factor and long_factor")) * spec.base**exponents)
         case "llama3":
-            return _llama3(spec, s, plain)
+            return _llama3(s, plain)
         case "yarn":
             return _yarn(spec, s)
 
 
-def _llama3(spec: RopeSpec, s: RopeScaling, plain: torch.Tensor) -> torch.Tensor:
+def _llama3(s: RopeScaling, plain: torch.Tensor) -> torch.Tensor:
     factor, original = _need(s.factor, "factor"), _need(s.original_max_position_embeddings, "original_max_position...")
     low, high = _need(s.low_freq_factor, "low_freq_factor"), _need(s.high_freq_factor, "high_freq_factor")
     wavelength = 2 * math.pi / plain

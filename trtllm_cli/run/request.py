@@ -56,7 +56,9 @@ class SamplingParams:
             if not ok:
                 raise UsageError(f"{name} is {value}, it must be {allowed}", where=name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise UsageError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}", where="min_tokens")
+            raise UsageError(
+                f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}", where="min_tokens"
+            )
         if any(not s for s in self.stop):
             raise UsageError("a stop string is empty", where="stop")
 

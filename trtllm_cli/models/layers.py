@@ -1,0 +1,156 @@
+"""What the families share. A layer is made of a name in the checkpoint; calling it records its ops."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trtllm_cli import functional as F
+from trtllm_cli.errors import UnsupportedError
+from trtllm_cli.functional import Tensor
+from trtllm_cli.graph import Shard
+
+if TYPE_CHECKING:
+    from trtllm_cli.mapping import Rank
+    from trtllm_cli.model_config import ModelConfig
+
+
+class Linear:
+    """`x @ weight.T + bias` as this rank holds it; the checkpoint's quantization decides how the weight is stored.
+
+    With shard "columns" each rank multiplies its part of the input, and the parts are summed before the bias.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rank: Rank,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        shard: Shard | None = None,
+        weight_name: str | None = None,
+        out_dtype: str | None = None,
+    ) -> None:
+        self.config, self.rank, self.shard, self.out_dtype = config, rank, shard, out_dtype
+        self.out_features = out_features
+        tp = config.mapping.tp_size
+        rows, columns = out_features, in_features
+        if shard == "columns":
+            columns //= tp
+        self.quant: str | None = None
+        self.group_size: int | None = None
+        self.scale: Tensor | None = None
+        self.zero: Tensor | None = None
+        algo = config.quantization.algo_of(name) if weight_name is None else None  # a shared table is as it is
+        weight_name = weight_name or f"{name}.weight"
+        match algo:
+            case None | "NO_QUANT":
+                self.weight = F.weight(weight_name, (rows, columns), config.dtype, shard)
+            case "W8A16":
+                self.quant = "int8"
+                self.weight = F.weight(weight_name, (rows, columns), "int8", shard)
+                row_shard = None if shard == "columns" else shard
+                self.scale = F.weight(f"{name}.per_channel_scale", (rows,), "float32", row_shard)
+            case "W4A16":
+                self.quant, self.group_size = "int4", config.quantization.group_size
+                self.weight = F.weight(weight_name, (rows, columns // 2), "uint8", shard)
+                groups = (rows, columns // self.group_size)
+                self.scale = F.weight(f"{name}.weights_scaling_factor", groups, "float32", shard)
+                if config.quantization.has_zero_point:
+                    self.zero = F.weight(f"{name}.zero", groups, "float32", shard)
+            case _:
+                raise _unsupported(algo)
+        bias_shard = None if shard == "columns" else shard
+        self.bias = F.weight(f"{name}.bias", (rows,), config.dtype, bias_shard) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` [num_tokens, in] to [num_tokens, out]; a "columns" layer's result is the same on every rank."""
+        split = self.shard == "columns" and self.config.mapping.tp_size > 1
+        y = F.linear(
+            x,
+            self.weight,
+            None if split else self.bias,
+            scale=self.scale,
+            zero=self.zero,
+            quant=self.quant,
+            group_size=self.group_size,
+            out_dtype=self.out_dtype,
+        )
+        if split:
+            y = F.all_reduce(y, self.rank.tp_group)
+            if self.bias is not None:
+                y = F.add(y, self.bias)
+        return y
+
+
+def _unsupported(algo: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"checkpoints quantized as {algo} are not supported yet",
+        where="config.json: quantization.quant_algo",
+        fix="convert again with --qformat int8_wo or int4_wo, or without quantization",
+    )
+
+
+class RmsNorm:
+    """Root-mean-square norm with a weight, over the whole width or over each head."""
+
+    def __init__(self, config: ModelConfig, name: str, width: int, num_heads: int | None = None) -> None:
+        self.weight = F.weight(f"{name}.weight", (width,), config.dtype)
+        self.eps, self.num_heads = config.norm_epsilon, num_heads
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The same shape as `x`."""
+        return F.rms_norm(x, self.weight, self.eps, self.num_heads)
+
+
+class Embedding:
+    """The token table, whole on each rank, or split by `use_parallel_embedding`."""
+
+    NAME = "transformer.vocab_embedding"
+
+    def __init__(self, config: ModelConfig, rank: Rank) -> None:
+        self.config, self.rank = config, rank
+        tp = config.mapping.tp_size
+        self.split = config.use_parallel_embedding and tp > 1
+        rows, width = config.vocab_size, config.hidden_size
+        shard: Shard | None = None
+        if self.split and config.embedding_sharding_dim == 0:
+            rows, shard = config.padded_vocab_size // tp, "rows"
+        elif self.split:
+            width, shard = width // tp, "columns"
+        self.weight = F.weight(f"{self.NAME}.weight", (rows, width), config.dtype, shard)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """`ids` [num_tokens] to [num_tokens, hidden_size]."""
+        if not self.split:
+            return F.embedding(ids, self.weight)
+        if self.config.embedding_sharding_dim == 0:
+            start = self.rank.tp_rank * self.config.padded_vocab_size // self.config.mapping.tp_size
+            return F.all_reduce(F.embedding(ids, self.weight, start), self.rank.tp_group)
+        return F.all_gather(F.embedding(ids, self.weight), self.rank.tp_group)
+
+
+class LmHead:
+    """Hidden states to logits over the whole vocabulary, float32."""
+
+    def __init__(self, config: ModelConfig, rank: Rank) -> None:
+        self.config, self.rank = config, rank
+        self.split = config.mapping.tp_size > 1
+        shared = config.share_embedding_table
+        self.linear = Linear(
+            config,
+            rank,
+            "lm_head",
+            config.hidden_size,
+            config.padded_vocab_size // config.mapping.tp_size,
+            shard=None if shared else "rows",
+            weight_name=f"{Embedding.NAME}.weight" if shared else None,
+            out_dtype="float32",
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` [num_logits, hidden_size] to [num_logits, padded vocab_size]."""
+        logits = self.linear(x)
+        return F.all_gather(logits, self.rank.tp_group) if self.split else logits

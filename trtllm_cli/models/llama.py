@@ -1,0 +1,106 @@
+"""Llama, and the families that differ from it by a setting: Mistral (sliding window), Qwen2 (qkv bias), Qwen3 (q/k norm).
+
+Llama: arXiv 2302.13971, 2307.09288, 2407.21783. Mistral: 2310.06825. Qwen2: 2407.10671. Qwen3: 2505.09388.
+"""
+
+from __future__ import annotations
+
+from trtllm_cli import functional as F
+from trtllm_cli.functional import Tensor, Trace
+from trtllm_cli.graph import Graph, TensorType
+from trtllm_cli.kernels.rope_spec import RopeSpec
+from trtllm_cli.mapping import Rank
+from trtllm_cli.model_config import ModelConfig
+from trtllm_cli.models.layers import Embedding, Linear, LmHead, RmsNorm
+
+
+class Attention:
+    """Grouped-query attention with rotary positions over the paged KV cache."""
+
+    def __init__(self, config: ModelConfig, rank: Rank, name: str, layer: int) -> None:
+        c, tp = config, config.mapping.tp_size
+        self.heads, self.kv_heads, self.head_dim = c.heads_per_rank, c.kv_heads_per_rank, c.head_size
+        self.layer, self.window = layer - rank.layers(c.num_hidden_layers).start, c.window_of(layer)
+        width = self.heads * self.head_dim
+        qkv_width = width + 2 * self.kv_heads * self.head_dim
+        self.qkv = Linear(c, rank, f"{name}.qkv", c.hidden_size, qkv_width, bias=c.attn_bias, shard="qkv")
+        self.dense = Linear(
+            c, rank, f"{name}.dense", width * tp, c.hidden_size, bias=c.dense_bias, shard="columns"
+        )
+        self.q_norm = self.k_norm = None
+        if c.qk_layernorm:
+            self.q_norm = RmsNorm(c, f"{name}.q_layernorm", self.head_dim, self.heads)
+            self.k_norm = RmsNorm(c, f"{name}.k_layernorm", self.head_dim, self.kv_heads)
+        self.rope = RopeSpec.of(c).model_dump(mode="json", exclude_none=True)
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x` [num_tokens, hidden_size] to the same."""
+        kv_width = self.kv_heads * self.head_dim
+        q, k, v = F.split(self.qkv(x), [self.heads * self.head_dim, kv_width, kv_width])
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = F.rope(q, positions, self.heads, self.rope)
+        k = F.rope(k, positions, self.kv_heads, self.rope)
+        y = F.attention(
+            q,
+            k,
+            v,
+            layer=self.layer,
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
+            window=self.window,
+        )
+        return self.dense(y)
+
+
+class GatedMlp:
+    """`proj(act(fc(x)) * gate(x))`; TensorRT-LLM's `fc` is Hugging Face's gate_proj, its `gate` is up_proj."""
+
+    def __init__(self, config: ModelConfig, rank: Rank, name: str) -> None:
+        c = config
+        inner = c.intermediate_size // c.mapping.tp_size
+        self.activation = c.hidden_act
+        self.fc = Linear(c, rank, f"{name}.fc", c.hidden_size, inner, bias=c.mlp_bias, shard="rows")
+        self.gate = Linear(c, rank, f"{name}.gate", c.hidden_size, inner, bias=c.mlp_bias, shard="rows")
+        self.proj = Linear(
+            c, rank, f"{name}.proj", c.intermediate_size, c.hidden_size, bias=c.mlp_bias, shard="columns"
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` [num_tokens, hidden_size] to the same."""
+        return self.proj(F.gated_act(self.fc(x), self.gate(x), self.activation))
+
+
+class DecoderLayer:
+    """Attention and MLP, each on the normed residual stream."""
+
+    def __init__(self, config: ModelConfig, rank: Rank, layer: int, name: str) -> None:
+        self.input_layernorm = RmsNorm(config, f"{name}.input_layernorm", config.hidden_size)
+        self.attention = Attention(config, rank, f"{name}.attention", layer)
+        self.post_layernorm = RmsNorm(config, f"{name}.post_layernorm", config.hidden_size)
+        self.mlp = GatedMlp(config, rank, f"{name}.mlp")
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x` [num_tokens, hidden_size] to the same."""
+        x = F.add(x, self.attention(self.input_layernorm(x), positions))
+        return F.add(x, self.mlp(self.post_layernorm(x)))
+
+
+def define(t: Trace, config: ModelConfig, rank: Rank) -> Graph:
+    """This rank's part: the first stage embeds, the last one gives logits, the others hand hidden states on."""
+    positions = t.input("positions")
+    if rank.is_first_stage:
+        x = Embedding(config, rank)(t.input("input_ids"))
+    else:
+        x = F.recv(TensorType(config.dtype, (F.NUM_TOKENS, config.hidden_size)), rank.prev_stage)
+    for i, layer in enumerate(rank.layers(config.num_hidden_layers)):
+        # TensorRT-LLM numbers the layers of each stage from 0.
+        x = DecoderLayer(config, rank, layer, f"transformer.layers.{i}")(x, positions)
+    if not rank.is_last_stage:
+        F.send(x, rank.next_stage)
+        return t.finish()
+    x = F.gather_last(x, t.input("logits_indices"))
+    x = RmsNorm(config, "transformer.ln_f", config.hidden_size)(x)
+    return t.finish(LmHead(config, rank)(x))
