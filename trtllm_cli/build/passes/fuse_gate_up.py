@@ -1,0 +1,56 @@
+"""Joins the MLP's two projections of the same input: one linear with their weights stacked."""
+
+from __future__ import annotations
+
+from trtllm_cli.graph import Graph, Node, TensorType, Weight
+
+
+def fuse_gate_up(graph: Graph) -> Graph:
+    """`gated_act(linear(x, w1), linear(x, w2))` becomes `gated_act(linear(x, [w1; w2]))`, its input gate then up."""
+    producers, consumers = graph.producers(), graph.consumers()
+    weights = dict(graph.weights)
+    tensors: dict[str, TensorType] = {}
+    replaced: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op != "gated_act" or "gate" not in node.inputs:
+            continue
+        gate, up = producers.get(node.inputs["gate"]), producers.get(node.inputs["up"])
+        if gate is None or up is None or gate is up or not _alike(graph, gate, up):
+            continue
+        if any(len(consumers[name]) != 1 for name in node.inputs.values()):
+            continue
+        inputs = {"x": gate.inputs["x"]}
+        for role in gate.inputs:
+            if role != "x":
+                name = f"{gate.inputs[role]}+{up.inputs[role].rsplit('.', 2)[-2]}"
+                weights[name] = _stack(graph.weights[gate.inputs[role]], graph.weights[up.inputs[role]])
+                inputs[role] = name
+        joint = f"{gate.output}.{up.output}"
+        kind = graph.type_of(gate.output)
+        width = kind.shape[-1]
+        assert isinstance(width, int)
+        tensors[joint] = TensorType(kind.dtype, (*kind.shape[:-1], 2 * width))
+        replaced[id(gate)] = []
+        replaced[id(up)] = []
+        replaced[id(node)] = [
+            Node("linear", inputs, (joint,), gate.attrs),
+            Node("gated_act", {"x": joint}, node.outputs, node.attrs),
+        ]
+    nodes = [new for node in graph.nodes for new in replaced.get(id(node), [node])]
+    joined = Graph(graph.name, graph.inputs, weights, graph.nodes, graph.tensors, graph.outputs)
+    return joined.with_nodes(nodes, tensors)
+
+
+def _alike(graph: Graph, a: Node, b: Node) -> bool:
+    """Whether two linears read the same input and store their weights the same way."""
+    return (
+        a.op == b.op == "linear"
+        and a.inputs["x"] == b.inputs["x"]
+        and a.inputs.keys() == b.inputs.keys()
+        and a.attrs == b.attrs
+        and graph.type_of(a.output) == graph.type_of(b.output)
+    )
+
+
+def _stack(a: Weight, b: Weight) -> Weight:
+    return Weight(a.dtype, (a.shape[0] + b.shape[0], *a.shape[1:]), a.parts + b.parts, a.shard)

@@ -1,0 +1,70 @@
+"""The memory plan: which activation lives in which buffer, so that buffers are used again once nothing reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trtllm_cli.functional import NUM_LOGITS, NUM_TOKENS
+from trtllm_cli.graph import Graph
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Room for `rows` (a symbol) times `width` elements."""
+
+    rows: str
+    width: int
+
+
+@dataclass(frozen=True)
+class BufferPlan:
+    """The buffers, and the index of each tensor's."""
+
+    buffers: tuple[Buffer, ...]
+    of: dict[str, int]
+
+    def elements(self, sizes: dict[str, int]) -> int:
+        """Elements in all, when the symbols have these sizes."""
+        return sum(sizes[b.rows] * b.width for b in self.buffers)
+
+
+def plan_buffers(graph: Graph) -> BufferPlan:
+    """Gives each node output a buffer: the best fitting one that is free, widened if need be, or a new one.
+
+    An `add_rms_norm`'s or `add`'s sum takes its residual's buffer over when that is read for the last time there.
+    """
+    last_read = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs.values()}
+    last_read |= dict.fromkeys(graph.outputs, len(graph.nodes))
+    rows_of: list[str] = []
+    widths: list[int] = []
+    of: dict[str, int] = {}
+    free: dict[str, set[int]] = {NUM_TOKENS: set(), NUM_LOGITS: set()}
+    for i, node in enumerate(graph.nodes):
+        taken_over = ""
+        for name in node.outputs:
+            rows, width = graph.tensors[name].shape
+            assert isinstance(rows, str)
+            assert isinstance(width, int)
+            heir = _inherited(node.op, node.inputs, node.outputs, name)
+            if heir in of and last_read[heir] == i and graph.tensors[heir].shape == (rows, width):
+                of[name], taken_over = of[heir], heir
+            elif free[rows]:
+                index = min(free[rows], key=lambda b: (widths[b] < width, abs(widths[b] - width)))
+                free[rows].remove(index)
+                widths[index] = max(widths[index], width)
+                of[name] = index
+            else:
+                of[name] = len(widths)
+                rows_of.append(rows)
+                widths.append(width)
+        for name in {*node.inputs.values(), *node.outputs} & graph.tensors.keys():
+            if last_read.get(name, i) <= i and name != taken_over:
+                free[rows_of[of[name]]].add(of[name])
+    return BufferPlan(tuple(Buffer(r, w) for r, w in zip(rows_of, widths, strict=True)), of)
+
+
+def _inherited(op: str, inputs: dict[str, str], outputs: tuple[str, ...], name: str) -> str:
+    """The operand whose buffer the output may take over, or nothing."""
+    if op == "add_rms_norm" and name == outputs[1]:
+        return inputs["residual"]
+    return inputs["x"] if op == "add" else ""
