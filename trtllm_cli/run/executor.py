@@ -1,0 +1,346 @@
+"""The in-flight batching executor. `Executor.step` tells the story."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trtllm_cli.errors import RequestError
+from trtllm_cli.run.block_manager import BlockManager
+from trtllm_cli.run.request import FinishReason, Logprob, SamplingParams, TokenEvent
+from trtllm_cli.run.sampler import SamplingState, sample
+from trtllm_cli.run.scheduler import Policy, Scheduler
+from trtllm_cli.run.sequence import Request, Sequence, State
+from trtllm_cli.run.step_inputs import InputBuilder
+from trtllm_cli.run.worker import Step, compute
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from trtllm_cli.engine import BuildConfig
+    from trtllm_cli.run.backends import Runner
+    from trtllm_cli.run.communicator import Communicator
+    from trtllm_cli.run.scheduler import Batch
+
+DEFAULT_MAX_TOKENS = 128
+
+
+@dataclass
+class ExecutorStats:
+    """Counts since the start, and what is so now."""
+
+    steps: int = 0
+    prefill_tokens: int = 0  # computed; what was preempted counts again
+    decode_tokens: int = 0
+    prefix_hit_tokens: int = 0  # not computed: found in the prefix cache
+    preemptions: int = 0
+    num_running: int = 0  # sequences, now
+    num_waiting: int = 0
+    blocks_used: int = 0  # held by sequences, now
+    blocks_peak: int = 0
+    blocks_total: int = 0
+
+
+class Executor:
+    """Serves requests with one engine. On rank 0; the other ranks run `worker.follow`.
+
+    Not thread-safe: one thread calls it. The runners' KV caches have `num_blocks` blocks already.
+    """
+
+    def __init__(
+        self,
+        config: BuildConfig,
+        runner: Runner,
+        comm: Communicator,
+        *,
+        vocab_size: int,
+        num_blocks: int,
+        eos_token_ids: Iterable[int] = (),
+        enable_prefix_cache: bool = True,
+        enable_chunked_prefill: bool = True,
+        policy: Policy = "max_utilization",
+        logits_rank: int = 0,
+    ) -> None:
+        """`logits_rank`: the first rank of the last pipeline stage."""
+        self.config = config
+        self.vocab_size = vocab_size
+        self._runner = runner
+        self._comm = comm
+        self._logits_rank = logits_rank
+        self._eos = frozenset(token for token in eos_token_ids if token < vocab_size)
+        self._blocks = BlockManager(num_blocks, config.tokens_per_block, enable_prefix_cache=enable_prefix_cache)
+        self._scheduler = Scheduler(
+            self._blocks,
+            max_batch_size=config.max_batch_size,
+            max_num_tokens=config.max_num_tokens,
+            enable_chunked_prefill=enable_chunked_prefill,
+            policy=policy,
+        )
+        self._inputs = InputBuilder(
+            config.max_batch_size, self._blocks.blocks_for(config.max_seq_len), config.tokens_per_block
+        )
+        self._requests: dict[int, Request] = {}
+        self._ended: dict[int, Request] = {}  # since the last step began, for late questions
+        self._news: list[TokenEvent] = []  # of cancelled sequences, for the next step to tell
+        self._num_requests = 0
+        self._stats = ExecutorStats(blocks_total=num_blocks)
+
+    def add_request(self, request_id: int, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Queues a request. Raises RequestError, with the limit and how to raise it, for one that can never be served.
+
+        An explicit `max_tokens` that does not fit is an error; the default is cut to what is left.
+        """
+        assert request_id not in self._requests, f"request {request_id} is there already"
+        self._check_prompt(prompt_token_ids)
+        self._check_ids(params.stop_token_ids, "stop_token_ids")
+        eos = frozenset() if params.ignore_eos else self._eos
+        request = Request(
+            id=request_id,
+            order=self._num_requests,
+            params=params,
+            num_prompt=len(prompt_token_ids),
+            max_len=len(prompt_token_ids) + self._max_tokens(len(prompt_token_ids), params),
+            seed=params.seed if params.seed is not None else int.from_bytes(os.urandom(8)) >> 1,
+            eos=eos,
+            stops=eos.union(params.stop_token_ids),
+        )
+        self._num_requests += 1
+        self._requests[request_id] = request
+        self._scheduler.add(self._new_sequence(request, list(prompt_token_ids)))
+
+    def cancel(self, request_id: int) -> None:
+        """Ends a request's sequences; the next step tells so. Does nothing for one that has ended."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        ended = {seq.index for seq in request.sequences if seq.state is State.FINISHED}
+        for seq in request.sequences:
+            if seq.state is not State.FINISHED:
+                self._scheduler.remove(seq)
+        for index in range(request.params.n):
+            if index not in ended:
+                self._news.append(TokenEvent(request_id, index, None, finish_reason="cancelled"))
+        self._forget(request)
+
+    def finish(
+        self, request_id: int, index: int, reason: FinishReason = "stop", stop_reason: int | str | None = None
+    ) -> None:
+        """Ends one sequence, for a reason that the caller found, such as a stop string. No event tells of it.
+
+        Does nothing where the sequence has ended already.
+        """
+        del reason, stop_reason  # the caller's own to report
+        request = self._requests.get(request_id)
+        if request is not None and index < len(request.sequences):
+            seq = request.sequences[index]
+            if seq.state is not State.FINISHED:
+                self._end(seq)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to tell."""
+        return bool(self._scheduler.running or self._scheduler.waiting or self._news)
+
+    @property
+    def stats(self) -> ExecutorStats:
+        """The executor's counts, kept up to date by reading them."""
+        stats = self._stats
+        stats.preemptions = self._scheduler.num_preemptions
+        stats.prefix_hit_tokens = self._scheduler.num_prefix_hits
+        stats.num_running, stats.num_waiting = len(self._scheduler.running), len(self._scheduler.waiting)
+        stats.blocks_used = self._blocks.num_held
+        return stats
+
+    def cached_tokens(self, request_id: int) -> int:
+        """Prompt tokens that the prefix cache had; 0 before the first token. Known until the step after the last."""
+        return self._find(request_id).cached_tokens or 0
+
+    def seed(self, request_id: int) -> int:
+        """The request's seed, drawn or given. Known until the step after the last."""
+        return self._find(request_id).seed
+
+    def step(self) -> list[TokenEvent]:
+        """Runs one step: at most one new token for each running sequence."""
+        self._ended.clear()
+        events, self._news = self._news, []
+        batch = self._scheduler.schedule()
+        if batch.sequences:
+            logits = self._forward(batch)
+            sequences, logits = self._fork(self._scheduler.advance(batch), logits)
+            tokens, logprobs = self._sample(sequences, logits)
+            events += self._postprocess(sequences, tokens, logprobs)
+        return events
+
+    def check_integrity(self) -> None:
+        """Asserts that no block or row is lost or used twice."""
+        self._scheduler.check_integrity()
+        assert self.has_work or self._blocks.num_held == 0
+
+    def close(self) -> None:
+        """Tells the other ranks to stop."""
+        self._comm.broadcast(None)
+
+    def _forward(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """The step's logits [num_logits, vocab], wherever they are computed."""
+        self._count(batch)
+        step = Step(self._inputs.build(batch), batch.copies, self._logits_rank)
+        self._comm.broadcast(step)
+        logits = compute(self._runner, step)
+        if self._logits_rank != 0:
+            logits = np.empty((len(step.inputs.logits_indices), self.vocab_size), np.float32)
+            if len(logits):
+                self._comm.recv(logits, source=self._logits_rank)
+        assert logits is not None
+        return logits
+
+    def _fork(
+        self, complete: list[Sequence], logits: npt.NDArray[np.float32]
+    ) -> tuple[list[Sequence], npt.NDArray[np.float32]]:
+        """The sequences to sample for, with their logits: a new prompt's logits serve all its n sequences."""
+        if all(seq.request.params.n == len(seq.request.sequences) for seq in complete):
+            return complete, logits
+        sequences: list[Sequence] = []
+        rows: list[int] = []
+        for row, seq in enumerate(complete):
+            family = [seq]
+            while len(seq.request.sequences) < seq.request.params.n:
+                child = self._new_sequence(seq.request, list(seq.token_ids))
+                self._scheduler.fork(seq, child)
+                family.append(child)
+            sequences += family
+            rows += [row] * len(family)
+        return sequences, logits[rows]
+
+    def _sample(
+        self, sequences: list[Sequence], logits: npt.NDArray[np.float32]
+    ) -> tuple[list[int], list[list[Logprob] | None]]:
+        states = []
+        for seq in sequences:
+            if seq.sampling is None:
+                request = seq.request
+                seq.sampling = SamplingState(
+                    request.params,
+                    seed=request.seed + seq.index,
+                    vocab_size=self.vocab_size,
+                    prompt=seq.token_ids,
+                    stops=sorted(request.stops),
+                )
+            states.append(seq.sampling)
+        return sample(logits, states)
+
+    def _postprocess(
+        self, sequences: list[Sequence], tokens: list[int], logprobs: list[list[Logprob] | None]
+    ) -> list[TokenEvent]:
+        """Appends each sequence's token and ends those that are done."""
+        events = []
+        for seq, token, entry in zip(sequences, tokens, logprobs, strict=True):
+            request = seq.request
+            assert seq.sampling is not None
+            seq.sampling.accept(token)
+            seq.token_ids.append(token)
+            event = TokenEvent(request.id, seq.index, token, entry)
+            if token in request.stops:
+                event.finish_reason = "stop"
+                event.stop_reason = None if token in request.eos else token
+            elif len(seq.token_ids) == request.max_len:
+                event.finish_reason = "length"
+            if event.finish_reason:
+                self._end(seq)
+            events.append(event)
+        return events
+
+    def _new_sequence(self, request: Request, token_ids: list[int]) -> Sequence:
+        seq = Sequence(request, len(request.sequences), token_ids)
+        request.sequences.append(seq)
+        return seq
+
+    def _end(self, seq: Sequence) -> None:
+        self._scheduler.remove(seq)
+        request = seq.request
+        if len(request.sequences) == request.params.n and all(s.state is State.FINISHED for s in request.sequences):
+            self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        self._ended[request.id] = self._requests.pop(request.id)
+
+    def _find(self, request_id: int) -> Request:
+        return self._requests[request_id] if request_id in self._requests else self._ended[request_id]
+
+    def _count(self, batch: Batch) -> None:
+        stats = self._stats
+        stats.steps += 1
+        stats.decode_tokens += batch.num_decode
+        stats.prefill_tokens += sum(batch.lengths) - batch.num_decode
+        stats.blocks_peak = max(stats.blocks_peak, self._blocks.num_held)
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        length, config = len(token_ids), self.config
+        if length == 0:
+            raise RequestError("the prompt is empty", where="prompt", fix="give at least one token")
+        self._check_ids(token_ids, "prompt")
+        if length > config.max_input_len:
+            raise RequestError(
+                f"the prompt has {length} tokens, this engine's max_input_len is {config.max_input_len}",
+                where="prompt",
+                fix=f"shorten the prompt, or rebuild the engine with --max-input-len {length}",
+            )
+        if length >= config.max_seq_len:
+            raise RequestError(
+                f"the prompt's {length} tokens leave no room for output: "
+                f"this engine's max_seq_len is {config.max_seq_len}",
+                where="prompt",
+                fix=f"shorten the prompt, or rebuild the engine with --max-seq-len {length + DEFAULT_MAX_TOKENS}",
+            )
+        if length > self._cache_len:
+            raise self._cache_error(length, length)
+        if not self._scheduler.enable_chunked_prefill and length > config.max_num_tokens:
+            raise RequestError(
+                f"the prompt has {length} tokens, more than one step's max_num_tokens of {config.max_num_tokens}, "
+                "and chunked prefill is off",
+                where="prompt",
+                fix=f"enable chunked prefill, or rebuild the engine with --max-num-tokens {length}",
+            )
+
+    def _check_ids(self, token_ids: Iterable[int], where: str) -> None:
+        wrong = next((token for token in token_ids if not 0 <= token < self.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                f"token id {wrong} is outside the model's vocabulary of {self.vocab_size}",
+                where=where,
+                fix="use the tokenizer that came with the engine",
+            )
+
+    def _max_tokens(self, length: int, params: SamplingParams) -> int:
+        """Output tokens at which a sequence of a prompt of `length` tokens ends."""
+        limit = self.config.max_seq_len
+        left = min(limit, self._cache_len + 1) - length
+        wanted = params.max_tokens if params.max_tokens is not None else params.min_tokens
+        if length + wanted > limit:
+            name = "max_tokens" if params.max_tokens is not None else "min_tokens"
+            raise RequestError(
+                f"a prompt of {length} tokens and {name} {wanted} make {length + wanted}, "
+                f"this engine's max_seq_len is {limit}",
+                where=name,
+                fix=f"ask for at most {limit - length}, or rebuild the engine with --max-seq-len {length + wanted}",
+            )
+        if wanted > left:
+            raise self._cache_error(length, length + wanted - 1)
+        return params.max_tokens or min(max(DEFAULT_MAX_TOKENS, params.min_tokens), left)
+
+    @property
+    def _cache_len(self) -> int:
+        """Tokens that the whole KV cache holds."""
+        return self._blocks.num_blocks * self.config.tokens_per_block
+
+    def _cache_error(self, length: int, total: int) -> RequestError:
+        return RequestError(
+            f"a prompt of {length} tokens needs {total} tokens of KV cache with its output, "
+            f"the whole cache holds {self._cache_len} ({self._blocks.num_blocks} blocks of "
+            f"{self.config.tokens_per_block})",
+            where="prompt",
+            fix="give the KV cache more memory, ask for fewer tokens, or shorten the prompt",
+        )

@@ -1,0 +1,206 @@
+"""In-flight batching: which sequences take part in the next step, and with how many tokens.
+
+Each step has one budget of tokens. Sequences that decode get theirs first; what is left goes to prompts, a chunk each:
+of running sequences, then of waiting ones, in order of arrival. When blocks run out, the newest sequence is preempted:
+it gives up its blocks, keeps its tokens, and waits to be prefilled again. A sequence that could not run alone is never
+accepted (`Executor.add_request`), so the oldest can always go on, and every sequence ends.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trtllm_cli.run.block_manager import BlockManager
+from trtllm_cli.run.sequence import Sequence, State
+
+Policy = Literal["max_utilization", "guaranteed_no_evict"]
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's sequences: those that decode, then those that prefill."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # tokens of each in this step
+    copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy before, in order
+    num_decode: int = 0
+
+    def add(self, seq: Sequence, length: int) -> None:
+        """Puts the next `length` tokens of `seq` into the step."""
+        self.sequences.append(seq)
+        self.lengths.append(length)
+
+
+class Scheduler:
+    """Moves sequences between waiting and running.
+
+    `max_utilization` admits what fits now and preempts later if it must; `guaranteed_no_evict` admits a sequence only
+    when all that run would fit at their longest. Both as TensorRT-LLM has them. Without chunked prefill a prompt is
+    computed in one step; only a preempted sequence that has outgrown a step is still prefilled in chunks.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_batch_size: int,
+        max_num_tokens: int,
+        enable_chunked_prefill: bool = True,
+        policy: Policy = "max_utilization",
+    ) -> None:
+        self.blocks = blocks
+        self.max_batch_size = max_batch_size
+        self.max_num_tokens = max_num_tokens
+        self.enable_chunked_prefill = enable_chunked_prefill
+        self.policy = policy
+        self.waiting: deque[Sequence] = deque()  # by priority
+        self.running: list[Sequence] = []  # by priority
+        self.num_preemptions = 0
+        self.num_prefix_hits = 0  # tokens
+        self._rows = list(range(max_batch_size - 1, -1, -1))  # free rows of the batch's arrays
+        self._copies: list[tuple[int, int]] = []
+
+    def add(self, seq: Sequence) -> None:
+        """Puts a new sequence at the end of the queue."""
+        self.waiting.append(seq)
+
+    def schedule(self) -> Batch:
+        """The next step; empty when there is nothing to do."""
+        batch = Batch()
+        preempted = self._schedule_decodes(batch)
+        budget = self.max_num_tokens - batch.num_decode
+        for seq in self.running:
+            if budget and seq.num_remaining > 1:
+                budget -= self._schedule_chunk(batch, seq, budget)
+        if not preempted:
+            self._schedule_waiting(batch, budget)
+        batch.copies, self._copies = self._copies, []
+        return batch
+
+    def advance(self, batch: Batch) -> list[Sequence]:
+        """Notes that the step is computed. The sequences that have all their tokens computed, in the batch's order."""
+        complete = []
+        for seq, length in zip(batch.sequences, batch.lengths, strict=True):
+            seq.num_computed += length
+            self.blocks.register(seq)
+            if seq.num_computed == len(seq.token_ids):
+                complete.append(seq)
+        return complete
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Starts `child`, which has the tokens of its just prefilled parent.
+
+        It shares the parent's blocks if it can run at once; otherwise it waits, and is prefilled by itself.
+        """
+        partial = parent.num_computed % self.blocks.block_size != 0
+        if len(self.running) < self.max_batch_size and self._fits_worst_case(child) and (
+            not partial or self.blocks.num_available
+        ):  # fmt: skip
+            copy = self.blocks.fork(parent, child)
+            if copy:
+                self._copies.append(copy)
+            self._run(child)
+        else:
+            self._wait(child)
+
+    def remove(self, seq: Sequence) -> None:
+        """Takes a sequence out for good, wherever it is."""
+        if seq.state is State.WAITING:
+            self.waiting.remove(seq)
+        else:
+            self.running.remove(seq)
+            self._leave(seq)
+        seq.state = State.FINISHED
+
+    def check_integrity(self) -> None:
+        """Asserts that queues, rows and blocks agree."""
+        assert sorted(self.running, key=lambda s: s.priority) == self.running
+        assert sorted(self.waiting, key=lambda s: s.priority) == list(self.waiting)
+        assert all(s.state is State.RUNNING for s in self.running)
+        assert all(s.state is State.WAITING and not s.blocks for s in self.waiting)
+        assert sorted(self._rows + [s.row for s in self.running]) == list(range(self.max_batch_size))
+        self.blocks.check_integrity(self.running)
+
+    def _schedule_decodes(self, batch: Batch) -> bool:
+        """Adds the sequences with one token to compute, oldest first. True when that took a preemption."""
+        preempted = False
+        position = 0
+        while position < len(self.running):
+            seq = self.running[position]
+            position += 1
+            if seq.num_remaining != 1:
+                continue
+            while not self.blocks.grow(seq):
+                preempted = True
+                if self._preempt_newest() is seq:
+                    break
+            else:
+                batch.add(seq, 1)
+        batch.num_decode = len(batch.sequences)
+        return preempted
+
+    def _schedule_chunk(self, batch: Batch, seq: Sequence, budget: int) -> int:
+        length = min(seq.num_remaining, budget)
+        batch.add(seq, length)
+        return length
+
+    def _schedule_waiting(self, batch: Batch, budget: int) -> None:
+        while self.waiting and budget and len(self.running) < self.max_batch_size:
+            seq = self.waiting[0]
+            if not self.enable_chunked_prefill and not self._fits_step(seq, budget):
+                return
+            # One more block for each that runs: else the newcomer would be preempted at once, again and again.
+            spare = len(self.running) if self.policy == "max_utilization" else 0
+            if not self._fits_worst_case(seq) or not self.blocks.admit(seq, spare=spare):
+                assert self.running, "a sequence that cannot run alone was accepted"
+                return
+            self.waiting.popleft()
+            self._run(seq)
+            self.num_prefix_hits += seq.num_computed
+            if seq.request.cached_tokens is None:
+                seq.request.cached_tokens = seq.num_computed
+            budget -= self._schedule_chunk(batch, seq, budget)
+
+    def _fits_step(self, seq: Sequence, budget: int) -> bool:
+        """Whether the step has room for all of the sequence, or none ever will."""
+        length = len(seq.token_ids) - self.blocks.match_length(seq.token_ids)
+        return length <= budget or length > self.max_num_tokens
+
+    def _fits_worst_case(self, seq: Sequence) -> bool:
+        if self.policy == "max_utilization":
+            return True
+        return sum(map(self._worst_case, self.running)) + self._worst_case(seq) <= self.blocks.num_blocks
+
+    def _worst_case(self, seq: Sequence) -> int:
+        return self.blocks.blocks_for(seq.request.max_len - 1)  # the last token is never computed
+
+    def _preempt_newest(self) -> Sequence:
+        seq = self.running.pop()
+        self._leave(seq)
+        self._wait(seq)
+        self.num_preemptions += 1
+        return seq
+
+    def _run(self, seq: Sequence) -> None:
+        seq.state = State.RUNNING
+        seq.row, seq.num_row_blocks = self._rows.pop(), 0
+        insort(self.running, seq, key=lambda s: s.priority)
+
+    def _wait(self, seq: Sequence) -> None:
+        """Queues a sequence that is older than most that wait."""
+        seq.state = State.WAITING
+        position = 0
+        while position < len(self.waiting) and self.waiting[position].priority < seq.priority:
+            position += 1
+        self.waiting.insert(position, seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        """Frees a running sequence's row and blocks."""
+        if self._copies:
+            self._copies = [(source, to) for source, to in self._copies if to not in seq.blocks]
+        self.blocks.release(seq)
+        self._rows.append(seq.row)
+        seq.row = -1
