@@ -224,6 +224,6 @@ def send(x: Tensor, to: int) -> None:
     _op("send", {"x": x}, [], to=to)
 
 
-def recv(like: TensorType, source: int) -> Tensor:
-    """What the previous pipeline stage's rank sends."""
-    return _op("recv", {}, [like], source=source)[0]
+def recv(like: Tensor, width: int, dtype: str, source: int) -> Tensor:
+    """What the previous pipeline stage's rank sends: `width` elements for each row of `like`."""
+    return _op("recv", {"like": like}, [TensorType(dtype, (like.shape[0], width))], source=source)[0]

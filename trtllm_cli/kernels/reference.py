@@ -35,8 +35,8 @@ class Collectives(Protocol):
         """Hands `x` on."""
         ...
 
-    def recv(self, source: int) -> Tensor:
-        """What `source` sent."""
+    def recv(self, shape: Sequence[int], source: int) -> Tensor:
+        """What `source` sent, of this shape."""
         ...
 
 
@@ -67,10 +67,12 @@ class Reference:
         """One step over the batch that `inputs` (functional.STEP_INPUTS) describe; the graph's outputs."""
         values: dict[str, Tensor] = {**inputs, **self.weights}
         for node in self.graph.nodes:
-            operands = {role: values[name] for role, name in node.inputs.items()}
-            results = _OPS[node.op](self, node, operands)
-            values.update(zip(node.outputs, results, strict=True))
+            values.update(zip(node.outputs, self.compute(node, values), strict=True))
         return [values[name] for name in self.graph.outputs]
+
+    def compute(self, node: Node, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """One node's outputs."""
+        return _OPS[node.op](self, node, {role: values[name] for role, name in node.inputs.items()})
 
     def cache(self, layer: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, float32 [num_slots, num_kv_heads, head_dim] each."""
@@ -154,9 +156,11 @@ def paged_attention(
     for s, length in enumerate(inputs["seq_lens"].tolist()):
         start, end = starts[s], starts[s + 1]
         positions = torch.arange(length)
-        slots = inputs["block_tables"][s].long()[positions // block_size] * block_size + positions % block_size
-        keys = k_cache[slots].repeat_interleave(num_heads // num_kv_heads, dim=1)  # [length, num_heads, head_dim]
-        values = v_cache[slots].repeat_interleave(num_heads // num_kv_heads, dim=1)
+        blocks = inputs["block_tables"][s].long()[positions // block_size]
+        slots = blocks * block_size + positions % block_size
+        repeats = num_heads // num_kv_heads
+        keys = k_cache[slots].float().repeat_interleave(repeats, dim=1)  # [length, num_heads, head_dim]
+        values = v_cache[slots].float().repeat_interleave(repeats, dim=1)
         queries = q[start:end].unflatten(-1, (num_heads, -1))
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * attrs["scale"]
         distance = (length - (end - start) + torch.arange(end - start)).unsqueeze(1) - positions
@@ -177,7 +181,8 @@ def _embedding(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _linear(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
-    return [linear(**t, **node.attrs)]
+    quant, group_size = node.attrs.get("quant"), node.attrs.get("group_size")
+    return [linear(t["x"], t["weight"], t.get("bias"), t.get("scale"), t.get("zero"), quant, group_size)]
 
 
 def _rms_norm(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
@@ -217,8 +222,8 @@ def _append(r: Reference, node: Node, t: dict[str, Tensor], k: Tensor, v: Tensor
     a = node.attrs
     k_cache, v_cache = r.cache(a["layer"], a["num_kv_heads"], a["head_dim"])
     slots = t["slot_mapping"].long()
-    k_cache[slots] = k.unflatten(-1, (a["num_kv_heads"], -1))
-    v_cache[slots] = v.unflatten(-1, (a["num_kv_heads"], -1))
+    k_cache[slots] = k.unflatten(-1, (a["num_kv_heads"], -1)).to(k_cache.dtype)
+    v_cache[slots] = v.unflatten(-1, (a["num_kv_heads"], -1)).to(v_cache.dtype)
 
 
 def _rope_append(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
@@ -262,7 +267,9 @@ def _send(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
 
 def _recv(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
     assert r.comm is not None
-    return [r.comm.recv(node.attrs["source"])]
+    width = r.graph.type_of(node.output).shape[-1]
+    assert isinstance(width, int)
+    return [r.comm.recv((t["like"].shape[0], width), node.attrs["source"])]
 
 
 _OPS: dict[str, Callable[[Reference, Node, dict[str, Tensor]], list[Tensor]]] = {

@@ -1,4 +1,4 @@
-"""Llama, and the families that differ from it by a setting: Mistral (sliding window), Qwen2 (qkv bias), Qwen3 (q/k norm).
+"""Llama, and what differs from it by a setting: Mistral (sliding window), Qwen2 (qkv bias), Qwen3 (q/k norm).
 
 Llama: arXiv 2302.13971, 2307.09288, 2407.21783. Mistral: 2310.06825. Qwen2: 2407.10671. Qwen3: 2505.09388.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from trtllm_cli import functional as F
 from trtllm_cli.functional import Tensor, Trace
-from trtllm_cli.graph import Graph, TensorType
+from trtllm_cli.graph import Graph
 from trtllm_cli.kernels.rope_spec import RopeSpec
 from trtllm_cli.mapping import Rank
 from trtllm_cli.model_config import ModelConfig
@@ -94,7 +94,7 @@ def define(t: Trace, config: ModelConfig, rank: Rank) -> Graph:
     if rank.is_first_stage:
         x = Embedding(config, rank)(t.input("input_ids"))
     else:
-        x = F.recv(TensorType(config.dtype, (F.NUM_TOKENS, config.hidden_size)), rank.prev_stage)
+        x = F.recv(positions, config.hidden_size, config.dtype, rank.prev_stage)
     for i, layer in enumerate(rank.layers(config.num_hidden_layers)):
         # TensorRT-LLM numbers the layers of each stage from 0.
         x = DecoderLayer(config, rank, layer, f"transformer.layers.{i}")(x, positions)

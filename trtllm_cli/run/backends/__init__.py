@@ -51,6 +51,6 @@ def load_runner(engine: Engine, rank: Rank, comm: Communicator, *, num_threads: 
     """The runner for the engine's backend. Raises EngineError when this machine cannot run it."""
     match engine.config.backend:
         case "cpu":
-            from trtllm_cli.run.backends.cpu import CpuRunner
+            from trtllm_cli.run.backends.cpu import load
 
-            return CpuRunner(engine, rank, comm, num_threads=num_threads)
+            return load(engine, rank, comm, num_threads)

@@ -1,0 +1,326 @@
+"""Checkpoint -> engine: trace, passes, lower, pack each weight and write it, one at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtllm_cli.artifact import human_bytes, os_errors, sha256, writing
+from trtllm_cli.build.lowered import Lowered
+from trtllm_cli.build.passes import run_passes
+from trtllm_cli.checkpoint import Checkpoint
+from trtllm_cli.engine import (
+    FORMAT_VERSION,
+    TOKENIZER,
+    Backend,
+    BuildConfig,
+    EngineConfig,
+    KvCacheDType,
+    RankFile,
+    WeightDType,
+    write_config,
+)
+from trtllm_cli.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
+from trtllm_cli.graph import Graph
+from trtllm_cli.kernels.rope_spec import RopeSpec
+from trtllm_cli.models import load_model_file, trace_model
+from trtllm_cli.tensor_file import ENGINE_ALIGNMENT, TensorFile, TensorFileWriter, total_bytes
+from trtllm_cli.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from trtllm_cli.mapping import Rank
+    from trtllm_cli.model_config import ModelConfig
+
+Progress = Callable[[int, int], None]  # bytes of weights packed so far, of how many
+
+DEFAULT_MAX_SEQ_LEN = 4096  # tokens, where the model itself allows more
+DEFAULT_MAX_NUM_TOKENS = 512  # a prefill chunk that keeps the CPU's caches busy and the others' latency low
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `trtllm build` may be told. None: chosen from the checkpoint."""
+
+    backend: Backend = "cpu"
+    max_batch_size: int = 8
+    max_seq_len: int | None = None
+    max_num_tokens: int | None = None
+    max_input_len: int | None = None
+    tokens_per_block: int = 32
+    weight_dtype: WeightDType | None = None
+    group_size: int | None = None
+    kv_cache_dtype: KvCacheDType | None = None
+    kernels: str = "auto"  # cpu backend: "native", "torch", or the faster by timing
+    model_file: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything that is decided before any weight is read; what --dry-run prints."""
+
+    checkpoint: Checkpoint
+    build_config: BuildConfig
+    graphs: list[Graph]
+    lowered: list[Lowered]
+    notes: list[str] = field(default_factory=list)  # choices a user should know of
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build wrote."""
+
+    output_dir: Path
+    plan: BuildPlan
+    engine_bytes: int
+    seconds: float
+
+
+def plan_build(checkpoint_dir: Path, options: BuildOptions) -> BuildPlan:
+    """Traces, rewrites and lowers every rank. Reads no weights and writes nothing."""
+    checkpoint = Checkpoint.open(checkpoint_dir)
+    config = checkpoint.config
+    notes: list[str] = []
+    build_config = resolve(config, options, notes)
+    define = load_model_file(options.model_file) if options.model_file else None
+    graphs, lowered = [], []
+    for rank in config.mapping.ranks:
+        traced = trace_model(config, rank, define)
+        with checkpoint.tensors(rank) as file:
+            check_tensors(traced, file)
+        graph = run_passes(traced)
+        graphs.append(graph)
+        lowered.append(_lower(graph, config, build_config, options))
+    return BuildPlan(checkpoint, build_config, graphs, lowered, notes)
+
+
+def build(
+    checkpoint_dir: Path, output_dir: Path, options: BuildOptions, progress: Progress | None = None
+) -> BuildReport:
+    """Compiles a checkpoint into an engine directory. Raises a TrtllmError and leaves nothing where it cannot."""
+    started = time.perf_counter()
+    with writing(output_dir, force=options.force) as partial:
+        plan = plan_build(checkpoint_dir, options)
+        config = plan.checkpoint.config
+        total = sum(total_bytes(lowered.tensors.values()) for lowered in plan.lowered)
+        _check_space(partial, total)
+        _verify(plan.checkpoint)
+        files, done = [], 0
+        for rank, graph, lowered in zip(config.mapping.ranks, plan.graphs, plan.lowered, strict=True):
+            path = partial / f"rank{rank.rank}.engine"
+            report = (lambda n: progress(n, total)) if progress else lambda n: None
+            done = _write_rank(plan.checkpoint, rank, graph, lowered, path, report, done)
+            files.append(RankFile(name=path.name, size=path.stat().st_size, sha256=sha256(path)))
+        if plan.checkpoint.tokenizer_dir is not None:
+            shutil.copytree(plan.checkpoint.tokenizer_dir, partial / TOKENIZER)
+        first = plan.lowered[0]
+        engine_config = EngineConfig(
+            format_version=FORMAT_VERSION,
+            version=__version__,
+            backend=options.backend,
+            target=first.target,
+            pretrained_config=config,
+            build_config=plan.build_config,
+            rank_files=files,
+            notes=first.notes,
+        )
+        write_config(partial, engine_config)
+        engine_bytes = sum(f.size for f in files)
+    return BuildReport(output_dir, plan, engine_bytes, time.perf_counter() - started)
+
+
+def resolve(config: ModelConfig, options: BuildOptions, notes: list[str]) -> BuildConfig:
+    """The engine's limits and dtypes: what was asked, else what fits the model. Raises UsageError for nonsense."""
+    for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "max_input_len", "tokens_per_block", "group_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}, it must be at least 1", where="--" + name.replace("_", "-"))
+    longest = _longest(config)
+    max_seq_len = options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
+    if max_seq_len > longest:
+        raise UsageError(
+            f"max_seq_len {max_seq_len} is more than the {longest} positions that the model was made for",
+            where="--max-seq-len",
+            fix=f"pass at most {longest}",
+        )
+    if options.max_seq_len is None and longest > max_seq_len:
+        notes.append(f"max_seq_len {max_seq_len}: the model allows {longest}; pass --max-seq-len for more")
+    max_input_len = options.max_input_len or max_seq_len
+    prompt_limit = RopeSpec.of(config).max_prompt_len
+    if prompt_limit is not None and max_input_len > prompt_limit:
+        if options.max_input_len:
+            raise UnsupportedError(
+                f"prompts of more than {prompt_limit} tokens are not supported for this model's rope scaling "
+                f"({config.rotary_scaling.rope_type if config.rotary_scaling else ''}): "
+                "its angles then depend on the prompt's length",
+                where="--max-input-len",
+                fix=f"pass at most {prompt_limit}",
+            )
+        max_input_len = prompt_limit
+        notes.append(f"max_input_len {max_input_len}: longer prompts would need other rotary angles")
+    weight_dtype = _weight_dtype(config, options, notes)
+    group_size = None
+    if weight_dtype == "int4":
+        group_size = options.group_size or (config.quantization.group_size if config.quantization.is_quantized else 32)
+    elif options.group_size:
+        raise UsageError(f"group_size is for int4 weights, these are {weight_dtype}", where="--group-size")
+    values = {
+        "max_batch_size": options.max_batch_size,
+        "max_seq_len": max_seq_len,
+        "max_num_tokens": options.max_num_tokens or max(DEFAULT_MAX_NUM_TOKENS, options.max_batch_size),
+        "max_input_len": max_input_len,
+        "tokens_per_block": options.tokens_per_block,
+        "weight_dtype": weight_dtype,
+        "group_size": group_size,
+        "kv_cache_dtype": options.kv_cache_dtype or ("float32" if weight_dtype == "float32" else "bfloat16"),
+    }
+    try:
+        return BuildConfig.model_validate(values)
+    except ValueError as e:
+        from trtllm_cli.artifact import describe
+
+        raise UsageError(describe(e)) from None  # type: ignore[arg-type]
+
+
+def check_tensors(graph: Graph, file: TensorFile) -> None:
+    """Raises CheckpointError unless the file holds just the tensors that the traced graph needs, as it needs them."""
+    for weight in graph.weights.values():
+        (name,) = weight.parts
+        found = file.tensors.get(name)
+        if found is None:
+            raise CheckpointError(f"tensor `{name}` is missing", where=str(file.path), fix="convert again")
+        if found.shape != weight.shape or found.dtype != weight.dtype:
+            raise CheckpointError(
+                f"tensor `{name}` is {found.dtype} {list(found.shape)}, "
+                f"the config makes it {weight.dtype} {list(weight.shape)}",
+                where=str(file.path),
+                fix="convert again",
+            )
+    needed = {part for weight in graph.weights.values() for part in weight.parts}
+    if leftover := sorted(file.tensors.keys() - needed - _optional(graph)):
+        raise CheckpointError(
+            f"tensor `{leftover[0]}` is not part of the model"
+            + (f" (nor are {len(leftover) - 1} others)" if len(leftover) > 1 else ""),
+            where=str(file.path),
+            fix="the config does not describe these weights; convert again",
+        )
+
+
+def _optional(graph: Graph) -> set[str]:
+    """Tensors that other tools write although they say nothing new: the head of a tied model."""
+    tied = "lm_head.weight" not in graph.weights and "transformer.vocab_embedding.weight" in graph.weights
+    return {"lm_head.weight"} if tied else set()
+
+
+def _longest(config: ModelConfig) -> int:
+    """Positions that the model was made for."""
+    scaling = config.rotary_scaling
+    if scaling is None or scaling.factor is None or scaling.rope_type not in ("linear", "dynamic", "yarn"):
+        return config.max_position_embeddings
+    original = scaling.original_max_position_embeddings or config.max_position_embeddings
+    return max(config.max_position_embeddings, int(original * scaling.factor))
+
+
+def _weight_dtype(config: ModelConfig, options: BuildOptions, notes: list[str]) -> WeightDType:
+    quantized: dict[str | None, WeightDType] = {"W8A16": "int8", "W4A16": "int4"}
+    found = quantized.get(config.quantization.quant_algo)
+    if found is not None:
+        if options.weight_dtype not in (None, found):
+            raise UsageError(
+                f"the checkpoint's weights are {found} already ({config.quantization.quant_algo})",
+                where="--weight-dtype",
+                fix="leave the flag out, or convert again without --qformat",
+            )
+        return found
+    if options.weight_dtype is not None:
+        return options.weight_dtype
+    if config.dtype == "float16":
+        notes.append("float16 weights become bfloat16: CPUs compute float16 slowly (--weight-dtype float32 keeps all)")
+        return "bfloat16"
+    return config.dtype
+
+
+def _lower(graph: Graph, config: ModelConfig, build_config: BuildConfig, options: BuildOptions) -> Lowered:
+    match options.backend:
+        case "cpu":
+            from trtllm_cli.build.backends.cpu import lower
+
+            return lower(graph, config, build_config, kernels=options.kernels)
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise ResourceError(
+            f"the engine needs {human_bytes(needed)}, {directory.parent} has {human_bytes(free)} free",
+            fix="free some room, or choose another --output-dir",
+        )
+
+
+def _verify(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError when a rank file is not what convert wrote."""
+    for name, expected in checkpoint.sha256.items():
+        file = checkpoint.path / name
+        if (found := sha256(file)) != expected:
+            raise CheckpointError(
+                f"{name} was altered: its SHA-256 is {found[:16]}…, it was written with {expected[:16]}…",
+                where=str(file),
+                fix="convert again (or remove SHA256SUMS if the change is yours)",
+            )
+
+
+def _write_rank(
+    checkpoint: Checkpoint,
+    rank: Rank,
+    graph: Graph,
+    lowered: Lowered,
+    path: Path,
+    progress: Callable[[int], Any],
+    done: int,
+) -> int:
+    metadata = {"plan": json.dumps(lowered.plan), "graph": json.dumps(graph.to_json())}
+    with (
+        os_errors(path),
+        checkpoint.tensors(rank) as source,
+        TensorFileWriter(path, lowered.tensors, metadata, alignment=ENGINE_ALIGNMENT) as out,
+    ):
+
+        def read(name: str) -> torch.Tensor:
+            return _read(source, graph, name)
+
+        for packing in lowered.packings:
+            for name, tensor in packing.make(read).items():
+                info = packing.tensors[name]
+                assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)}, announced {info.shape}"
+                out.write(name, memoryview(_bytes(tensor)))
+                done += info.nbytes
+            progress(done)
+    return done
+
+
+def _read(source: TensorFile, graph: Graph, name: str) -> torch.Tensor:
+    """A weight of the graph: its parts from the checkpoint, stacked."""
+    import torch
+
+    weight = graph.weights[name]
+    dtype = getattr(torch, weight.dtype)
+    parts = []
+    for part in weight.parts:
+        shape = source.tensors[part].shape
+        data = source.read(part)
+        parts.append(torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    """The tensor's memory as something that memoryview takes."""
+    import torch
+
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()

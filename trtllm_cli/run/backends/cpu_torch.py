@@ -1,0 +1,181 @@
+"""The cpu backend where there was no C++ compiler: the graph's nodes as torch calls.
+
+Linears use torch's packed kernels for int8 and int4; everything else is `kernels.reference`. It is the slow twin of
+cpu.py: the same engine format, the same numbers within rounding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trtllm_cli.graph import Graph, Node
+from trtllm_cli.kernels import reference
+from trtllm_cli.kernels.quantization import dequantize_int4, unpack_nibbles
+
+if TYPE_CHECKING:
+    from trtllm_cli.engine import Engine
+    from trtllm_cli.mapping import Rank
+    from trtllm_cli.run.communicator import Communicator
+    from trtllm_cli.run.model_inputs import ModelInputs
+    from trtllm_cli.tensor_file import TensorFile
+
+INT4_GROUPS = (32, 64, 128, 256)  # that torch's int4 kernel takes; another group is dequantized on loading
+
+
+class TorchRunner:
+    """One rank's graph, computed by torch."""
+
+    def __init__(self, engine: Engine, rank: Rank, comm: Communicator, *, num_threads: int | None = None) -> None:
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        self._limits = engine.config.build_config
+        with engine.tensors(rank) as file:
+            plan = engine.plan(file)
+            self._graph = Graph.from_json(json.loads(file.metadata["graph"]))
+            self._vocab_size: int = plan["vocab_size"]
+            self._program = _Program(self._graph, file, plan["formats"], self._limits.tokens_per_block, comm)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that compute."""
+        return torch.get_num_threads()
+
+    @property
+    def bytes_per_block(self) -> int:
+        """See Runner."""
+        size = 4 if self._limits.kv_cache_dtype == "float32" else 2
+        per_token = sum(2 * a["num_kv_heads"] * a["head_dim"] for a in self._attention())
+        return per_token * self._limits.tokens_per_block * size
+
+    def _attention(self) -> list[dict[str, Any]]:
+        return [n.attrs for n in self._graph.nodes if n.op in ("attention", "paged_attention")]
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """See Runner."""
+        dtype = getattr(torch, self._limits.kv_cache_dtype)
+        for a in self._attention():
+            shape = (num_blocks * self._limits.tokens_per_block, a["num_kv_heads"], a["head_dim"])
+            self._program.caches[a["layer"]] = (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See Runner."""
+        size = self._limits.tokens_per_block
+        for cache in (half for both in self._program.caches.values() for half in both):
+            blocks = cache.unflatten(0, (-1, size))
+            for source, destination in pairs:
+                blocks[destination] = blocks[source]
+
+    @torch.inference_mode()
+    def forward(self, inputs: ModelInputs) -> npt.NDArray[np.float32] | None:
+        """See Runner."""
+        outputs = self._program.step({k: torch.from_numpy(v) for k, v in vars(inputs).items()})
+        return outputs[0][:, : self._vocab_size].numpy() if outputs else None
+
+    def close(self) -> None:
+        """See Runner."""
+
+
+class _Program(reference.Reference):
+    """The reference interpreter with the engine's weights and torch's fast linears."""
+
+    def __init__(
+        self, graph: Graph, file: TensorFile, formats: dict[str, str], block_size: int, comm: Communicator
+    ) -> None:
+        self.graph, self.block_size = graph, block_size
+        self.comm = _TorchCollectives(comm)
+        self.caches: dict[int, tuple[Tensor, Tensor]] = {}
+        self.tables: dict[str, Tensor] = {}
+        self.weights = {}
+        self.linears = {name: _Linear(graph, file, name, fmt) for name, fmt in formats.items()}
+        for node in graph.nodes:
+            for name in node.inputs.values():
+                stored = f"{name}.rows" if node.op == "embedding" else name
+                if name in graph.weights and stored in file.tensors:
+                    weight = _tensor(file, stored)
+                    self.weights[name] = weight if node.op == "embedding" else weight.float()
+
+    def compute(self, node: Node, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """A linear by its packed weight, any other node by the reference."""
+        if node.op != "linear":
+            return [t.float() for t in super().compute(node, values)]
+        y = self.linears[node.inputs["weight"]](values[node.inputs["x"]])
+        return [y + values[node.inputs["bias"]] if "bias" in node.inputs else y]
+
+
+class _Linear:
+    """A weight as torch's kernels want it."""
+
+    def __init__(self, graph: Graph, file: TensorFile, name: str, fmt: str) -> None:
+        self.fmt = fmt
+        self.weight = _tensor(file, f"{name}.{fmt}")
+        if fmt == "int8":
+            self.scale = _tensor(file, f"{name}.scale.int8").bfloat16()
+        elif fmt == "int4":
+            scale, zero = (_tensor(file, f"{name}.{role}.int4") for role in ("scale", "zero"))
+            node = next(n for n in graph.nodes if n.inputs.get("weight") == name and n.op == "linear")
+            columns = graph.type_of(node.inputs["x"]).shape[-1]
+            assert isinstance(columns, int)
+            self._pack_int4(scale, zero, columns)
+
+    def _pack_int4(self, scale: Tensor, zero: Tensor, columns: int) -> None:
+        """torch takes `(q - 8) * scale + zero` with both in bfloat16, groups side by side."""
+        self.group_size = columns // scale.shape[1] if columns % scale.shape[1] == 0 else 0
+        if self.group_size not in INT4_GROUPS or self.weight.shape[0] % 16:
+            self.fmt = "float32"
+            self.weight = dequantize_int4(self.weight, scale, zero, self.group_size or None, columns)
+            return
+        nibbles = unpack_nibbles(self.weight, columns).int()
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
+        minimum = (8.0 - zero) * scale
+        self.scales = torch.stack([scale, minimum], dim=-1).transpose(0, 1).contiguous().bfloat16()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 x [rows, in] to float32 [rows, out]."""
+        match self.fmt:
+            case "int8":
+                return torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale).float()
+            case "int4":
+                return torch.ops.aten._weight_int4pack_mm_for_cpu(
+                    x.bfloat16(), self.weight, self.group_size, self.scales
+                ).float()
+            case _:
+                return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight).float()
+
+
+class _TorchCollectives:
+    """The communicator's numpy arrays as torch tensors."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+
+    def all_reduce(self, x: Tensor, group: Sequence[int]) -> Tensor:
+        """The sum over the group."""
+        x = x.clone()
+        self._comm.all_reduce(x.numpy(), group)
+        return x
+
+    def all_gather(self, x: Tensor, group: Sequence[int]) -> Tensor:
+        """Side by side along the last dimension."""
+        return torch.from_numpy(self._comm.all_gather(x.contiguous().numpy(), group))
+
+    def send(self, x: Tensor, to: int) -> None:
+        """Hands `x` on."""
+        self._comm.send(x.contiguous().numpy(), to)
+
+    def recv(self, shape: Sequence[int], source: int) -> Tensor:
+        """What `source` sent."""
+        out = torch.empty(tuple(shape))
+        self._comm.recv(out.numpy(), source)
+        return out
+
+
+def _tensor(file: TensorFile, name: str) -> Tensor:
+    info = file.tensors[name]
+    return torch.frombuffer(file.read(name), dtype=getattr(torch, info.dtype)).view(info.shape)
