@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trtllm_cli.artifact import human_bytes, os_errors, sha256, writing
 from trtllm_cli.build.lowered import Lowered
@@ -38,7 +39,13 @@ if TYPE_CHECKING:
     from trtllm_cli.mapping import Rank
     from trtllm_cli.model_config import ModelConfig
 
-Progress = Callable[[int, int], None]  # bytes of weights packed so far, of how many
+
+class Progress(Protocol):
+    """Told how far the packing of weights is."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """`done` bytes of `total`."""
+
 
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens, where the model itself allows more
 DEFAULT_MAX_NUM_TOKENS = 512  # a prefill chunk that keeps the CPU's caches busy and the others' latency low
@@ -115,8 +122,8 @@ def build(
         files, done = [], 0
         for rank, graph, lowered in zip(config.mapping.ranks, plan.graphs, plan.lowered, strict=True):
             path = partial / f"rank{rank.rank}.engine"
-            report = (lambda n: progress(n, total)) if progress else lambda n: None
-            done = _write_rank(plan.checkpoint, rank, graph, lowered, path, report, done)
+            tell = functools.partial(progress, total=total) if progress else None
+            done = _write_rank(plan.checkpoint, rank, graph, lowered, path, tell, done)
             files.append(RankFile(name=path.name, size=path.stat().st_size, sha256=sha256(path)))
         if plan.checkpoint.tokenizer_dir is not None:
             shutil.copytree(plan.checkpoint.tokenizer_dir, partial / TOKENIZER)
@@ -282,7 +289,7 @@ def _write_rank(
     graph: Graph,
     lowered: Lowered,
     path: Path,
-    progress: Callable[[int], Any],
+    progress: Callable[[int], None] | None,
     done: int,
 ) -> int:
     metadata = {"plan": json.dumps(lowered.plan), "graph": json.dumps(graph.to_json())}
@@ -301,7 +308,8 @@ def _write_rank(
                 assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)}, announced {info.shape}"
                 out.write(name, memoryview(_bytes(tensor)))
                 done += info.nbytes
-            progress(done)
+            if progress:
+                progress(done)
     return done
 
 

@@ -6,7 +6,7 @@ from trtllm_cli.graph import Graph, Node
 
 
 def fuse_rope_append(graph: Graph) -> Graph:
-    """`split, rms_norm of q and k if any, rope of both, attention` becomes `q = rope_append(qkv), paged_attention(q)`."""
+    """`split, rms_norm of q and k if any, rope, attention` becomes `q = rope_append(qkv), paged_attention(q)`."""
     producers = graph.producers()
     replaced: dict[int, list[Node]] = {}
     for node in graph.nodes:

