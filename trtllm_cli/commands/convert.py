@@ -1,0 +1,140 @@
+"""`trtllm convert`: flags to ConvertOptions, one call, and what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from trtllm_cli.convert.pipeline import ConvertReport
+
+
+def convert(
+    source: Annotated[
+        Path | None, typer.Argument(help="A Hugging Face snapshot directory, or a .gguf file.", show_default=False)
+    ] = None,
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", "-o", help="Where the checkpoint goes.")
+    ] = Path("tllm_checkpoint"),
+    model_dir: Annotated[
+        Path | None, typer.Option("--model-dir", help="The same as SOURCE.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (the source's own), float32, float16 or bfloat16.")
+    ] = "auto",
+    tp_size: Annotated[int, typer.Option(help="Tensor-parallel ranks: each layer is split over them.")] = 1,
+    pp_size: Annotated[int, typer.Option(help="Pipeline stages: the layers are divided among them.")] = 1,
+    qformat: Annotated[
+        str | None, typer.Option(help="Weight-only quantization: int8_wo or int4_wo.", show_default="none")
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale, for int4_wo.")] = 32,
+    use_parallel_embedding: Annotated[
+        bool, typer.Option("--use-parallel-embedding", help="Split the embedding table over the tensor-parallel ranks.")
+    ] = False,
+    embedding_sharding_dim: Annotated[
+        int, typer.Option(help="How that split goes: 0 by tokens, 1 by hidden size.")
+    ] = 0,
+    use_weight_only: Annotated[
+        bool, typer.Option("--use-weight-only", help="TensorRT-LLM's name for --qformat int8_wo.")
+    ] = False,
+    weight_only_precision: Annotated[
+        str | None, typer.Option(help="With --use-weight-only: int8 or int4.", show_default="int8")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Turn a Hugging Face snapshot or a GGUF file into a checkpoint.
+
+    The tensors go through one at a time, so memory stays at a few times the largest one, whatever the model's size.
+
+    Examples:
+
+        trtllm convert snapshot --output-dir ckpt --dtype bfloat16
+
+        trtllm convert SmolLM2-135M-Instruct.Q4_1.gguf --output-dir ckpt
+
+        trtllm convert snapshot --output-dir ckpt --tp-size 2 --pp-size 2
+
+        trtllm convert snapshot --output-dir ckpt --qformat int4_wo --group-size 64
+    """
+    from trtllm_cli.commands.console import progress_bytes, stdout
+    from trtllm_cli.convert.pipeline import ConvertOptions
+    from trtllm_cli.convert.pipeline import convert as run
+
+    options = ConvertOptions(
+        dtype=dtype,  # type: ignore[arg-type]  # checked by ConvertOptions
+        tp_size=tp_size,
+        pp_size=pp_size,
+        use_parallel_embedding=use_parallel_embedding,
+        embedding_sharding_dim=embedding_sharding_dim,  # type: ignore[arg-type]
+        qformat=_qformat(qformat, use_weight_only, weight_only_precision),  # type: ignore[arg-type]
+        group_size=group_size,
+        force=force,
+    )
+    with progress_bytes() as bar:
+        task = bar.add_task("convert", total=None)
+
+        def progress(name: str, done: int, total: int) -> None:
+            bar.update(task, description=name, completed=done, total=total)
+
+        report = run(_source(source, model_dir), output_dir, options, progress)
+    if as_json:
+        import json
+
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        stdout().print(summary(report), markup=False)
+
+
+def summary(report: ConvertReport) -> str:
+    """What was written, for people."""
+    from trtllm_cli.artifact import human_bytes
+
+    quantized = f", {report.quant_algo}" if report.quant_algo else ""
+    if report.group_size:
+        quantized += f" in groups of {report.group_size}"
+    ranks = len(report.rank_bytes)
+    lines = [
+        f"Wrote {report.output_dir}: {report.architecture}, {report.num_parameters / 1e6:,.1f} M parameters,"
+        f" {report.dtype}{quantized}",
+        f"  weights    {human_bytes(sum(report.rank_bytes))} in {ranks} file{'s' if ranks > 1 else ''}"
+        f" (tp_size {report.tp_size}, pp_size {report.pp_size})",
+        f"  tokenizer  {', '.join(report.tokenizer_files) or 'none'}",
+        f"  took       {report.seconds:.1f} s, at most {human_bytes(report.peak_memory_bytes)} of memory",
+        *(f"  note       {note}" for note in report.notes),
+        f"Next: trtllm build --checkpoint-dir {report.output_dir} --output-dir engine",
+    ]
+    return "\n".join(lines)
+
+
+def _source(source: Path | None, model_dir: Path | None) -> Path:
+    from trtllm_cli.errors import SnapshotError, UsageError
+
+    if (source is None) == (model_dir is None):
+        what = "nothing to convert" if source is None else "SOURCE and --model-dir are both given"
+        raise UsageError(what, fix="trtllm convert SOURCE --output-dir ckpt")
+    path = source or model_dir
+    assert path is not None
+    if not path.exists() and path.parts and len(path.parts) == 2 and not path.is_absolute():
+        raise SnapshotError(f"no such file or directory: {path}", fix=f"trtllm download {path} --output-dir snapshot")
+    return path
+
+
+def _qformat(qformat: str | None, use_weight_only: bool, precision: str | None) -> str | None:
+    """The format that TensorRT-LLM's older flags ask for, or --qformat."""
+    from trtllm_cli.errors import UsageError
+
+    if precision is not None and not use_weight_only:
+        raise UsageError("--weight-only-precision needs --use-weight-only", where="--weight-only-precision")
+    if not use_weight_only:
+        return qformat
+    if qformat is not None:
+        raise UsageError("--qformat and --use-weight-only are both given", fix="give --qformat alone")
+    formats = {"int8": "int8_wo", "int4": "int4_wo"}
+    if (precision or "int8") not in formats:
+        raise UsageError(
+            f"--weight-only-precision is {precision!r}", where="--weight-only-precision", fix="choose int8 or int4"
+        )
+    return formats[precision or "int8"]

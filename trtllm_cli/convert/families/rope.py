@@ -1,0 +1,90 @@
+"""Rotary settings of a config.json, in the old form (rope_theta, rope_scaling) and transformers 5's rope_parameters.
+
+The meaning of each field, and what stands in for a missing one, is that of transformers' `modeling_rope_utils`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trtllm_cli.convert.families.fields import Fields
+from trtllm_cli.errors import SnapshotError
+
+DEFAULT_THETA = 10000.0
+_WITHOUT_EFFECT = {"type", "rope_type", "rope_theta", "finetuned"}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"partial_rotary_factor": (None, 1, 1.0)}
+
+
+def read_rope(fields: Fields, head_dim: int, max_positions: int) -> dict[str, Any]:
+    """ModelConfig's rotary fields. Raises UnsupportedError for a type that transformers does not have for Llama."""
+    theta = fields.number("rope_theta", None)
+    outer_original = fields.integer("original_max_position_embeddings", None)
+    table = _table(fields)
+    if table is None:
+        return {"rotary_base": DEFAULT_THETA if theta is None else theta}
+    theta = table.number("rope_theta", DEFAULT_THETA if theta is None else theta)
+    scaling = _scaling(table, outer_original, head_dim, max_positions)
+    table.refuse_unread(_WITHOUT_EFFECT, _NEUTRAL)
+    return {"rotary_base": theta, "rotary_scaling": scaling}
+
+
+def _table(fields: Fields) -> Fields | None:
+    old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
+    table = old or new
+    if old is not None and new is not None and old.data and new.data:
+        if old.data != new.data:
+            raise fields.unsupported("rope_scaling", "rope_parameters is there too, and says something else")
+        table = new
+    if table is None or not table.data:
+        return None
+    if any(isinstance(value, dict) for value in table.data.values()):
+        name = table.prefix.rstrip(".")
+        raise fields.unsupported(name, "other rotary settings for some layers are not supported")
+    return table
+
+
+def _scaling(table: Fields, outer_original: int | None, head_dim: int, max_positions: int) -> dict[str, Any] | None:
+    kind = table.text("rope_type", None) or table.text("type", "default")
+    match kind:
+        case "default":
+            return None
+        case "linear":
+            return {"rope_type": kind, "factor": table.number("factor")}
+        case "dynamic":
+            # transformers takes max_position_embeddings whatever the table says
+            if table.integer("original_max_position_embeddings", max_positions) != max_positions:
+                raise table.unsupported("original_max_position_embeddings", "transformers would ignore this value")
+            return {"rope_type": kind, "factor": table.number("factor")}
+    original = outer_original or table.integer("original_max_position_embeddings", max_positions)
+    table.raw("original_max_position_embeddings")
+    scaling: dict[str, Any] = {"rope_type": kind, "original_max_position_embeddings": original}
+    match kind:
+        case "llama3":
+            for name in ("factor", "low_freq_factor", "high_freq_factor"):
+                scaling[name] = table.number(name)
+        case "yarn":
+            scaling["factor"] = table.number("factor", max_positions / original)
+            for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+                scaling[name] = table.number(name, None)
+            # an explicit null is false in transformers, a missing one true
+            scaling["truncate"] = table.flag("truncate", "truncate" not in table.data)
+        case "longrope":
+            for name in ("factor", "attention_factor"):
+                scaling[name] = table.number(name, None)
+            for name in ("short_factor", "long_factor"):
+                scaling[name] = _factors(table, name, head_dim // 2)
+        case _:
+            known = "default, linear, dynamic, yarn, longrope and llama3"
+            name = "rope_type" if "rope_type" in table.data else "type"
+            raise table.unsupported(name, f"the rotary scaling types known here are {known}")
+    return scaling
+
+
+def _factors(table: Fields, name: str, length: int) -> list[float]:
+    values = table.numbers(name)
+    if len(values) != length:
+        raise SnapshotError(
+            f"field `{table.prefix}{name}` has {len(values)} numbers; head_dim / 2 = {length} are needed",
+            where=f"{table.path}: {table.prefix}{name}",
+        )
+    return values

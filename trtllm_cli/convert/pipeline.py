@@ -1,0 +1,259 @@
+"""`convert`: a snapshot or GGUF file in, a checkpoint out, one tensor at a time.
+
+Memory: the source is read by offset (a `.bin` file is mapped), a tensor is cast in small pieces, and each rank's part
+is written as soon as it is cut. So at most about three times the largest tensor is held, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from pydantic import ValidationError
+
+from trtllm_cli.artifact import check_output, describe, human_bytes, sha256, validate, writing
+from trtllm_cli.checkpoint import SUMS, TOKENIZER, write_config, write_sums
+from trtllm_cli.convert.cast import load
+from trtllm_cli.convert.families import family_of
+from trtllm_cli.convert.families.fields import Fields
+from trtllm_cli.convert.plan import Job, Stage, make_plan
+from trtllm_cli.convert.reader import Reader, open_reader
+from trtllm_cli.convert.shard import split
+from trtllm_cli.convert.weight_only import QFormat, quant_config, quantize
+from trtllm_cli.errors import ResourceError, SnapshotError, UsageError
+from trtllm_cli.mapping import Mapping
+from trtllm_cli.model_config import DType, ModelConfig
+from trtllm_cli.tensor_file import TensorFileWriter, total_bytes
+from trtllm_cli.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+SPARE_BYTES = 64 << 20  # room for the tokenizer and the file system's own needs
+
+# Called with the tensor just written, bytes written so far, and bytes in all.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What the flags of `trtllm convert` say."""
+
+    dtype: DType | Literal["auto"] = "auto"
+    tp_size: int = 1
+    pp_size: int = 1
+    use_parallel_embedding: bool = False
+    embedding_sharding_dim: Literal[0, 1] = 0
+    qformat: QFormat | None = None
+    group_size: int = 32
+    force: bool = False
+
+    def check(self) -> None:
+        """Raises UsageError for a value that no flag has."""
+        for flag, value, allowed in (
+            ("--dtype", self.dtype, ("auto", *get_args(DType))),
+            ("--qformat", self.qformat, (None, *get_args(QFormat))),
+            ("--embedding-sharding-dim", self.embedding_sharding_dim, (0, 1)),
+        ):
+            if value not in allowed:
+                choices = ", ".join(str(a) for a in allowed if a is not None)
+                raise UsageError(f"{flag} is {value!r}", where=flag, fix=f"choose one of {choices}")
+        for flag, number in (
+            ("--tp-size", self.tp_size), ("--pp-size", self.pp_size), ("--group-size", self.group_size)
+        ):  # fmt: skip
+            if number < 1:
+                raise UsageError(f"{flag} is {number}", where=flag, fix="give 1 or more")
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was written."""
+
+    output_dir: str
+    architecture: str
+    dtype: str
+    quant_algo: str | None
+    group_size: int | None
+    tp_size: int
+    pp_size: int
+    num_parameters: int  # of the source's tensors that the checkpoint holds, each counted once
+    num_tensors: int  # in all rank files
+    rank_bytes: list[int]
+    tokenizer_files: list[str]
+    seconds: float
+    peak_memory_bytes: int  # of the whole process so far, resident
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def convert(
+    source: Path, output_dir: Path, options: ConvertOptions | None = None, progress: Progress | None = None
+) -> ConvertReport:
+    """Writes the checkpoint of `source`, a snapshot directory or .gguf file, to `output_dir`.
+
+    Raises SnapshotError for a damaged source, UnsupportedError for what cannot be honoured exactly, UsageError for
+    options that do not fit the model, ResourceError for lack of disk, OutputExistsError.
+    """
+    started = time.monotonic()
+    options = options or ConvertOptions()
+    options.check()
+    check_output(output_dir, force=options.force)
+    reader = open_reader(source)
+    try:
+        config, stages, notes = _prepare(reader, options)
+        sizes = [total_bytes(stage.tensors(rank).values()) for stage in stages for rank in stage.ranks]
+        _check_space(output_dir, sum(sizes))
+        with writing(output_dir, force=options.force) as directory:
+            _write_ranks(directory, reader, config, stages, progress)
+            files = _write_tokenizer(directory, reader)
+            write_config(directory, config)
+    finally:
+        reader.close()
+    if not files:
+        notes.append("the snapshot has no tokenizer: the checkpoint works with token ids only")
+    return ConvertReport(
+        output_dir=str(output_dir),
+        architecture=config.architecture,
+        dtype=config.dtype,
+        quant_algo=config.quantization.quant_algo,
+        group_size=config.quantization.group_size if config.quantization.quant_algo == "W4A16" else None,
+        tp_size=config.mapping.tp_size,
+        pp_size=config.mapping.pp_size,
+        num_parameters=_num_parameters(stages),
+        num_tensors=sum(len(stage.tensors(rank)) for stage in stages for rank in stage.ranks),
+        rank_bytes=sizes,
+        tokenizer_files=files,
+        seconds=round(time.monotonic() - started, 3),
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        notes=notes,
+    )
+
+
+def _prepare(reader: Reader, options: ConvertOptions) -> tuple[ModelConfig, list[Stage], list[str]]:
+    """The checkpoint's config, what to make of what, and what the user should know."""
+    notes = []
+    family = family_of(reader.config, reader.config_path)
+    fields = family.config_fields(Fields(reader.config, reader.config_path))
+    if "auto_map" in reader.config:
+        notes.append(f"config.json names code of its own; it was not run, and the model read as {family.architecture}")
+    fields["dtype"] = reader.default_dtype() if options.dtype == "auto" else options.dtype
+    fields["producer"] = {"name": "trtllm-cli", "version": __version__}
+    base = validate(ModelConfig, fields, reader.config_path, SnapshotError)
+    tied, mapping = base.share_embedding_table, Mapping.of(options.tp_size, options.pp_size)
+    fields |= {
+        "mapping": mapping,
+        "share_embedding_table": tied and mapping.world_size == 1,
+        "use_parallel_embedding": options.use_parallel_embedding,
+        "embedding_sharding_dim": options.embedding_sharding_dim,
+    }
+    config = _with_mapping(fields)
+    quantization = quant_config(options.qformat, options.group_size, config)
+    if options.qformat == "int4_wo" and quantization.group_size != options.group_size:
+        notes.append(f"groups of {options.group_size} do not divide every layer: {quantization.group_size} was taken")
+    config = config.model_copy(update={"quantization": quantization})
+    return config, make_plan(reader, family, config, tied=tied), notes
+
+
+def _with_mapping(fields: dict[str, Any]) -> ModelConfig:
+    """The config, once it is known to be right on one rank; what is wrong with it now is the options' doing."""
+    try:
+        return ModelConfig.model_validate(fields)
+    except ValidationError as e:
+        raise UsageError(
+            f"the model does not divide so: {describe(e)}", where="--tp-size, --pp-size", fix="choose other sizes"
+        ) from None
+
+
+def _check_space(output_dir: Path, size: int) -> None:
+    parent = output_dir.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < size + SPARE_BYTES:
+        raise ResourceError(
+            f"the checkpoint takes {human_bytes(size)}, and {parent} has {human_bytes(free)} free",
+            where="--output-dir",
+            fix="free some room, or choose another --output-dir",
+        )
+
+
+def _write_ranks(
+    directory: Path, reader: Reader, config: ModelConfig, stages: list[Stage], progress: Progress | None
+) -> None:
+    total = sum(total_bytes(stage.tensors(rank).values()) for stage in stages for rank in stage.ranks)
+    done = 0
+    sums: dict[str, str] = {}
+    for stage in stages:
+        files = {rank: directory / f"rank{rank.rank}.safetensors" for rank in stage.ranks}
+        with ExitStack() as stack:
+            writers = {
+                rank: stack.enter_context(TensorFileWriter(path, stage.tensors(rank), {}))
+                for rank, path in files.items()
+            }
+            for job in stage.jobs:
+                for written in _run(job, reader, config, writers):
+                    done += written
+                if progress is not None:
+                    progress(job.name, done, total)
+        sums |= {path.name: sha256(path) for path in files.values()}
+    write_sums(directory / SUMS, sums)
+
+
+def _run(job: Job, reader: Reader, config: ModelConfig, writers: dict[Any, TensorFileWriter]) -> list[int]:
+    """Reads one whole weight, and gives each rank its part; bytes written."""
+    module = job.name.removesuffix(".weight")
+    quantized = any(w.dtype in ("int8", "uint8") for w in next(iter(job.parts.values())).values())
+    wholes: dict[str, torch.Tensor]
+    if quantized:
+        # straight from the source's numbers: no rounding in between
+        dtypes = {reader.tensors[name].dtype for name in job.sources}
+        whole = load(reader, job.sources, job.shape, dtypes.pop() if len(dtypes) == 1 else "float32")
+        wholes = {f"{module}.{part}": tensor for part, tensor in quantize(whole, config.quantization).items()}
+        del whole
+    else:
+        wholes = {job.name: load(reader, job.sources, job.shape, config.dtype)}
+    written = []
+    for rank, weights in job.parts.items():
+        # the rank's names differ from the whole's in the layer's number only
+        for (name, weight), whole_name in zip(weights.items(), _in_order(weights, wholes), strict=True):
+            data = tensor_bytes(split(wholes[whole_name], weight, config, rank))
+            writers[rank].write(name, data)
+            written.append(len(data))
+    return written
+
+
+def _in_order(weights: dict[str, Any], wholes: dict[str, Any]) -> list[str]:
+    by_suffix = {name.rpartition(".")[2]: name for name in wholes}
+    return [by_suffix[name.rpartition(".")[2]] for name in weights]
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    import torch
+
+    return tensor.detach().flatten().view(torch.uint8).numpy().data
+
+
+def _num_parameters(stages: list[Stage]) -> int:
+    import math
+
+    wholes = {job.sources: math.prod(job.shape) for stage in stages for job in stage.jobs}
+    return sum(wholes.values())
+
+
+def _write_tokenizer(directory: Path, reader: Reader) -> list[str]:
+    tokenizer = directory / TOKENIZER
+    tokenizer.mkdir()
+    files = reader.write_tokenizer(tokenizer)
+    if not files:
+        tokenizer.rmdir()
+    return files

@@ -1,0 +1,57 @@
+"""What convert needs of a source: an HF-style config, and tensors that come one at a time, in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trtllm_cli.tensor_file import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Reader(Protocol):
+    """A snapshot directory or a GGUF file, under Hugging Face's names."""
+
+    path: Path
+    config_path: Path  # what error messages about the config name
+    config: dict[str, Any]  # as config.json has it
+    tensors: dict[str, TensorInfo]
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor as blocks of its rows, in order; a small or plainly stored one is a single block."""
+
+    def write_tokenizer(self, directory: Path) -> list[str]:
+        """Writes the tokenizer's files into `directory`, which exists; their names, none where there is none."""
+
+    def default_dtype(self) -> str:
+        """The dtype that "auto" stands for."""
+
+    def close(self) -> None:
+        """Closes the files."""
+
+
+def open_reader(source: Path) -> Reader:
+    """The reader for a snapshot directory or a .gguf file. Raises ArtifactError when `source` is neither."""
+    from trtllm_cli.artifact import detect
+    from trtllm_cli.errors import ArtifactError, SnapshotError
+
+    try:
+        kind = detect(source)
+    except ArtifactError as e:
+        raise SnapshotError(e.message, where=e.where, fix=e.fix) from None
+    if kind == "gguf":
+        from trtllm_cli.convert.gguf_reader import GgufReader
+
+        return GgufReader(source)
+    if kind == "snapshot":
+        from trtllm_cli.convert.hf_reader import HfReader
+
+        return HfReader(source)
+    raise SnapshotError(
+        f"{source} is a{'n' if kind == 'engine' else ''} {kind}, not a snapshot",
+        where=str(source),
+        fix="give the Hugging Face directory or the .gguf file it was made from",
+    )
