@@ -4,7 +4,8 @@
     GET  /ID/resolve/COMMIT/PATH                   a small file: the bytes. A large (LFS) one: 302 to the CDN
     GET  /cdn/SHA256                               on another port, so that it is another origin; takes Range
 
-Errors carry X-Error-Code as the hub's do. `faults` makes requests for one path fail on purpose, `log` has every request.
+Errors carry X-Error-Code as the hub's do. `faults` makes requests for a path fail on purpose; `log` has every
+request.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ class FakeHub:
         self.repos: dict[str, Repo] = {}
         self.log: list[Request] = []
         self.faults: dict[str, list[Fault]] = {}  # path in a repository, or "api" -> one fault a request
+        self.most_at_once = self._now = 0  # requests to the CDN
+        self._lock = threading.Lock()
         self.rate: float | None = None  # bytes a second of each response
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler(kind)) for kind in ("hub", "cdn")]
         self.endpoint, self.cdn = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
@@ -104,7 +107,19 @@ class FakeHub:
                 server.server_close()
                 thread.join()
 
-    def _handler(hub, kind: str):  # noqa: B902
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts how many requests are served at the same time."""
+        with self._lock:
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._now -= 1
+
+    def _handler(hub, kind: str):
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
@@ -117,7 +132,8 @@ class FakeHub:
                 hub.log.append(Request(path, self.headers.get("range"), token))
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     if kind == "cdn":
-                        self.serve_cdn(path)
+                        with hub.counted():
+                            self.serve_cdn(path)
                     elif match := re.fullmatch(r"/api/models/(.+)/revision/(.+)", path):
                         self.serve_info(match[1], match[2], token)
                     elif match := re.fullmatch(r"/(.+?)/resolve/([0-9a-f]{40})/(.+)", path):

@@ -95,10 +95,13 @@ class Snapshot:
             )
         if damage := find_damage(self.path, self.manifest, hashes=hashes):
             listing = "; ".join(f"{name} {what}" for name, what in damage.items())
+            m = self.manifest
+            cached = self.path == repo_dir(m.repo_id) / m.commit
             raise SnapshotError(
                 f"the snapshot is damaged: {listing}",
                 where=str(self.path),
-                fix=f"trtllm download {self.manifest.repo_id} --revision {self.manifest.commit} --verify",
+                fix=f"trtllm download {m.repo_id} --revision {m.commit} --verify"
+                + ("" if cached else f" --output-dir {self.path}"),
             )
 
 

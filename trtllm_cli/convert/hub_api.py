@@ -33,6 +33,7 @@ from trtllm_cli.version import __version__
 
 T = TypeVar("T")
 DEFAULT_ENDPOINT = "https://huggingface.co"
+TRIES_TO_REACH = 3  # of the first request: without a network there is no use in waiting longer
 TOKEN_FIX = "pass --token or set HF_TOKEN (make one at https://huggingface.co/settings/tokens)"  # noqa: S105
 
 
@@ -94,7 +95,7 @@ class HubApi:
                 return self._ask(ask)
             except TryAgain as e:
                 failures += 1
-                if self.patience.ends(failures, e.wait):
+                if self.patience.ends(failures, e.wait) or (not e.answered and failures >= TRIES_TO_REACH):
                     raise DownloadError(
                         f"{self.endpoint} cannot be reached: {e}",
                         fix="check the network and HF_ENDPOINT, or use --offline for what is on this machine",
@@ -112,7 +113,7 @@ class HubApi:
                 raise TryAgain(reason, asked_wait(e.response.headers)) from None
             raise
         except HTTPError as e:
-            raise TryAgain(describe_failure(e)) from None
+            raise TryAgain(describe_failure(e), answered=False) from None
         except HFValidationError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as e:

@@ -41,11 +41,12 @@ class Patience:
 
 
 class TryAgain(Exception):  # noqa: N818
-    """A failure that time may mend. `wait`: the seconds that the hub asks for."""
+    """A failure that time may mend. `wait`: the seconds that the hub asks for; `answered`: whether it was the hub."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, wait: float | None = None, *, answered: bool = True) -> None:
         super().__init__(reason)
         self.wait = wait
+        self.answered = answered
 
 
 def check_status(response: Any) -> None:

@@ -54,11 +54,14 @@ class Progress:
     def begin(self, files: int, size: int) -> None:
         """`files` files of `size` bytes together are about to be fetched."""
 
-    def advance(self, name: str, count: int) -> None:
-        """`count` more bytes of `name` are on disk; negative when it starts over."""
+    def start(self, name: str, size: int) -> None:
+        """The file of `size` bytes is on its way."""
 
-    def received(self, count: int) -> None:
-        """`count` bytes came over the network."""
+    def advance(self, name: str, count: int) -> None:
+        """`count` more bytes of `name` came over the network and are on disk."""
+
+    def skip(self, name: str, count: int) -> None:
+        """`count` bytes of `name` are here from an earlier run; negative: they were thrown away."""
 
     def finish(self, name: str) -> None:
         """`name` is complete and verified."""
@@ -101,6 +104,7 @@ class Transfer:
 
     def run(self) -> FileEntry:
         """Fetches what is missing. Raises DownloadError, ResourceError, HfHubHTTPError (a refusal), or Stopped."""
+        self.progress.start(self.file.name, self.file.size)
         if entry := self._keep_existing():
             return entry
         with os_errors(self.target):
@@ -137,7 +141,7 @@ class Transfer:
         if self.target.stat().st_size == self.file.size:
             self._hash_file(self.target)
             if self._matches():
-                self.progress.advance(self.file.name, self.file.size)
+                self.progress.skip(self.file.name, self.file.size)
                 self.progress.finish(self.file.name)
                 return FileEntry(size=self.file.size, sha256=self._sha256.hexdigest())
             self.progress.note(f"{self.file.name}: its bytes were altered since it was fetched; fetching it again")
@@ -160,7 +164,7 @@ class Transfer:
         self.etag = record.get("etag")
         self.resumed = self.have > 0
         self._hash_file(self.part)
-        self.progress.advance(self.file.name, self.have)
+        self.progress.skip(self.file.name, self.have)
 
     def _read_record(self) -> dict[str, Any]:
         try:
@@ -178,7 +182,7 @@ class Transfer:
         with os_errors(self.part):
             out.truncate(0)
         self.record.unlink(missing_ok=True)
-        self.progress.advance(self.file.name, -self.have)
+        self.progress.skip(self.file.name, -self.have)
         self.have, self.resumed, self.etag = 0, False, None
         self._reset_digest()
 
@@ -274,7 +278,6 @@ class Transfer:
         self._update_digest(chunk)
         self.have += len(chunk)
         self.progress.advance(self.file.name, len(chunk))
-        self.progress.received(len(chunk))
 
     def _reset_digest(self) -> None:
         self._sha256 = hashlib.sha256()
