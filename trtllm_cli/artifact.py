@@ -121,7 +121,7 @@ def os_errors(path: Path) -> Iterator[None]:
             raise ResourceError(
                 f"cannot write {path}: {e.strerror}", fix="choose another --output-dir, or mend the permissions"
             ) from e
-        if e.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EDQUOT, errno.EFBIG):
+        if e.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EDQUOT, errno.EFBIG):
             raise ResourceError(f"cannot write {path}: {e.strerror}", fix="choose another --output-dir") from e
         raise
 

@@ -1,0 +1,114 @@
+"""safetensors files: what we write the official package reads, and the other way; damage is said, never followed."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+
+from trtllm_cli.errors import ArtifactError, CheckpointError
+from trtllm_cli.tensor_file import TensorFile, TensorFileWriter, TensorInfo, is_padding
+
+
+def write_raw(path, header, data=b""):
+    blob = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(blob)) + blob + data)
+
+
+def test_the_official_reader_reads_what_we_write(tmp_path):
+    a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.array([1, 2, 3], dtype=np.int8)
+    infos = {"a": TensorInfo("float32", (2, 3)), "b": TensorInfo("int8", (3,)), "empty": TensorInfo("float16", (0, 4))}
+    with TensorFileWriter(tmp_path / "f.safetensors", infos, {"k": "v"}) as out:
+        out.write("b", b.tobytes())  # any order
+        out.write("a", a.tobytes())
+        out.write("empty", b"")
+    loaded = safetensors.numpy.load_file(tmp_path / "f.safetensors")
+    assert loaded.keys() == {"a", "b", "empty"}
+    np.testing.assert_array_equal(loaded["a"], a)
+    np.testing.assert_array_equal(loaded["b"], b)
+
+
+def test_we_read_what_the_official_writer_writes(tmp_path):
+    tensors = {"x": torch.randn(3, 5).bfloat16(), "y": torch.arange(7), "s": torch.tensor(2.5)}
+    safetensors.torch.save_file(tensors, tmp_path / "f.safetensors", {"note": "hi"})
+    with TensorFile(tmp_path / "f.safetensors") as f:
+        assert f.metadata == {"note": "hi"}
+        assert f.tensors == {
+            "x": TensorInfo("bfloat16", (3, 5)), "y": TensorInfo("int64", (7,)), "s": TensorInfo("float32", ()),
+        }  # fmt: skip
+        assert bytes(f.read("x")) == bytes(f.view("x"))
+        assert torch.equal(torch.frombuffer(f.read("x"), dtype=torch.bfloat16).view(3, 5), tensors["x"])
+
+
+def test_aligned_tensors_start_at_cache_lines_and_padding_is_declared(tmp_path):
+    infos = {f"t{i}": TensorInfo("uint8", (i + 1,)) for i in range(5)}
+    with TensorFileWriter(tmp_path / "f", infos, {}, alignment=64) as out:
+        for name, info in infos.items():
+            out.write(name, bytes(info.shape[0]))
+    with TensorFile(tmp_path / "f") as f:
+        base = np.frombuffer(f.view("t0"), np.uint8).ctypes.data
+        for name in infos:
+            assert np.frombuffer(f.view(name), np.uint8).ctypes.data % 64 == 0, name
+        assert base % 64 == 0
+        assert {n for n in f.tensors if not is_padding(n)} == infos.keys()
+    assert safetensors.numpy.load_file(tmp_path / "f").keys() > infos.keys()  # no holes: the official reader agrees
+
+
+def test_golden_bytes(tmp_path):
+    with TensorFileWriter(tmp_path / "f", {"w": TensorInfo("int8", (2,))}, {}) as out:
+        out.write("w", b"\x01\x02")
+    header = b'{"w":{"dtype":"I8","shape":[2],"data_offsets":[0,2]}}'
+    header += b" " * (-(8 + len(header)) % 8)
+    assert (tmp_path / "f").read_bytes() == struct.pack("<Q", len(header)) + header + b"\x01\x02"
+
+
+def test_a_tensor_never_written_is_our_bug(tmp_path):
+    out = TensorFileWriter(tmp_path / "f", {"w": TensorInfo("int8", (2,))}, {})
+    with pytest.raises(AssertionError, match="never written"):
+        out.close()
+
+
+W = {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        ({"w": W}, b"123", r"tensor `w` ends at byte 4 of 3 \(truncated\?\)"),
+        ({"w": W | {"dtype": "F8_XYZ"}}, b"1234", "entry of tensor `w` is malformed"),
+        ({"w": W | {"shape": [5]}}, b"1234", r"tensor `w` is \[5\] int8, but takes 4 bytes"),
+        ({"w": W | {"shape": [-4]}}, b"1234", "negative or non-integer"),
+        ({"w": W | {"shape": [True, 4]}}, b"1234", "negative or non-integer"),
+        ({"w": W | {"shape": [2**40, 2**40]}}, b"1234", "but takes 4 bytes"),
+        ({"w": W | {"data_offsets": [4, 0]}}, b"1234", "but takes -4 bytes"),
+        ({"w": W | {"data_offsets": [0]}}, b"1234", "malformed"),
+        ({"w": W, "v": W}, b"1234", "tensors `w` and `v` overlap"),
+        ({"w": 3}, b"1234", "malformed"),
+        ({"__metadata__": {"a": 1}}, b"", "metadata is not a map of strings"),
+        (b"[1]", b"", "not a JSON object"),
+        (b"{nonsense", b"", "not valid JSON"),
+        (b'{"w": ' + b"[" * 100_000, b"", "not valid JSON"),
+        (b"\xff\xfe\x00\x00", b"", "not valid JSON"),
+    ],
+)
+def test_hostile_headers(tmp_path, header, data, message):
+    path = tmp_path / "model.safetensors"
+    write_raw(path, header, data)
+    with pytest.raises(CheckpointError, match=message) as e:
+        TensorFile(path, CheckpointError)
+    assert str(path) in str(e.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"1234", struct.pack("<Q", 2**62), struct.pack("<Q", 100) + b"{}"])
+def test_too_short_files(tmp_path, content):
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(ArtifactError, match="is damaged"):
+        TensorFile(tmp_path / "f")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ArtifactError, match="nothing.safetensors is missing"):
+        TensorFile(tmp_path / "nothing.safetensors")
