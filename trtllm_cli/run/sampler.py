@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trtllm_cli.errors import EngineError
-from trtllm_cli.run.philox import MAX_GUMBEL, MIN_GUMBEL, gumbel
+from trtllm_cli.run.philox import GROUP, group_bounds, gumbel
 from trtllm_cli.run.request import Logprob
 
 if TYPE_CHECKING:
@@ -113,28 +113,56 @@ def sample(
 
 def _draw(rows: list[tuple[FloatArray, np.float32, SamplingState]]) -> list[int]:
     """Gumbel-max over the survivors of each row's filters; the noise of all rows is computed at once."""
-    survivors, scores = [], []
-    for logits, best, state in rows:
-        scaled = (logits - best) * np.float32(1 / state.params.temperature)  # at most 0
-        ids = filter_tokens(scaled, state.params)
-        ids = ids[scaled[ids] >= MIN_GUMBEL - MAX_GUMBEL - 0.01]  # the others lose to the best with any noise
-        survivors.append(ids)
-        scores.append(scaled[ids].astype(np.float64))
-    counts = [len(ids) for ids in survivors]
-    noise = gumbel(
-        np.repeat(np.array([state.seed for _, _, state in rows], np.uint64), counts),
-        np.repeat(np.array([state.num_output for _, _, state in rows], np.uint64), counts),
-        np.concatenate(survivors).astype(np.uint64),
-    )
-    tokens, start = [], 0
-    for ids, score in zip(survivors, scores, strict=True):
-        tokens.append(int(ids[(score + noise[start : start + len(ids)]).argmax()]))
-        start += len(ids)
-    return tokens
+    scaled = [(logits - best) * np.float32(1 / state.params.temperature) for logits, best, state in rows]  # at most 0
+    states = [state for _, _, state in rows]
+    survivors = [filter_tokens(x, state.params) for x, state in zip(scaled, states, strict=True)]
+    many = [i for i, ids in enumerate(survivors) if ids is None or len(ids) > _MANY]
+    if many:
+        ruled = _contenders([scaled[i] for i in many], [survivors[i] for i in many], [states[i] for i in many])
+        for i, ids in zip(many, ruled, strict=True):
+            survivors[i] = ids
+    rows_left = [ids for ids in survivors if ids is not None]
+    scores = _scores(scaled, rows_left, states)
+    return [int(ids[score.argmax()]) for ids, score in zip(rows_left, scores, strict=True)]
 
 
-def filter_tokens(scaled: FloatArray, params: SamplingParams) -> IdArray:
-    """The ids, ascending, that survive top-k, then top-p, then min-p.
+_MANY = 1024  # tokens, from which on it pays to rule most out before computing their noise
+
+
+def _scores(scaled: list[FloatArray], ids: list[IdArray], states: list[SamplingState]) -> list[npt.NDArray[np.float64]]:
+    """For each row, logit / temperature + noise of the tokens `ids`."""
+    counts = [len(row) for row in ids]
+    seeds, positions = _counters(states)
+    noise = gumbel(np.repeat(seeds, counts), np.repeat(positions, counts), np.concatenate(ids).astype(np.uint64))
+    ends = np.cumsum(counts)[:-1]
+    return [x[row] + part for x, row, part in zip(scaled, ids, np.split(noise, ends), strict=True)]
+
+
+def _contenders(
+    scaled: list[FloatArray], survivors: list[IdArray | None], states: list[SamplingState]
+) -> list[IdArray]:
+    """For each row, the survivors that would beat the likely tokens if they had their group's largest noise."""
+    near = [np.flatnonzero(x >= _NEAR)[:_MANY] for x in scaled]
+    vocab_size = len(scaled[0])
+    bounds = group_bounds(*_counters(states), -(-vocab_size // GROUP))
+    contenders = []
+    for x, ids, score, bound in zip(scaled, survivors, _scores(scaled, near, states), bounds, strict=True):
+        floor = np.repeat((score.max() - _ROUNDING - bound).astype(np.float32), GROUP)[:vocab_size]
+        contenders.append(np.flatnonzero(x >= floor) if ids is None else ids[x[ids] >= floor[ids]])
+    return contenders
+
+
+def _counters(states: list[SamplingState]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    seeds = np.array([state.seed for state in states], np.uint64)
+    return seeds, np.array([state.num_output for state in states], np.uint64)
+
+
+_NEAR = -2.0
+_ROUNDING = 1e-3  # far more than float32 loses in the comparison
+
+
+def filter_tokens(scaled: FloatArray, params: SamplingParams) -> IdArray | None:
+    """The ids, ascending, that survive top-k, then top-p, then min-p; None where there is no filter.
 
     `scaled` [vocab] is logit / temperature, shifted so that the largest is 0. As in transformers and vLLM: tokens tied
     with the k-th stay; top-p keeps the fewest most likely tokens that together have at least `top_p` of what top-k
@@ -144,11 +172,11 @@ def filter_tokens(scaled: FloatArray, params: SamplingParams) -> IdArray:
     if 0 < params.top_k < len(scaled):
         ids = _top_k(scaled, params.top_k)
     if params.top_p < 1:
-        ids = _top_p(scaled, np.arange(len(scaled)) if ids is None else ids, params.top_p)
+        ids = _top_p(scaled, params.top_p) if ids is None else ids[_top_p(scaled[ids], params.top_p)]
     if params.min_p > 0:
         floor = np.log(params.min_p)
         ids = np.flatnonzero(scaled >= floor) if ids is None else ids[scaled[ids] >= floor]
-    return np.flatnonzero(scaled > -np.inf) if ids is None else ids
+    return ids
 
 
 _CUTS = (-4.0, -8.0, -16.0)  # first looks: few tokens are near the best, and only those need sorting
@@ -166,18 +194,18 @@ def _top_k(scaled: FloatArray, k: int) -> IdArray:
     return ids[values >= kth]
 
 
-def _top_p(scaled: FloatArray, ids: IdArray, p: float) -> IdArray:
-    weights = np.exp(scaled[ids])
+def _top_p(scaled: FloatArray, p: float) -> IdArray:
+    weights = np.exp(scaled)
     wanted = p * weights.sum(dtype=np.float64)
     for cut in _CUTS:
-        near = np.flatnonzero(weights >= np.exp(cut))
-        if weights[near].sum(dtype=np.float64) >= wanted:
+        ids = np.flatnonzero(scaled >= cut)
+        if weights[ids].sum(dtype=np.float64) >= wanted:
             break
     else:
-        near = np.arange(len(ids))
-    order = near[np.argsort(-weights[near], kind="stable")]
+        ids = np.arange(len(scaled))
+    order = ids[np.argsort(-scaled[ids], kind="stable")]
     count = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), wanted)) + 1
-    return np.sort(ids[order[:count]])
+    return np.sort(order[:count])
 
 
 def _logprobs(logits: FloatArray, best: np.float32, token: int, count: int) -> list[Logprob]:
