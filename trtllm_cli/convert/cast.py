@@ -27,8 +27,7 @@ def load(reader: Reader, names: Sequence[str], shape: Sequence[int], dtype: str)
     for name in names:
         for block in reader.blocks(name):
             if out is None and block.dtype == target and tuple(block.shape) == tuple(shape):
-                for chunk in block.flatten().split(CHUNK):
-                    _check_finite(chunk, name, reader)
+                _cast_into(block, block, name, reader)
                 return block
             if out is None:
                 out = torch.empty(tuple(shape), dtype=target)
@@ -41,23 +40,21 @@ def load(reader: Reader, names: Sequence[str], shape: Sequence[int], dtype: str)
 
 def _cast_into(out: torch.Tensor, block: torch.Tensor, name: str, reader: Reader) -> None:
     for to, chunk in zip(out.flatten().split(CHUNK), block.flatten().split(CHUNK), strict=True):
-        _check_finite(chunk, name, reader)
-        to.copy_(chunk)
-        if to.dtype != chunk.dtype and not _is_finite(to):
-            dtype = str(to.dtype).removeprefix("torch.")
-            raise UnsupportedError(
-                f"tensor `{name}` has {float(chunk.abs().max()):g}, more than {dtype} can hold",
+        if out is not block:
+            to.copy_(chunk)
+        if _is_finite(to):
+            continue
+        if not _is_finite(chunk):
+            raise SnapshotError(
+                f"tensor `{name}` holds a NaN or an infinity",
                 where=str(reader.path),
-                fix="pass --dtype bfloat16 or --dtype float32",
+                fix="fetch the snapshot again; if it is the same, the model itself is broken",
             )
-
-
-def _check_finite(chunk: torch.Tensor, name: str, reader: Reader) -> None:
-    if not _is_finite(chunk):
-        raise SnapshotError(
-            f"tensor `{name}` holds a NaN or an infinity",
+        dtype = str(to.dtype).removeprefix("torch.")
+        raise UnsupportedError(
+            f"tensor `{name}` has {float(chunk.abs().max()):g}, more than {dtype} can hold",
             where=str(reader.path),
-            fix="fetch the snapshot again; if it is the same, the model itself is broken",
+            fix="pass --dtype bfloat16 or --dtype float32",
         )
 
 
@@ -65,5 +62,7 @@ def _is_finite(chunk: torch.Tensor) -> bool:
     """Whether every number is finite. NaN comes through a minimum and a maximum, so the two tell."""
     import torch
 
+    if not chunk.numel():
+        return True
     low, high = torch.aminmax(chunk)
     return bool(torch.isfinite(low) & torch.isfinite(high))

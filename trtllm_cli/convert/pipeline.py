@@ -9,8 +9,8 @@ from __future__ import annotations
 import resource
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -112,7 +112,7 @@ def convert(
         config, stages, notes = _prepare(reader, options)
         sizes = [total_bytes(stage.tensors(rank).values()) for stage in stages for rank in stage.ranks]
         _check_space(output_dir, sum(sizes))
-        with writing(output_dir, force=options.force) as directory:
+        with writing(output_dir, force=options.force) as directory, _one_thread():
             _write_ranks(directory, reader, config, stages, progress)
             files = _write_tokenizer(directory, reader)
             write_config(directory, config)
@@ -136,6 +136,19 @@ def convert(
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         notes=notes,
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread. The work is moving bytes; threads that wait for each other only slow it on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _prepare(reader: Reader, options: ConvertOptions) -> tuple[ModelConfig, list[Stage], list[str]]:
