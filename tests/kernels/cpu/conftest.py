@@ -1,0 +1,29 @@
+"""The compiled kernels, once for all tests, and numpy arrays that steps may point to."""
+
+import numpy as np
+import pytest
+
+from trtllm_cli.kernels.cpu import compiler, library
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    return library.Library.load(compiler.compile_library(compiler.host_features()))
+
+
+@pytest.fixture(scope="session", params=[1, 2, 3], ids=lambda n: f"{n}-threads")
+def pool(kernels, request):
+    with kernels.pool(request.param) as p:
+        yield p
+
+
+@pytest.fixture(scope="session")
+def pools(kernels):
+    """One and two threads: their results must have the same bits."""
+    with kernels.pool(1) as one, kernels.pool(2) as two:
+        yield one, two
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

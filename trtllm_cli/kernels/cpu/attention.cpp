@@ -1,0 +1,216 @@
+// Causal attention over the paged cache, with a running softmax over tiles of keys (FlashAttention, arXiv 2205.14135).
+//
+// A piece of work is one KV head, and some tokens of one sequence: the rows are those tokens' query heads of the KV
+// head's group. Key tiles are whole blocks and begin at fixed positions, so a row sums over the same tiles in the same
+// order, whatever else is in the step; keys that it must not see add exact zeros.
+#include "cache.h"
+#include "micro.h"
+#include "ops.h"
+#include "vector_math.h"
+
+namespace {
+
+constexpr int kRows = 48;      // query rows of a piece, about
+constexpr int kTileKeys = 64;  // keys of a tile, about
+constexpr int kMaxBlockRows = 6;
+
+struct Attention {
+    int heads, group, window;
+    float scale;
+    CacheShape cache;
+    int tokens;       // of a piece
+    int rows;         // of a piece
+    int tile_blocks;  // of a key tile
+    const float* q;
+    float* out;
+
+    explicit Attention(const tl_step& s)
+        : heads(s.i[1]), group(s.i[1] / s.i[2]), window(s.i[6]), scale(s.f[0]), cache(s.i[2], s.i[3], s.i[4]),
+          tokens(group < kRows ? kRows / group : 1), rows(tokens * group),
+          tile_blocks(cache.block_size < kTileKeys ? kTileKeys / cache.block_size : 1), q((const float*)s.p[0]),
+          out((float*)s.p[1]) {}
+
+    int columns() const { return tile_blocks * cache.padded_block; }
+};
+
+// A thread's working memory, cut from its scratch.
+struct Work {
+    float *q, *o;               // [rows, padded_dim]
+    float* s;                   // [rows, columns]: scores, then probabilities
+    float *peak, *total;        // [rows]
+    float *keys, *values;       // one block's in float32, as the cache lays them
+    int32_t* positions;         // [columns]: of the tile's keys; INT32_MAX where there is none
+
+    Work(const Attention& a, float* p) {
+        const int64_t row = a.cache.padded_dim, block = (int64_t)a.cache.padded_dim * a.cache.padded_block;
+        q = p, o = q + a.rows * row, s = o + a.rows * row, keys = s + a.rows * a.columns();
+        values = keys + block, peak = values + block, total = peak + a.rows, positions = (int32_t*)(total + a.rows);
+    }
+    static size_t bytes(const Attention& a) {
+        const Work w(a, nullptr);
+        return (size_t)(char*)w.positions + a.columns() * sizeof(int32_t);
+    }
+};
+
+INLINE vf load_as(const float* p) { return load(p); }
+INLINE vf load_as(const uint16_t* p) { return load_bf16(p); }
+
+// c [M, NT * 16] = or += a [M, k] @ b, where b is NT tiles, `tile` elements apart, of [k, 16] with rows `ldb` apart.
+template <int M, int NT, class E>
+void product(const float* a, int64_t lda, const E* b, int64_t tile, int64_t ldb, int k, float* c, int64_t ldc, bool add) {
+    constexpr int NV = NT * kTileVectors;
+    Block<M, NV> block;
+    if (add) block.read(c, ldc);
+    else block.clear();
+    for (int j = 0; j < k; j++, b += ldb) {
+        vf w[NV];
+        UNROLL for (int v = 0; v < NV; v++) w[v] = load_as(b + v / kTileVectors * tile + v % kTileVectors * kWidth);
+        block.step(a + j, lda, w);
+    }
+    block.write(c, ldc);
+}
+
+template <int M, class E>
+void product_tiles(const float* a, int64_t lda, const E* b, int64_t tile, int64_t ldb, int k, int tiles, float* c,
+                   int64_t ldc, bool add) {
+    constexpr int NT = M <= 3 ? 2 : 1;
+    int t = 0;
+    for (; t + NT <= tiles; t += NT) product<M, NT>(a, lda, b + t * tile, tile, ldb, k, c + t * kTile, ldc, add);
+    for (; t < tiles; t++) product<M, 1>(a, lda, b + t * tile, tile, ldb, k, c + t * kTile, ldc, add);
+}
+
+// The same for any number of rows, by blocks of up to 6.
+template <class E>
+void product_rows(int rows, const float* a, int64_t lda, const E* b, int64_t tile, int64_t ldb, int k, int tiles,
+                  float* c, int64_t ldc, bool add) {
+    const int blocks = ceil_div(rows, kMaxBlockRows);
+    for (int i = 0; i < blocks; i++) {
+        const int from = rows * i / blocks, m = rows * (i + 1) / blocks - from;
+        const float* x = a + from * lda;
+        float* y = c + from * ldc;
+        switch (m) {
+            case 1: product_tiles<1>(x, lda, b, tile, ldb, k, tiles, y, ldc, add); break;
+            case 2: product_tiles<2>(x, lda, b, tile, ldb, k, tiles, y, ldc, add); break;
+            case 3: product_tiles<3>(x, lda, b, tile, ldb, k, tiles, y, ldc, add); break;
+            case 4: product_tiles<4>(x, lda, b, tile, ldb, k, tiles, y, ldc, add); break;
+            case 5: product_tiles<5>(x, lda, b, tile, ldb, k, tiles, y, ldc, add); break;
+            case 6: product_tiles<6>(x, lda, b, tile, ldb, k, tiles, y, ldc, add); break;
+        }
+    }
+}
+
+// One tile's scores of one row to probabilities; the row's sums so far are scaled to the new peak.
+void soften(float* s, const int32_t* positions, int columns, int first, int last, float& peak, float& total, float* o,
+            int dim) {
+    const vf hidden = splat(-__builtin_inff());
+    vf top = hidden;
+    for (int j = 0; j < columns; j += kWidth) {
+        const vi at = load_words(positions + j);
+        const vf x = (at >= first) & (at <= last) ? load(s + j) : hidden;
+        store(s + j, x);
+        top = vmax(top, x);
+    }
+    const float highest = max_lanes(top), now = highest > peak ? highest : peak;
+    const float base = now == -__builtin_inff() ? 0.0f : now;
+    vf sum = {};
+    for (int j = 0; j < columns; j += kWidth) {
+        const vf p = vexp(load(s + j) - base);
+        store(s + j, p);
+        sum = sum + p;
+    }
+    const vf keep = vexp(splat(peak - base));
+    if (keep[0] != 1.0f)
+        for (int j = 0; j < dim; j += kWidth) store(o + j, load(o + j) * keep);
+    total = total * keep[0] + sum_lanes(sum);
+    peak = now;
+}
+
+// `rows` rows of the sequence whose blocks `table` names; row r is the token at `position + r / group`.
+template <class E>
+void attend(const Attention& a, const Work& w, const E* cache, const int32_t* table, int head, int rows, int position) {
+    const CacheShape& shape = a.cache;
+    const int dim = shape.padded_dim, columns = a.columns(), tile_keys = a.tile_blocks * shape.block_size;
+    const int last = position + (rows - 1) / a.group;
+    const int first = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
+    constexpr bool kConvert = sizeof(E) != sizeof(float);
+    memset(w.o, 0, (size_t)rows * dim * sizeof(float));
+    for (int r = 0; r < rows; r++) w.peak[r] = -__builtin_inff(), w.total[r] = 0;
+    for (int start = first / tile_keys * tile_keys; start <= last; start += tile_keys) {
+        int used = 0;  // columns
+        for (int b = 0; b < a.tile_blocks && start + b * shape.block_size <= last; b++) {
+            const int from = start + b * shape.block_size, left = last + 1 - from;
+            const int n = left < shape.block_size ? left : shape.block_size, strips = ceil_div(n, kTile);
+            const E* keys = cache + shape.keys(table[from / shape.block_size], head);
+            float* s = w.s + b * shape.padded_block;
+            used = b * shape.padded_block + strips * kTile;
+            for (int j = 0; j < shape.padded_block; j++)
+                w.positions[b * shape.padded_block + j] = j < n ? from + j : INT32_MAX;
+            if (kConvert && rows > kMaxBlockRows) {
+                for (int j = 0; j < strips * kTile * dim; j += kWidth) store(w.keys + j, load_as(keys + j));
+                product_rows(rows, w.q, dim, w.keys, dim * kTile, kTile, shape.dim, strips, s, columns, false);
+            } else {
+                product_rows(rows, w.q, dim, keys, dim * kTile, kTile, shape.dim, strips, s, columns, false);
+            }
+        }
+        for (int r = 0; r < rows; r++) {
+            const int at = position + r / a.group, low = a.window && at + 1 > a.window ? at + 1 - a.window : 0;
+            soften(w.s + r * columns, w.positions, used, low, at, w.peak[r], w.total[r], w.o + r * dim, dim);
+        }
+        for (int b = 0; b < a.tile_blocks && start + b * shape.block_size <= last; b++) {
+            const int from = start + b * shape.block_size, left = last + 1 - from;
+            const int n = left < shape.block_size ? left : shape.block_size;
+            const E* values = cache + shape.values(table[from / shape.block_size], head);
+            const float* p = w.s + b * shape.padded_block;
+            if (kConvert && rows > kMaxBlockRows) {
+                for (int j = 0; j < n * dim; j += kWidth) store(w.values + j, load_as(values + j));
+                product_rows(rows, p, columns, w.values, kTile, dim, n, dim / kTile, w.o, dim, true);
+            } else {
+                product_rows(rows, p, columns, values, kTile, dim, n, dim / kTile, w.o, dim, true);
+            }
+        }
+    }
+}
+
+// Tokens [token, token + count) of the step, which follow one another in one sequence.
+void piece(const Context& c, const Attention& a, const Work& w, int seq, int head, int token, int count, int position) {
+    const int dim = a.cache.dim, padded = a.cache.padded_dim, rows = count * a.group;
+    for (int r = 0; r < rows; r++) {
+        const int64_t at = (int64_t)(token + r / a.group) * a.heads + head * a.group + r % a.group;
+        for (int j = 0; j < dim; j++) w.q[r * padded + j] = a.q[at * dim + j] * a.scale;
+    }
+    const int32_t* table = c.batch.block_tables + (int64_t)seq * c.batch.max_blocks;
+    if (c.step.i[5] == kFloat32) attend(a, w, (const float*)c.step.p[2], table, head, rows, position);
+    else attend(a, w, (const uint16_t*)c.step.p[2], table, head, rows, position);
+    for (int r = 0; r < rows; r++) {
+        const int64_t at = (int64_t)(token + r / a.group) * a.heads + head * a.group + r % a.group;
+        for (int j = 0; j < dim; j++) a.out[at * dim + j] = w.o[r * padded + j] / w.total[r];
+    }
+}
+
+}  // namespace
+
+Scratch attention_scratch(const tl_step& step) {
+    Scratch s;
+    s.per_thread = Work::bytes(Attention(step));
+    return s;
+}
+
+void paged_attention(const Context& c) {
+    const Attention a(c.step);
+    const Work w(a, c.scratch());
+    const tl_batch& batch = c.batch;
+    int seq = 0, before = 0;  // pieces of the sequences before `seq`
+    for (int i = c.next(); seq < batch.num_seqs; i = c.next()) {
+        int queries, tiles;
+        for (;; seq++, before += tiles * a.cache.kv_heads) {
+            if (seq == batch.num_seqs) return;
+            queries = batch.query_start[seq + 1] - batch.query_start[seq];
+            tiles = ceil_div(queries, a.tokens);
+            if (i < before + tiles * a.cache.kv_heads) break;
+        }
+        // The last tokens see the most keys: they go first.
+        const int tile = tiles - 1 - (i - before) / a.cache.kv_heads, head = (i - before) % a.cache.kv_heads;
+        const int from = tile * a.tokens, count = queries - from < a.tokens ? queries - from : a.tokens;
+        piece(c, a, w, seq, head, batch.query_start[seq] + from, count, batch.seq_lens[seq] - queries + from);
+    }
+}

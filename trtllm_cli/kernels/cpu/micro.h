@@ -1,0 +1,32 @@
+// The register block that every product is made of: M rows of a times NV vectors of columns, summed over k in order.
+// One output is one accumulator, whatever M and NV are, so the sum's order never depends on how rows are blocked.
+#pragma once
+
+#include "simd.h"
+#include "steps.h"
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+constexpr int kTileVectors = kTile / kWidth;
+
+template <int M, int NV>
+struct Block {
+    vf acc[M][NV];
+
+    INLINE void clear() {
+        UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < NV; v++) acc[m][v] = (vf){};
+    }
+    INLINE void read(const float* c, int64_t ldc) {
+        UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < NV; v++) acc[m][v] = load(c + m * ldc + v * kWidth);
+    }
+    INLINE void write(float* c, int64_t ldc) const {
+        UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < NV; v++) store(c + m * ldc + v * kWidth, acc[m][v]);
+    }
+    // += a[:, 0] * b
+    INLINE void step(const float* a, int64_t lda, const vf (&b)[NV]) {
+        UNROLL for (int m = 0; m < M; m++) {
+            const vf x = splat(a[m * lda]);
+            UNROLL for (int v = 0; v < NV; v++) acc[m][v] = fma(x, b[v], acc[m][v]);
+        }
+    }
+};
