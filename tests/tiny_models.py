@@ -1,0 +1,98 @@
+"""Tiny random models of each family, made with transformers and saved as snapshots: seconds become milliseconds."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+NUM_BYTES = 256
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VOCAB_SIZE = NUM_BYTES + len(SPECIAL)  # odd: the vocabulary is padded for tensor parallelism
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+    "bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 256, "tie_word_embeddings": False,
+}  # fmt: skip
+_OF_FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "mistral": {"sliding_window": 16, "head_dim": 8},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"head_dim": 16, "attention_bias": False},
+}
+
+
+def tiny_config(family: str, **overrides: Any) -> Any:
+    """The transformers config of a tiny model."""
+    import transformers
+
+    kinds = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
+    return getattr(transformers, kinds[family])(**{**_SHAPE, **_OF_FAMILY[family], **overrides})
+
+
+def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A transformers model with random weights; norms and biases are random too, so that a lost one shows."""
+    import transformers
+
+    config = tiny_config(family, **overrides)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.1 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * (0.1 if name.endswith("bias") else 0.08))
+    return model
+
+
+def save_tiny_model(
+    path: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: bool = True,
+    shard_size: str | None = None,
+    **overrides: Any,
+) -> Any:
+    """Saves a tiny model as a snapshot directory; the model. `shard_size` such as "100KB" splits the weights."""
+    model = tiny_model(family, seed=seed, dtype=dtype, **overrides)
+    model.save_pretrained(path, **({"max_shard_size": shard_size} if shard_size else {}))
+    if tokenizer:
+        save_tiny_tokenizer(path)
+    return model
+
+
+def save_tiny_tokenizer(path: Path) -> None:
+    """A byte-level tokenizer without merges: a token a byte, and the special ones."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "tokenizer.json").write_text(_tokenizer_json())
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0], "eos_token": SPECIAL[2],
+        "pad_token": SPECIAL[0], "chat_template": CHAT_TEMPLATE, "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "generation_config.json").write_text(json.dumps({"bos_token_id": 256, "eos_token_id": [258, 256]}))
+
+
+@functools.cache
+def _tokenizer_json() -> str:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert len(alphabet) == NUM_BYTES
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return str(tokenizer.to_str())
