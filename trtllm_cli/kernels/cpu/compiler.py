@@ -30,8 +30,8 @@ FEATURE_FLAGS = {
     "avx512vl": "-mavx512vl",
 }
 _FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions",
-    "-fno-rtti", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra",
+    "-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-Wall", "-Wextra",
 )  # fmt: skip
 _LINK_FLAGS = ("-shared", "-pthread", "-static-libgcc", "-Wl,-O1", "-Wl,--build-id=none", "-Wl,-s")
 _SOURCES = Path(__file__).parent

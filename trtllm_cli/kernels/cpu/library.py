@@ -16,6 +16,7 @@ dimensions rounded up to 16.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -287,19 +288,17 @@ class Library:
 
     @classmethod
     def load(cls, image: bytes | memoryview) -> Library:
-        """Loads compiled kernels from memory. Raises EngineError when the machine cannot load them.
+        """Loads compiled kernels from memory, once. Raises EngineError when the machine cannot load them.
 
         Does not look at the CPU: ask compiler.missing_features first.
         """
-        path, descriptor = _spill(image)
-        try:
-            return cls(ctypes.CDLL(path))
-        except OSError as e:
-            raise EngineError(f"the engine's kernels cannot be loaded: {e}") from e
-        finally:
-            os.close(descriptor)
-            if not path.startswith("/proc/"):
-                os.unlink(path)
+        key = hashlib.sha256(image).digest()
+        if key not in _loaded:
+            try:
+                _loaded[key] = cls(ctypes.CDLL(_spill(image)))
+            except OSError as e:
+                raise EngineError(f"the engine's kernels cannot be loaded: {e}") from e
+        return _loaded[key]
 
     def pool(self, num_threads: int) -> Pool:
         """Threads to run steps with; the caller is one of them."""
@@ -309,8 +308,14 @@ class Library:
         return Pool(self._lib, handle, num_threads)
 
 
-def _spill(image: bytes | memoryview) -> tuple[str, int]:
-    """The image as a file that dlopen can read: its path and an open descriptor."""
+_loaded: dict[bytes, Library] = {}
+
+
+def _spill(image: bytes | memoryview) -> str:
+    """The image as a file that dlopen can read.
+
+    dlopen takes a path that it has seen before for the same library, so the descriptor stays open and keeps its number.
+    """
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("trtllm-kernels")
         path = f"/proc/self/fd/{descriptor}"
@@ -319,7 +324,7 @@ def _spill(image: bytes | memoryview) -> tuple[str, int]:
     view = memoryview(image)
     while view:
         view = view[os.write(descriptor, view) :]
-    return path, descriptor
+    return path
 
 
 class Pool:
