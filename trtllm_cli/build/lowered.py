@@ -11,8 +11,8 @@ from trtllm_cli.tensor_file import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-    # Reads a tensor of the graph (graph.weights' parts stacked) from the checkpoint.
-    ReadWeight = Callable[[str], torch.Tensor]
+# Reads a weight of the graph (its parts stacked) from the checkpoint.
+ReadWeight = Callable[[str], "torch.Tensor"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""Each pass keeps the numbers; and does what it is for."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.batches import Sequences, as_torch
+from tests.tiny_configs import VARIANTS, config, random_weights
+from trtllm_cli import functional as F
+from trtllm_cli.build.passes import PASSES, run_passes
+from trtllm_cli.build.passes.drop_dead import drop_dead
+from trtllm_cli.build.passes.fuse_add_norm import fuse_add_norm
+from trtllm_cli.build.passes.fuse_gate_up import fuse_gate_up
+from trtllm_cli.build.passes.plan_buffers import plan_buffers
+from trtllm_cli.functional import trace
+from trtllm_cli.kernels.reference import Reference
+from trtllm_cli.models import trace_model
+
+
+def outputs(graph, weights):
+    """Logits of a ragged batch in three steps: prefill, a chunk with a decode, and decodes."""
+    program = Reference(graph, weights, num_slots=256, block_size=4)
+    batch = Sequences()
+    steps = [{0: [1, 2, 3, 4, 5, 6, 7], 1: [9, 8]}, {0: [11], 1: [5, 4, 3, 2, 1, 7]}, {1: [3], 0: [4]}]
+    return [program.step(as_torch(batch.step(new, all_logits=True)))[0] for new in steps]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_pass_keeps_the_numbers(variant):
+    c = config(variant)
+    graph = trace_model(c, c.mapping.ranks[0])
+    weights = random_weights(graph)
+    expected = outputs(graph, weights)
+    assert all(e.isfinite().all() for e in expected)
+    for rewrite in PASSES:
+        graph = rewrite(graph)
+        graph.check()
+        for got, want in zip(outputs(graph, weights), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_layer_is_seven_nodes_after_all_passes(variant):
+    c = config(variant)
+    ops = Counter(n.op for n in run_passes(trace_model(c, c.mapping.ranks[0])).nodes)
+    layers = c.num_hidden_layers
+    assert ops == {
+        "embedding": 1, "rms_norm": 2, "linear": 4 * layers + 1, "rope_append": layers, "paged_attention": layers,
+        "add_rms_norm": 2 * layers - 1, "gated_act": layers, "add": 1, "gather_last": 1,
+    }  # fmt: skip
+
+
+def test_linears_that_are_read_twice_are_not_merged():
+    with trace("g") as t:
+        x = F.embedding(t.input("input_ids"), F.weight("table", (10, 8), "float32"))
+        gate, up = (F.linear(x, F.weight(f"m.{n}.weight", (8, 8), "float32")) for n in ("a", "b"))
+        graph = t.finish(F.add(F.gated_act(gate, up, "silu"), gate))
+    assert fuse_gate_up(graph) == graph
+
+
+def test_a_bias_is_no_residual():
+    with trace("g") as t:
+        x = F.embedding(t.input("input_ids"), F.weight("table", (10, 8), "float32"))
+        x = F.add(x, F.weight("bias", (8,), "float32"))
+        graph = t.finish(F.rms_norm(x, F.weight("norm", (8,), "float32"), 1e-5))
+    assert fuse_add_norm(graph) == graph
+
+
+def test_dead_nodes_and_their_weights_go():
+    with trace("g") as t:
+        x = F.embedding(t.input("input_ids"), F.weight("table", (10, 8), "float32"))
+        F.linear(x, F.weight("unused", (8, 8), "float32"))
+        graph = drop_dead(t.finish(x))
+    assert [n.op for n in graph.nodes] == ["embedding"]
+    assert graph.weights.keys() == {"table"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_buffer_is_written_while_something_in_it_is_still_to_be_read(variant):
+    c = config(variant)
+    for graph in (trace_model(c, c.mapping.ranks[0]), run_passes(trace_model(c, c.mapping.ranks[0]))):
+        plan = plan_buffers(graph)
+        holds: dict[int, str] = {}
+        for node in graph.nodes:
+            for name in node.inputs.values():
+                if name in graph.tensors:
+                    assert holds[plan.of[name]] == name, f"{node.op} reads {name}, overwritten by {holds[plan.of[name]]}"
+            operands = {plan.of[n] for n in node.inputs.values() if n in graph.tensors}
+            for name in node.outputs:
+                kind, buffer = graph.tensors[name], plan.buffers[plan.of[name]]
+                assert buffer.rows == kind.shape[0]
+                assert buffer.width >= kind.shape[-1]
+                if plan.of[name] in operands:  # in place: only sums may, over their own residual
+                    assert node.op in ("add", "add_rms_norm")
+                holds[plan.of[name]] = name
+        for name in graph.outputs:
+            assert holds[plan.of[name]] == name
+        assert len(plan.buffers) <= 8

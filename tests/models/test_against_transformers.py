@@ -1,0 +1,119 @@
+"""Every family, from a Hugging Face snapshot through convert, to logits equal to transformers'."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.batches import Sequences, as_torch
+from tests.engines import build_engine, runner_logits
+from tests.tiny_models import FAMILIES, save_tiny_model
+from trtllm_cli.checkpoint import Checkpoint
+from trtllm_cli.convert.pipeline import ConvertOptions, convert
+from trtllm_cli.kernels.reference import Reference
+from trtllm_cli.models import trace_model
+
+# What a family can be told beyond its defaults.
+SETTINGS = {
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "gelu": ("llama", {"hidden_act": "gelu"}),
+    "head_dim": ("llama", {"head_dim": 20}),
+    "one-kv-head": ("llama", {"num_key_value_heads": 1}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3-bias": ("qwen3", {"attention_bias": True}),
+}
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "longrope": {
+        "rope_type": "longrope", "short_factor": [1.1] * 4, "long_factor": [2.0] * 4, "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
+PROMPT = [257, 72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100, 33, 258, 10, 49, 50, 51, 52, 53, 54, 55]
+TOLERANCE = 1e-4  # relative
+
+
+def relative(got, want):
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def checkpoint_of(tmp_path, family, settings):
+    model = save_tiny_model(tmp_path / "snapshot", family, **settings)
+    convert(tmp_path / "snapshot", tmp_path / "ckpt", ConvertOptions())
+    return model, tmp_path / "ckpt"
+
+
+@torch.inference_mode()
+def check_reference(model, ckpt):
+    checkpoint = Checkpoint.open(ckpt)
+    rank = checkpoint.config.mapping.ranks[0]
+    with checkpoint.tensors(rank) as file:
+        weights = {
+            name: torch.frombuffer(file.read(name), dtype=getattr(torch, info.dtype)).view(info.shape)
+            for name, info in file.tensors.items()
+        }
+    program = Reference(trace_model(checkpoint.config, rank), weights, num_slots=256, block_size=4)
+    got = program.step(as_torch(Sequences().step({0: PROMPT}, all_logits=True)))[0]
+    assert relative(got.numpy(), model(torch.tensor([PROMPT])).logits[0].numpy()) < TOLERANCE
+
+
+@torch.inference_mode()
+def check_engine(model, ckpt, tmp_path):
+    """A prompt in two chunks, then tokens one at a time."""
+    engine = build_engine(ckpt, tmp_path / "engine", weight_dtype="float32")
+    chunks = [PROMPT[:9], PROMPT[9:20], *([t] for t in PROMPT[20:])]
+    got = runner_logits(engine, [{0: chunk} for chunk in chunks])
+    want = model(torch.tensor([PROMPT])).logits[0].numpy()
+    ends = np.cumsum([len(c) for c in chunks]) - 1
+    for logits, end in zip(got, ends, strict=True):
+        assert relative(logits[0], want[end]) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(tmp_path, family):
+    model, ckpt = checkpoint_of(tmp_path, family, {})
+    check_reference(model, ckpt)
+    check_engine(model, ckpt, tmp_path)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_setting(tmp_path, name):
+    family, settings = SETTINGS[name]
+    model, ckpt = checkpoint_of(tmp_path, family, settings)
+    check_reference(model, ckpt)
+    check_engine(model, ckpt, tmp_path)
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_scaling(tmp_path, name):
+    model, ckpt = checkpoint_of(tmp_path, "llama", {"rope_parameters": {"rope_theta": 10000.0, **ROPES[name]}})
+    check_reference(model, ckpt)
+    check_engine(model, ckpt, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+@torch.inference_mode()
+def test_generation_past_the_original_length_has_the_longer_angles(tmp_path, name):
+    """transformers, fed with its cache as in generation, changes angles once a sequence outgrows the original length."""
+    original = 16
+    scaling = {**ROPES[name], "original_max_position_embeddings": original}
+    limits = {"max_position_embeddings": original if name == "dynamic" else 4 * original}
+    settings = {"rope_parameters": {"rope_theta": 10000.0, **scaling}, **limits}
+    model, ckpt = checkpoint_of(tmp_path, "llama", settings)
+    engine = build_engine(ckpt, tmp_path / "engine", weight_dtype="float32", max_seq_len=2 * original)
+    assert engine.config.build_config.max_input_len == original
+    prompt, rest = PROMPT[:14], PROMPT[14:]
+    got = runner_logits(engine, [{0: prompt}, *({0: [t]} for t in rest)])
+    out = model(torch.tensor([prompt]), use_cache=True)
+    want = [out.logits[0, -1]]
+    for t in rest:
+        out = model(torch.tensor([[t]]), past_key_values=out.past_key_values, use_cache=True)
+        want.append(out.logits[0, -1])
+    for logits, w in zip(got, want, strict=True):
+        assert relative(logits[0], w.numpy()) < TOLERANCE
