@@ -136,7 +136,7 @@ def _json_item(line: str, where: str) -> PromptItem:
     prompt = data.pop(given[0])
     _check_content(given[0], prompt, where)
     task_id = data.pop("task_id", None)
-    overrides: dict[str, Any] = {ALIASES.get(name, name): value for name, value in data.items()}
+    overrides = {ALIASES.get(str(name), str(name)): value for name, value in data.items()}
     _check_names(overrides, where)
     return PromptItem(prompt, where, overrides, task_id)
 

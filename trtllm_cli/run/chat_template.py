@@ -42,7 +42,7 @@ class ChatTemplate:
         except (BudgetError, RecursionError, MemoryError) as e:
             raise self._error(f"the chat template is refused: {e}") from None
         except Exception as e:  # a template can make the compiler compute, and so fail, in any way
-            raise self._error(f"the chat template is broken: {e}") from None
+            raise self._error(f"the chat template is broken: {str(e) or type(e).__name__}") from None
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any

@@ -10,7 +10,6 @@ text. `LLM` and `AsyncLLM` may be called from any thread; requests from all of t
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
 import queue
@@ -274,6 +273,8 @@ class AsyncLLM(_Model):
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
         """Deltas as they come, as `Stream` has them. Leaving the loop early cancels the request."""
+        import asyncio  # not above: LLM does without, and it is slow to import
+
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         read = await asyncio.to_thread(self._read, prompt)  # a long prompt takes a while to tokenize
@@ -300,6 +301,8 @@ class AsyncLLM(_Model):
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        import asyncio
+
         await asyncio.to_thread(self.close)
 
 

@@ -141,7 +141,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             fixed = sum(len(data.data) for data in loop.find_all(nodes.TemplateData))
             loop.iter = _filter(loop.iter, "__each", nodes.Const(1 + fixed))
         self._fixed_text = sum(len(d.data) for m in tree.find_all(nodes.Macro) for d in m.find_all(nodes.TemplateData))
-        return _Rewriter().visit(tree)
+        return _Rewriter().visit(tree).set_environment(self)
 
     @property
     def _budget(self) -> _Budget:
@@ -266,10 +266,7 @@ class _Rewriter:
 
 
 def _filter(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Filter:
-    assert node.environment is not None
-    made = nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
-    made.set_environment(node.environment)
-    return made
+    return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
 
 
 def _check_bits(bits: int) -> None:
