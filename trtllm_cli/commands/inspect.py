@@ -150,20 +150,22 @@ def _checkpoint(path: Path, rank: int, verify: bool, *, want_graph: bool) -> tup
 
 
 def _snapshot(path: Path, kind: str, verify: bool, *, want_graph: bool) -> tuple[Inspection, Graph | None]:
-    from trtllm_cli.convert.pipeline import read_source
+    from trtllm_cli.convert.pipeline import ConvertOptions, read_config
+    from trtllm_cli.convert.reader import open_reader
     from trtllm_cli.models import trace_model
 
-    more: dict[str, Any] = {}
-    if kind == "snapshot":
-        more = _manifest(path, verify)
-    source = read_source(path)
-    traced = None
-    if want_graph:
-        config = source.model_config()
-        traced = trace_model(config, config.mapping.ranks[0])
-    files = {path.name: path.stat().st_size} if path.is_file() else _files(path)
-    next_command = f"trtllm convert {path} --output-dir ckpt"
-    return Inspection(kind, str(path), source.config, files, source.tensors, next_command, more), traced
+    more = _manifest(path, verify) if kind == "snapshot" else {}
+    reader = open_reader(path)
+    try:
+        traced = None
+        if want_graph:
+            config = read_config(reader, ConvertOptions()).config
+            traced = trace_model(config, config.mapping.ranks[0])
+        files = {path.name: path.stat().st_size} if path.is_file() else _files(path)
+        next_command = f"trtllm convert {path} --output-dir ckpt"
+        return Inspection(kind, str(path), dict(reader.config), files, dict(reader.tensors), next_command, more), traced
+    finally:
+        reader.close()
 
 
 def _manifest(path: Path, verify: bool) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from trtllm_cli.artifact import check_output, describe, human_bytes, sha256, val
 from trtllm_cli.checkpoint import SUMS, TOKENIZER, write_config, write_sums
 from trtllm_cli.convert.cast import load
 from trtllm_cli.convert.families import family_of
+from trtllm_cli.convert.families.family import Family
 from trtllm_cli.convert.families.fields import Fields
 from trtllm_cli.convert.plan import Job, Stage, make_plan
 from trtllm_cli.convert.reader import Reader, open_reader
@@ -109,7 +110,9 @@ def convert(
     check_output(output_dir, force=options.force)
     reader = open_reader(source)
     try:
-        config, stages, notes = _prepare(reader, options)
+        decided = read_config(reader, options)
+        config, notes = decided.config, decided.notes
+        stages = make_plan(reader, decided.family, config, tied=decided.tied)
         sizes = [total_bytes(stage.tensors(rank).values()) for stage in stages for rank in stage.ranks]
         _check_space(output_dir, sum(sizes))
         with writing(output_dir, force=options.force) as directory, _one_thread():
@@ -151,8 +154,18 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _prepare(reader: Reader, options: ConvertOptions) -> tuple[ModelConfig, list[Stage], list[str]]:
-    """The checkpoint's config, what to make of what, and what the user should know."""
+@dataclass(frozen=True)
+class Decided:
+    """What a source and the options say, before any tensor is looked at."""
+
+    config: ModelConfig  # the checkpoint's
+    family: Family
+    tied: bool  # the source's head is its embedding
+    notes: list[str]  # what the user should know
+
+
+def read_config(reader: Reader, options: ConvertOptions) -> Decided:
+    """The config of the checkpoint that the source would make. Raises SnapshotError, UnsupportedError, UsageError."""
     notes = []
     family = family_of(reader.config, reader.config_path)
     fields = family.config_fields(Fields(reader.config, reader.config_path))
@@ -173,7 +186,7 @@ def _prepare(reader: Reader, options: ConvertOptions) -> tuple[ModelConfig, list
     if options.qformat == "int4_wo" and quantization.group_size != options.group_size:
         notes.append(f"groups of {options.group_size} do not divide every layer: {quantization.group_size} was taken")
     config = config.model_copy(update={"quantization": quantization})
-    return config, make_plan(reader, family, config, tied=tied), notes
+    return Decided(config, family, tied, notes)
 
 
 def _with_mapping(fields: dict[str, Any]) -> ModelConfig:
