@@ -73,7 +73,8 @@ def _edges(graph: Graph, rows: list[_Row]) -> list[tuple[Node, Node, int]]:
     place = {id(row.node): i for i, row in enumerate(rows)}
     producers = graph.producers()
     all_nodes = list(graph.nodes)
-    edges, busy = [], []  # busy: (from, to, lane) of skipping edges
+    edges: list[tuple[Node, Node, int]] = []
+    busy: list[tuple[int, int, int]] = []  # (from, to, lane) of edges that skip rows
     for i, row in enumerate(rows):
         for name in dict.fromkeys(row.node.inputs.values()):
             source = producers.get(name)
