@@ -64,6 +64,7 @@ class FakeRunner:
         self.positions = np.full((num_blocks, self.tokens_per_block), EMPTY, np.int32)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        assert len({destination for _, destination in pairs}) == len(pairs), "a block is copied over twice"
         for source, destination in pairs:
             assert source != destination
             self.tokens[destination] = self.tokens[source]

@@ -299,6 +299,40 @@ def test_a_fork_preempted_before_its_copy_leaves_none_behind():
     assert log.tokens == {(i, k): expected_tokens(p, 8, VOCAB) for i, (p, _) in enumerate(requests) for k in range(3)}
 
 
+@pytest.mark.parametrize("end", ["finish", "cancel"])
+def test_a_fork_that_ends_before_its_copy_takes_the_copy_along(end):
+    executor, runner = make()
+    executor.add_request(0, prompt_of(10), SamplingParams(max_tokens=4, n=2))
+    executor.add_request(1, prompt_of(3), SamplingParams(max_tokens=4))
+    executor.step()
+    if end == "finish":
+        executor.finish(0, 1)
+    else:
+        executor.cancel(0)
+    Log(executor, runner).drain()
+    assert runner.copies == []
+
+
+def test_a_newcomer_leaves_room_for_those_that_run():
+    executor, runner = make(9, max_batch_size=2)
+    run(executor, runner, [(prompt_of(32), SamplingParams(max_tokens=4)), ([1], SamplingParams(max_tokens=2))])
+    assert executor.stats.preemptions == 0
+    assert all(inputs.num_seqs == 1 for inputs in runner.steps)
+
+
+def test_a_preempted_request_keeps_its_first_count_of_cached_tokens():
+    executor, runner = make(12, max_batch_size=2)
+    for i in range(2):
+        executor.add_request(i, prompt_of(8, i), SamplingParams(max_tokens=30))
+    log = Log(executor, runner)
+    while not executor.stats.preemptions:
+        log.step()
+    while executor.stats.num_waiting:
+        log.step()
+    assert executor.stats.prefix_hit_tokens > 0
+    assert executor.cached_tokens(1) == 0
+
+
 # Ends.
 
 
@@ -356,7 +390,7 @@ def test_finish_is_silent_and_final():
     executor.add_request(0, [1], SamplingParams(max_tokens=9))
     executor.step()
     executor.finish(0, 0, "stop", "word")
-    executor.finish(0, 0, "stop", "word")
+    executor.finish(0, 0)
     assert not executor.has_work
     assert executor.step() == []
     executor.check_integrity()

@@ -70,13 +70,12 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step; empty when there is nothing to do."""
         batch = Batch()
-        preempted = self._schedule_decodes(batch)
+        self._schedule_decodes(batch)
         budget = self.max_num_tokens - batch.num_decode
         for seq in self.running:
             if budget and seq.num_remaining > 1:
                 budget -= self._schedule_chunk(batch, seq, budget)
-        if not preempted:
-            self._schedule_waiting(batch, budget)
+        self._schedule_waiting(batch, budget)
         batch.copies, self._copies = self._copies, []
         return batch
 
@@ -124,9 +123,8 @@ class Scheduler:
         assert sorted(self._rows + [s.row for s in self.running]) == list(range(self.max_batch_size))
         self.blocks.check_integrity(self.running)
 
-    def _schedule_decodes(self, batch: Batch) -> bool:
-        """Adds the sequences with one token to compute, oldest first. True when that took a preemption."""
-        preempted = False
+    def _schedule_decodes(self, batch: Batch) -> None:
+        """Adds the sequences with one token to compute, oldest first, so that none is preempted that is added."""
         position = 0
         while position < len(self.running):
             seq = self.running[position]
@@ -134,13 +132,11 @@ class Scheduler:
             if seq.num_remaining != 1:
                 continue
             while not self.blocks.grow(seq):
-                preempted = True
                 if self._preempt_newest() is seq:
                     break
             else:
                 batch.add(seq, 1)
         batch.num_decode = len(batch.sequences)
-        return preempted
 
     def _schedule_chunk(self, batch: Batch, seq: Sequence, budget: int) -> int:
         length = min(seq.num_remaining, budget)
