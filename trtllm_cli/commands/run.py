@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -173,31 +174,31 @@ def run(
     """
     from trtllm_cli.commands.choices import choice
     from trtllm_cli.commands.prompts import parse_ids, read_prompts
-    from trtllm_cli.run.request import SamplingParams
 
     _check_sources(
         engine_dir, model, interactive, has_prompts=bool(prompts or input_text or input_file or input_token_ids)
     )
+    params = _sampling_params(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        stop_token_ids=tuple(parse_ids(stop_token_ids or "", "--stop-token-ids")),
+        include_stop_str_in_output=include_stop,
+        ignore_eos=ignore_eos,
+        n=n,
+        logprobs=logprobs,
+        skip_special_tokens=skip_special_tokens,
+    )
     options = RunOptions(
-        params=SamplingParams(
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            seed=seed,
-            stop=tuple(stop or ()),
-            stop_token_ids=tuple(parse_ids(stop_token_ids or "", "--stop-token-ids")),
-            include_stop_str_in_output=include_stop,
-            ignore_eos=ignore_eos,
-            n=n,
-            logprobs=logprobs,
-            skip_special_tokens=skip_special_tokens,
-        ),
+        params=params,
         system=system,
         chat_template=chat_template,
         streaming=streaming,
@@ -229,13 +230,16 @@ def run(
     }
     from trtllm_cli.run.llm import LLM
 
-    with LLM(engine_dir, **llm_options) as llm:
-        if interactive:
-            from trtllm_cli.commands.run_interactive import converse
+    try:
+        with LLM(engine_dir, **llm_options) as llm:
+            if interactive:
+                from trtllm_cli.commands.run_interactive import converse
 
-            converse(llm, options)
-        else:
-            generate(llm, items, options)
+                converse(llm, options)
+            else:
+                generate(llm, items, options)
+    except BrokenPipeError:  # whoever read our output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclass(frozen=True)
@@ -256,7 +260,7 @@ class RunOptions:
 def generate(llm: LLM, items: Sequence[PromptItem], options: RunOptions) -> list[RequestOutput]:
     """Generates for all prompts together, showing what comes as the options say; the whole answers."""
     from trtllm_cli.commands.prompts import as_chat, params_of
-    from trtllm_cli.commands.run_output import View, title_of
+    from trtllm_cli.commands.run_output import View, quiet_keyboard, title_of
     from trtllm_cli.run.outputs import accumulate
 
     chat = wants_chat(llm, options)
@@ -264,9 +268,12 @@ def generate(llm: LLM, items: Sequence[PromptItem], options: RunOptions) -> list
         [title_of(item) for item in items], [params_of(i, options.params).n for i in items], llm.tokenizer is None
     )
     asked = [as_chat(item, options.system) if chat else item for item in items]
-    stream = llm.stream([item.prompt for item in asked], [params_of(item, options.params) for item in asked])
+    names = [item.where if len(items) > 1 else "" for item in items]
+    each = [params_of(item, options.params) for item in items]
+    view = View([title_of(item) for item in items], [one.n for one in each], ids=llm.tokenizer is None)
+    stream = llm.stream([item.prompt for item in asked], each, names=names)
     outputs = [request.empty_output() for request in stream.requests]
-    with stream, _printer(items, outputs, view, options) as printer:
+    with stream, quiet_keyboard(), _printer(items, outputs, view, options) as printer:
         for delta in stream:
             index = stream.index(delta)
             accumulate(outputs[index], delta)
@@ -295,6 +302,17 @@ def wants_chat(llm: LLM, options: RunOptions) -> bool:
             fix="leave it out: the model goes on from plain prompts",
         )
     return has
+
+
+def _sampling_params(**values: Any) -> SamplingParams:
+    """Raises UsageError that names the flag."""
+    from trtllm_cli.run.request import SamplingParams
+
+    try:
+        return SamplingParams(**values)
+    except UsageError as e:
+        flag = "--" + str(e.where).replace("_", "-")
+        raise UsageError(e.message.replace(str(e.where), flag, 1), where=flag, fix=e.fix) from None
 
 
 @contextlib.contextmanager

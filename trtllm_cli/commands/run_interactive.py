@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from trtllm_cli.commands.run import wants_chat
-from trtllm_cli.commands.run_output import harmless
+from trtllm_cli.commands.run_output import harmless, quiet_keyboard
 from trtllm_cli.commands.run_stats import summary
 from trtllm_cli.errors import RequestError, TrtllmError
 
@@ -56,7 +56,7 @@ class Conversation:
         total = stream.requests[0].empty_output()
         out = self._options.out
         clean = out.isatty()
-        with stream, contextlib.suppress(KeyboardInterrupt):
+        with stream, quiet_keyboard(), contextlib.suppress(KeyboardInterrupt):
             for delta in stream:
                 accumulate(total, delta)
                 text = delta.outputs[0].text

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -28,6 +30,25 @@ _HARMLESS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 def harmless(text: str) -> str:
     """The text with nothing in it that a terminal obeys."""
     return text.translate(_HARMLESS)
+
+
+@contextlib.contextmanager
+def quiet_keyboard() -> Iterator[None]:
+    """While text is printed, keys that are typed do not show in the midst of it; they are still read afterwards."""
+    fd = sys.stdin.fileno() if sys.stdin.isatty() else None
+    if fd is None or os.tcgetpgrp(fd) != os.getpgrp():  # in the background the terminal is not ours to change
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(fd)
+    silent = termios.tcgetattr(fd)
+    silent[3] &= ~termios.ECHO
+    try:
+        termios.tcsetattr(fd, termios.TCSADRAIN, silent)
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from trtllm_cli.engine import Engine
-from trtllm_cli.errors import EngineError, UnsupportedError, UsageError
+from trtllm_cli.errors import EngineError, TrtllmError, UnsupportedError, UsageError
 from trtllm_cli.mapping import Rank
 from trtllm_cli.run import kv_budget
 from trtllm_cli.run.backends import load_runner
 from trtllm_cli.run.communicator import SingleRank
-from trtllm_cli.run.outputs import LiveRequest, accumulate
+from trtllm_cli.run.outputs import LiveRequest, accumulate, named_error
 from trtllm_cli.run.request import CompletionOutput, RequestOutput, RequestTimes, SamplingParams
 from trtllm_cli.run.step_loop import StepLoop
 from trtllm_cli.run.tokenizer import Message, Tokenizer
@@ -163,11 +163,13 @@ class _Model:
             )
         return self.tokenizer
 
-    def _request(self, read: tuple[str | None, list[int]], params: SamplingParams, sink: Sink) -> LiveRequest:
+    def _request(
+        self, read: tuple[str | None, list[int]], params: SamplingParams, sink: Sink, name: str = ""
+    ) -> LiveRequest:
         if params.stop:
             self._tokenizer_for("stop strings")
         times = RequestTimes(arrival=time.perf_counter())
-        return LiveRequest(next(self._ids), *read, params, self.tokenizer, sink, times)
+        return LiveRequest(next(self._ids), *read, params, self.tokenizer, sink, name, times)
 
 
 class LLM(_Model):
@@ -186,12 +188,23 @@ class LLM(_Model):
                 accumulate(outputs[stream.index(delta)], delta)
         return outputs
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Stream:
-        """Starts generating; iterate over the result for deltas as they come."""
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: Params = None, *, names: Sequence[str] | None = None
+    ) -> Stream:
+        """Starts generating; iterate over the result for deltas as they come.
+
+        `names` is what errors call the prompts; by default "prompt 0" and so on, where there are several.
+        """
         many = _as_list(prompts)
         each = _params_for(params, len(many))
+        names = names or [f"prompt {i}" if len(many) > 1 else "" for i in range(len(many))]
         news: queue.SimpleQueue[RequestOutput | Exception] = queue.SimpleQueue()
-        requests = [self._request(self._read(p), q, news.put) for p, q in zip(many, each, strict=True)]
+        requests = []
+        for prompt, name, one in zip(many, names, each, strict=True):
+            try:
+                requests.append(self._request(self._read(prompt), one, news.put, name))
+            except TrtllmError as e:
+                raise named_error(e, name) from None
         self._loop.submit(requests)
         return Stream(self._loop, requests, news)
 

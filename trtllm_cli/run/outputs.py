@@ -11,6 +11,7 @@ from trtllm_cli.run.detokenizer import StopStrings
 from trtllm_cli.run.request import CompletionOutput, Logprob, RequestOutput, RequestTimes, SamplingParams, TokenEvent
 
 if TYPE_CHECKING:
+    from trtllm_cli.errors import TrtllmError
     from trtllm_cli.run.detokenizer import Detokenizer
     from trtllm_cli.run.tokenizer import Tokenizer
 
@@ -76,6 +77,7 @@ class LiveRequest:
     params: SamplingParams
     tokenizer: Tokenizer | None
     sink: Sink
+    name: str = ""  # what errors call it
     times: RequestTimes = field(default_factory=RequestTimes)
     cached_tokens: int = 0
 
@@ -101,6 +103,11 @@ class LiveRequest:
         """What `accumulate` starts from."""
         outputs = [CompletionOutput(i) for i in range(self.params.n)]
         return RequestOutput(self.id, self.prompt, self.prompt_token_ids, outputs, times=self.times)
+
+
+def named_error(e: TrtllmError, name: str) -> TrtllmError:
+    """The error, saying which request it is of."""
+    return type(e)(f"{name}: {e.message}", where=e.where, fix=e.fix) if name else e
 
 
 def accumulate(total: RequestOutput, delta: RequestOutput) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trtllm_cli.errors import TrtllmError
+from trtllm_cli.run.outputs import named_error
 from trtllm_cli.run.request import TokenEvent
 
 if TYPE_CHECKING:
@@ -134,9 +135,8 @@ class StepLoop:
                 for added in requests[:i]:
                     executor.cancel(added.id)  # its "cancelled" events meet no live request
                     self._live.pop(added.id)
-                error = type(e)(f"prompt {i}: {e.message}", where=e.where, fix=e.fix) if len(requests) > 1 else e
                 for other in requests:
-                    _put(other, error)
+                    _put(other, named_error(e, request.name))
                 return
             self._live[request.id] = request
 
