@@ -28,8 +28,8 @@ def summary(outputs: Sequence[RequestOutput], llm: LLM) -> str:
     parts = []
     if len(outputs) > 1:
         parts.append(f"{len(outputs)} prompts")
-    parts.append(f"{prompt} prompt tokens" + (f" ({cached} cached)" if cached else ""))
-    parts.append(f"{made} output tokens")
+    parts.append(_count(prompt, "prompt token") + (f" ({cached} cached)" if cached else ""))
+    parts.append(_count(made, "output token"))
     if first:
         ttft = sum(f - t.arrival for f, t in zip(first, times, strict=True)) / len(first)
         parts.append(f"TTFT {_seconds(ttft)}")
@@ -39,8 +39,12 @@ def summary(outputs: Sequence[RequestOutput], llm: LLM) -> str:
     stats = llm.stats
     parts.append(f"KV cache {stats.blocks_peak / llm.num_blocks:.0%} of {human_bytes(llm.kv_cache_bytes)}")
     if stats.preemptions:
-        parts.append(f"{stats.preemptions} preemptions")
+        parts.append(_count(stats.preemptions, "preemption"))
     return " · ".join(parts)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _seconds(value: float) -> str:
