@@ -32,7 +32,9 @@ def save_checkpoint(path: Path, config: ModelConfig, graph: Graph, weights: dict
 
 def build_engine(checkpoint: Path, output: Path, **options: object) -> Engine:
     """An engine for short sequences."""
-    limits: dict[str, object] = {"max_seq_len": 64, "max_num_tokens": 64, "max_batch_size": 8, "tokens_per_block": 4}
+    limits: dict[str, object] = {
+        "max_seq_len": 64, "max_num_tokens": 64, "max_batch_size": 8, "tokens_per_block": 4, "kernels": "native",
+    }  # fmt: skip
     build(checkpoint, output, BuildOptions(**{**limits, **options}))  # type: ignore[arg-type]
     return Engine.open(output)
 

@@ -187,8 +187,9 @@ def test_no_compiler_falls_back_to_torch_and_says_so_when_native_is_asked_for(tm
     c, graph, weights = model("llama")
     ckpt = save_checkpoint(tmp_path / "ckpt", c, graph, weights)
     monkeypatch.setattr(compiler, "find_compiler", lambda: None)
-    engine = build_engine(ckpt, tmp_path / "engine")
+    engine = build_engine(ckpt, tmp_path / "engine", kernels="auto")
     assert engine.config.target["kernels"] == "torch"
+    assert "no C++ compiler" in engine.config.notes["kernels"]
     assert all(np.isfinite(x).all() for x in runner_logits(Engine.open(tmp_path / "engine")))
     with pytest.raises(ResourceError, match="compiler"):
         build_engine(ckpt, tmp_path / "native", kernels="native")

@@ -14,6 +14,7 @@ import torch
 
 from trtllm_cli.build.lowered import Lowered, Memory, Packing, ReadWeight
 from trtllm_cli.build.passes.plan_buffers import BufferPlan, plan_buffers
+from trtllm_cli.build.tactics import faster, time_linears
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import NUM_LOGITS, NUM_TOKENS
 from trtllm_cli.graph import Graph, Node
@@ -33,13 +34,14 @@ FLOAT_BYTES = 4  # activations are float32
 
 
 def lower(graph: Graph, config: ModelConfig, build_config: BuildConfig, *, kernels: str = "auto") -> Lowered:
-    """The plan of one rank. `kernels` is "native", "torch", or "auto": native where a C++ compiler is there.
+    """The plan of one rank. `kernels` is "native", "torch", or "auto": the faster by timing, torch without a compiler.
 
     Raises ResourceError when native is asked for and there is no compiler, UnsupportedError for a graph with an op that
     the native kernels do not have.
     """
+    notes: dict[str, Any] = {}
     if kernels == "auto":
-        kernels = "native" if compiler.find_compiler() else "torch"
+        kernels, notes = _choose(graph, build_config)
     lowering = NativeLowering(graph, build_config) if kernels == "native" else TorchLowering(graph, build_config)
     lowering.lower()
     attention = [n for n in graph.nodes if n.op in ("paged_attention", "attention")]
@@ -57,7 +59,19 @@ def lower(graph: Graph, config: ModelConfig, build_config: BuildConfig, *, kerne
         kv_blocks_full=blocks_a_sequence * build_config.max_batch_size,
     )
     plan = {"kernels": kernels, "vocab_size": config.vocab_size, "kv_layers": len(attention), **lowering.plan()}
-    return Lowered(plan, lowering.packings, memory, lowering.target())
+    return Lowered(plan, lowering.packings, memory, lowering.target(), notes)
+
+
+def _choose(graph: Graph, build_config: BuildConfig) -> tuple[str, dict[str, Any]]:
+    """ "native" or "torch", and the times that say why."""
+    if compiler.find_compiler() is None:
+        return "torch", {"kernels": "torch: no C++ compiler was found"}
+    lowering = NativeLowering(graph, build_config)
+    if lowering.unsupported():
+        return "torch", {"kernels": f"torch: there is no native {lowering.unsupported()}"}
+    image = compiler.compile_library(compiler.host_features())
+    times = time_linears(graph, build_config, image, lowering.format_of)
+    return faster(times), {"kernels": "the faster in linears_ms", "linears_ms": times}
 
 
 @dataclass
@@ -116,14 +130,21 @@ class NativeLowering(_Lowering):
         self.features = features
         blob = torch.frombuffer(bytearray(image), dtype=torch.uint8)
         self.add(KERNELS, TensorInfo("uint8", (len(image),)), lambda _: blob)
+        if op := self.unsupported():
+            raise UnsupportedError(
+                f"the native kernels have no {op}", fix="build with --kernels torch, which runs any graph"
+            )
         for node in self.graph.nodes:
-            method = getattr(self, f"_{node.op}", None)
-            if method is None:
-                raise UnsupportedError(
-                    f"the native kernels have no `{node.op}` in this place of the graph",
-                    fix="build with --kernels torch, which runs any graph",
-                )
-            method(node)
+            getattr(self, f"_{node.op}")(node)
+
+    def unsupported(self) -> str:
+        """The first node that the native kernels cannot compute, in words; empty when they have all."""
+        for node in self.graph.nodes:
+            if not hasattr(self, f"_{node.op}"):
+                return f"`{node.op}` in this place of the graph"
+            if node.op == "gated_act" and "x" not in node.inputs:
+                return "`gated_act` of two tensors that could not be merged into one linear"
+        return ""
 
     def plan(self) -> dict[str, Any]:
         """The native part of the plan."""
@@ -258,11 +279,6 @@ class NativeLowering(_Lowering):
         )
 
     def _gated_act(self, node: Node) -> None:
-        if "x" not in node.inputs:
-            raise UnsupportedError(
-                "the native kernels need gate and up side by side, and these could not be merged",
-                fix="make both from the same input with linears stored the same way, or build with --kernels torch",
-            )
         self._step(
             "gated_act",
             x=self._buffer(node.inputs["x"]),

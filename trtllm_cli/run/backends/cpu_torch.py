@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trtllm_cli.graph import Graph, Node
 from trtllm_cli.kernels import reference
-from trtllm_cli.kernels.quantization import dequantize_int4, unpack_nibbles
+from trtllm_cli.kernels.torch_linear import TorchLinear
 
 if TYPE_CHECKING:
     from trtllm_cli.engine import Engine
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from trtllm_cli.run.communicator import Communicator
     from trtllm_cli.run.model_inputs import ModelInputs
     from trtllm_cli.tensor_file import TensorFile
-
-INT4_GROUPS = (32, 64, 128, 256)  # that torch's int4 kernel takes; another group is dequantized on loading
 
 
 class TorchRunner:
@@ -93,7 +91,7 @@ class _Program(reference.Reference):
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.tables: dict[str, Tensor] = {}
         self.weights = {}
-        self.linears = {name: _Linear(graph, file, name, fmt) for name, fmt in formats.items()}
+        self.linears = {name: _linear(graph, file, name, fmt) for name, fmt in formats.items()}
         for node in graph.nodes:
             for name in node.inputs.values():
                 stored = f"{name}.rows" if node.op == "embedding" else name
@@ -109,44 +107,15 @@ class _Program(reference.Reference):
         return [y + values[node.inputs["bias"]] if "bias" in node.inputs else y]
 
 
-class _Linear:
-    """A weight as torch's kernels want it."""
-
-    def __init__(self, graph: Graph, file: TensorFile, name: str, fmt: str) -> None:
-        self.fmt = fmt
-        self.weight = _tensor(file, f"{name}.{fmt}")
-        if fmt == "int8":
-            self.scale = _tensor(file, f"{name}.scale.int8").bfloat16()
-        elif fmt == "int4":
-            scale, zero = (_tensor(file, f"{name}.{role}.int4") for role in ("scale", "zero"))
-            node = next(n for n in graph.nodes if n.inputs.get("weight") == name and n.op == "linear")
-            columns = graph.type_of(node.inputs["x"]).shape[-1]
-            assert isinstance(columns, int)
-            self._pack_int4(scale, zero, columns)
-
-    def _pack_int4(self, scale: Tensor, zero: Tensor, columns: int) -> None:
-        """torch takes `(q - 8) * scale + zero` with both in bfloat16, groups side by side."""
-        self.group_size = columns // scale.shape[1] if columns % scale.shape[1] == 0 else 0
-        if self.group_size not in INT4_GROUPS or self.weight.shape[0] % 16:
-            self.fmt = "float32"
-            self.weight = dequantize_int4(self.weight, scale, zero, self.group_size or None, columns)
-            return
-        nibbles = unpack_nibbles(self.weight, columns).int()
-        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
-        minimum = (8.0 - zero) * scale
-        self.scales = torch.stack([scale, minimum], dim=-1).transpose(0, 1).contiguous().bfloat16()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """float32 x [rows, in] to float32 [rows, out]."""
-        match self.fmt:
-            case "int8":
-                return torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale).float()
-            case "int4":
-                return torch.ops.aten._weight_int4pack_mm_for_cpu(
-                    x.bfloat16(), self.weight, self.group_size, self.scales
-                ).float()
-            case _:
-                return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight).float()
+def _linear(graph: Graph, file: TensorFile, name: str, fmt: str) -> TorchLinear:
+    """A linear's weight from the engine."""
+    node = next(n for n in graph.nodes if n.op == "linear" and n.inputs["weight"] == name)
+    in_features = graph.type_of(node.inputs["x"]).shape[-1]
+    assert isinstance(in_features, int)
+    stored = [f"{name}.{fmt}", f"{name}.scale.{fmt}", f"{name}.zero.{fmt}"]
+    weight, scale, zero = (_tensor(file, key) if key in file.tensors else None for key in stored)
+    assert weight is not None
+    return TorchLinear(fmt, weight, in_features, scale, zero)
 
 
 class _TorchCollectives:

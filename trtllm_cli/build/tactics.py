@@ -1,0 +1,129 @@
+"""Choosing how linears are computed by timing: our compiled kernels against torch's, on the model's own shapes."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trtllm_cli.graph import Graph, Node
+from trtllm_cli.kernels.cpu import library, pack
+from trtllm_cli.kernels.quantization import quantize_int4, quantize_int8
+from trtllm_cli.kernels.torch_linear import TorchLinear
+
+if TYPE_CHECKING:
+    from trtllm_cli.engine import BuildConfig
+
+ROWS = (1, 32)  # a decode step of one request, and a prefill chunk
+MAX_OUT = 1024  # outputs that are timed of a wide layer; the time is scaled up
+REPEATS = 5
+PATIENCE = 0.05  # seconds: what takes longer is not repeated
+
+
+def time_linears(
+    graph: Graph, build_config: BuildConfig, image: bytes, format_of: Callable[[Node], str]
+) -> dict[str, dict[str, float]]:
+    """{"native": {"1": ms, "32": ms}, "torch": ...}: all linears of one step, by how many rows it has.
+
+    Each distinct shape is timed with random weights, on as many threads as torch has. Ours go first: torch's threads
+    spin for a while after each call, and would take the processors from them.
+    """
+    shapes: Counter[tuple[str, int, int]] = Counter()
+    for node in graph.nodes:
+        if node.op == "linear":
+            width, depth = graph.type_of(node.output).shape[-1], graph.type_of(node.inputs["x"]).shape[-1]
+            assert isinstance(width, int)
+            assert isinstance(depth, int)
+            shapes[format_of(node), width, depth] += 1
+    generator = np.random.default_rng(0)
+    weights = {
+        (fmt, out, depth): torch.from_numpy(generator.standard_normal((min(out, MAX_OUT), depth), dtype=np.float32))
+        for fmt, out, depth in shapes
+    }
+    group_size = build_config.group_size
+    with library.Library.load(image).pool(torch.get_num_threads()) as pool, torch.inference_mode():
+        ways: dict[str, Callable[[torch.Tensor, str], Callable[[torch.Tensor], Any]]] = {
+            "native": lambda weight, fmt: _native(pool, weight, fmt, group_size),
+            "torch": lambda weight, fmt: _torch(weight, fmt, group_size),
+        }
+        return {kind: _time(make, shapes, weights) for kind, make in ways.items()}
+
+
+def _time(
+    make: Callable[[torch.Tensor, str], Callable[[torch.Tensor], Any]],
+    shapes: Counter[tuple[str, int, int]],
+    weights: dict[tuple[str, int, int], torch.Tensor],
+) -> dict[str, float]:
+    """Milliseconds of all linears, by the number of rows."""
+    totals = dict.fromkeys(map(str, ROWS), 0.0)
+    for shape, count in shapes.items():
+        fmt, out_features, in_features = shape
+        run = make(weights[shape], fmt)
+        for rows in ROWS:
+            x = torch.ones(rows, in_features)
+            totals[str(rows)] += _seconds(functools.partial(run, x)) * 1e3 * count * out_features / len(weights[shape])
+    return {rows: round(ms, 3) for rows, ms in totals.items()}
+
+
+def faster(times: dict[str, dict[str, float]]) -> str:
+    """ "native" or "torch": the one whose decode and prefill, weighed alike, take less."""
+    ratios = [times["native"][str(rows)] / times["torch"][str(rows)] for rows in ROWS]
+    return "native" if statistics.geometric_mean(ratios) <= 1 else "torch"
+
+
+def _native(
+    pool: library.Pool, weight: torch.Tensor, fmt: str, group_size: int | None
+) -> Callable[[torch.Tensor], None]:
+    out_features, in_features = weight.shape
+    packed = pack.pack_linear(weight, fmt, group_size)  # type: ignore[arg-type]
+    out = torch.empty(max(ROWS), out_features)
+
+    def run(x: torch.Tensor) -> None:
+        step = library.linear_step(
+            x.data_ptr(),
+            out.data_ptr(),
+            packed["weight"].data_ptr(),
+            fmt=fmt,  # type: ignore[arg-type]
+            in_features=in_features,
+            out_features=out_features,
+            scale=packed["scale"].data_ptr() if "scale" in packed else None,
+            group_size=group_size if fmt == "int4" else None,
+        )
+        pool.run(library.plan([step]), _batch(len(x)))
+
+    return run
+
+
+def _torch(weight: torch.Tensor, fmt: str, group_size: int | None) -> Callable[[torch.Tensor], Any]:
+    parts: tuple[torch.Tensor, ...] = (weight,)
+    if fmt == "bfloat16":
+        parts = (weight.bfloat16(),)
+    elif fmt == "int8":
+        parts = quantize_int8(weight)
+    elif fmt == "int4":
+        assert group_size is not None
+        parts = quantize_int4(weight, group_size)
+    return TorchLinear(fmt, parts[0], weight.shape[1], *parts[1:])
+
+
+def _batch(rows: int) -> library.TlBatch:
+    """A batch of `rows` tokens; a linear reads nothing else of it."""
+    return library.TlBatch(num_tokens=rows, num_seqs=1, num_logits=rows, max_blocks=1)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """The least time of some runs: what the machine's other work did not disturb."""
+    best = float("inf")
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - started)
+        if best > PATIENCE:
+            break
+    return best
