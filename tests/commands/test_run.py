@@ -217,6 +217,7 @@ def test_a_line_that_the_engine_cannot_serve_is_named(engine, tmp_path, capsys):
     [
         (["x", "--model", "m"], 2, "both given"),
         (["x", "--interactive"], 2, "takes no prompts"),
+        (["x", "--weight-dtype", "int8"], 2, "chosen when an engine is built"),
         (["--input-file", "missing.txt"], 2, "cannot read missing.txt"),
         (["--input-file", "prompts.csv"], 2, "neither a .txt"),
         (["x", "--top-p", "0"], 2, "--top-p is 0.0"),

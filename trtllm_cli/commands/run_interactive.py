@@ -64,9 +64,12 @@ class Conversation:
                 out.flush()
         said = total.outputs[0]
         out.write("\n" if not said.text.endswith("\n") else "")
-        if said.finish_reason == "length":
-            self._options.err.write("(cut: --max-tokens, or the engine's max_seq_len, is reached)\n")
         out.flush()
+        if said.finish_reason == "length":
+            limit = self._llm.build_config.max_seq_len
+            full = len(ids) + len(said.token_ids) >= limit
+            why = f"the engine's max_seq_len of {limit} is reached" if full else f"--max-tokens {len(said.token_ids)}"
+            self._options.err.write(f"(cut: {why})\n")
         self._keep(line, said.text)
         return summary([total], self._llm)
 
