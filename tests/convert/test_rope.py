@@ -36,9 +36,12 @@ SCALINGS = {
     "longrope-by-ratio": LONGROPE,
     "longrope-attention-factor": {**LONGROPE, "attention_factor": 1.2},
     "llama3": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": ORIGINAL,
-    },  # fmt: skip
+    },
 }
 
 

@@ -15,15 +15,13 @@ def convert(
     source: Annotated[
         Path | None, typer.Argument(help="A Hugging Face snapshot directory, or a .gguf file.", show_default=False)
     ] = None,
-    output_dir: Annotated[
-        Path, typer.Option("--output-dir", "-o", help="Where the checkpoint goes.")
-    ] = Path("tllm_checkpoint"),
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the checkpoint goes.")] = Path(
+        "tllm_checkpoint"
+    ),
     model_dir: Annotated[
         Path | None, typer.Option("--model-dir", help="The same as SOURCE.", show_default=False)
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto (the source's own), float32, float16 or bfloat16.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the source's own), float32, float16 or bfloat16.")] = "auto",
     tp_size: Annotated[int, typer.Option(help="Tensor-parallel ranks: each layer is split over them.")] = 1,
     pp_size: Annotated[int, typer.Option(help="Pipeline stages: the layers are divided among them.")] = 1,
     qformat: Annotated[

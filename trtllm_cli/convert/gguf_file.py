@@ -191,6 +191,7 @@ def _dequantize(raw: bytearray, rows: int, kind: int) -> np.ndarray[Any, Any]:
     if quantization == GGMLQuantizationType.F32:
         return np.frombuffer(raw, dtype=np.float32)
     try:
-        return dequantize(np.frombuffer(raw, dtype=np.uint8).reshape(rows, -1), quantization)
+        with np.errstate(all="ignore"):  # what comes of damaged bytes is checked later, by whoever uses it
+            return dequantize(np.frombuffer(raw, dtype=np.uint8).reshape(rows, -1), quantization)
     except NotImplementedError:
         raise UnsupportedError(f"GGUF's {quantization.name} cannot be dequantized") from None

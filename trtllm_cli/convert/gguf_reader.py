@@ -144,9 +144,7 @@ class GgufReader:
     def _integer(self, key: str, default: int | None = None) -> int:
         value: int = self._get(key, int, "an integer", default)
         if value < 1:
-            raise SnapshotError(
-                f"the metadata field `{self.architecture}.{key}` is {value}", where=str(self.path)
-            )
+            raise SnapshotError(f"the metadata field `{self.architecture}.{key}` is {value}", where=str(self.path))
         return value
 
     def _number(self, key: str, default: float | None = None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -147,8 +148,9 @@ class _BinFile:
 
         self._tensors: dict[str, torch.Tensor] = {}
         try:
-            # The format before torch 1.6 is no zip archive, and cannot be mapped.
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            with warnings.catch_warnings(action="ignore"):  # what is wrong is raised, below
+                # The format before torch 1.6 is no zip archive, and cannot be mapped.
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
         except FileNotFoundError:
             raise SnapshotError(f"{path.name} is missing", where=str(path)) from None
         except pickle.UnpicklingError as e:

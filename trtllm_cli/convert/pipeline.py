@@ -143,7 +143,7 @@ def convert(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch on one thread. The work is moving bytes; threads that wait for each other only slow it on a busy machine."""
+    """Torch on one thread. The work is moving bytes; two threads only wait for each other."""
     import torch
 
     threads = torch.get_num_threads()

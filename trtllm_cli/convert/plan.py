@@ -73,9 +73,7 @@ def _sources(family: Family, name: str, *, tied: bool) -> tuple[str, ...]:
     return family.sources(_LAYER.sub("{i}", name), int(layer[0]) if layer else None)
 
 
-def _stage(
-    config: ModelConfig, pp_rank: int, whole: dict[str, Weight], sources: dict[str, tuple[str, ...]]
-) -> Stage:
+def _stage(config: ModelConfig, pp_rank: int, whole: dict[str, Weight], sources: dict[str, tuple[str, ...]]) -> Stage:
     ranks = tuple(rank for rank in config.mapping.ranks if rank.pp_rank == pp_rank)
     first = ranks[0].layers(config.num_hidden_layers).start
     parts: dict[str, dict[Rank, dict[str, Weight]]] = {}
@@ -87,9 +85,7 @@ def _stage(
     return Stage(ranks, tuple(Job(name, sources[name], whole[name].shape, parts[name]) for name in parts))
 
 
-def _check_sources(
-    reader: Reader, names: Sequence[str], weight: Weight, ours: str, config: ModelConfig
-) -> None:
+def _check_sources(reader: Reader, names: Sequence[str], weight: Weight, ours: str, config: ModelConfig) -> None:
     rows = [weight.shape[0]]
     if len(names) == 3:  # q, k, v
         kv = config.num_key_value_heads * config.head_size

@@ -36,9 +36,7 @@ class Fields:
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
         """An integer or float, as a float."""
-        value = self._take(
-            name, default, "a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)
-        )
+        value = self._take(name, default, "a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool))
         return value if value is default else float(value)
 
     def flag(self, name: str, default: Any = _REQUIRED) -> Any:
