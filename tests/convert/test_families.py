@@ -98,6 +98,8 @@ def test_refuses_by_name(field, value):
         ("hidden_size", "64", "an integer"),
         ("hidden_size", True, "an integer"),
         ("hidden_size", 0, "at least 1"),
+        ("num_hidden_layers", 10**9, "up to 10000"),
+        ("rms_norm_eps", float("nan"), "a number"),
         ("hidden_size", 65, "multiple of num_attention_heads"),
         ("rms_norm_eps", [1], "a number"),
         ("attention_bias", 1, "true or false"),

@@ -174,6 +174,16 @@ def test_unknown_architecture(tmp_path):
         GgufReader(tmp_path / "m.gguf")
 
 
+def test_a_directory_with_one(tmp_path):
+    model = tiny_model("llama", num_hidden_layers=1)
+    (tmp_path / "d").mkdir()
+    write_model(tmp_path / "d" / "m.gguf", model)
+    converted(tmp_path / "d", tmp_path)
+    write_model(tmp_path / "d" / "n.gguf", model)
+    with pytest.raises(SnapshotError, match="gguf"):
+        convert(tmp_path / "d", tmp_path / "other")
+
+
 # Damaged files.
 
 

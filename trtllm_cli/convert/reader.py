@@ -34,10 +34,12 @@ class Reader(Protocol):
 
 
 def open_reader(source: Path) -> Reader:
-    """The reader for a snapshot directory or a .gguf file. Raises ArtifactError when `source` is neither."""
+    """The reader for a snapshot directory, a .gguf file, or a directory with just one. Raises SnapshotError for else."""
     from trtllm_cli.artifact import detect
     from trtllm_cli.errors import ArtifactError, SnapshotError
 
+    if source.is_dir() and not (source / "config.json").is_file() and len(ggufs := list(source.glob("*.gguf"))) == 1:
+        source = ggufs[0]
     try:
         kind = detect(source)
     except ArtifactError as e:

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_cli.artifact import read_json
-from trtllm_cli.convert.tokenizer_build import CONTROL, NORMAL, Vocabulary, sentencepiece_bpe, write_tokenizer
+from trtllm_cli.convert.tokenizer_build import (
+    CONTROL,
+    NORMAL,
+    USER_DEFINED,
+    Vocabulary,
+    sentencepiece_bpe,
+    write_tokenizer,
+)
 from trtllm_cli.errors import SnapshotError, UnsupportedError
 
 _BPE = 2  # TrainerSpec.ModelType
@@ -51,13 +58,10 @@ def convert_sentencepiece(model: Path, config: Path, directory: Path) -> None:
 def _add_later_tokens(tokens: list[str], types: list[int], settings: dict[str, Any]) -> None:
     """Tokens that tokenizer_config.json adds behind the model's own."""
     later = settings.get("added_tokens_decoder")
-    if not isinstance(later, dict):
-        return
-    for key in sorted(later, key=int):
-        entry = later[key]
-        if int(key) == len(tokens) and isinstance(entry, dict) and isinstance(entry.get("content"), str):
-            tokens.append(entry["content"])
-            types.append(CONTROL if entry.get("special") else 4)
+    ids = {int(key): entry for key, entry in later.items() if key.isdecimal()} if isinstance(later, dict) else {}
+    while isinstance(entry := ids.get(len(tokens)), dict) and isinstance(entry.get("content"), str):
+        tokens.append(entry["content"])
+        types.append(CONTROL if entry.get("special") else USER_DEFINED)
 
 
 def read_model(path: Path) -> SentencePieceModel:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trtllm_cli.convert.families.fields import Fields
 from trtllm_cli.convert.families.rope import read_rope
+from trtllm_cli.errors import UnsupportedError
 
 # Our name -> Hugging Face's names, stacked on dim 0 in this order; {i} is the layer. Biases are looked for only where
 # the model has them.
@@ -85,6 +86,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "qk_layernorm": (None, False),
 }
 
+MAX_LAYERS = 10_000
+
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -109,6 +112,12 @@ class Family:
 
     def config_fields(self, fields: Fields) -> dict[str, Any]:
         """ModelConfig's fields; anything in the file that cannot be honoured is an UnsupportedError."""
+        if fields.has("quantization_config"):
+            raise UnsupportedError(
+                "the snapshot is quantized already (it has a `quantization_config`)",
+                where=f"{fields.path}: quantization_config",
+                fix="convert the unquantized model; --qformat quantizes it",
+            )
         out = {"architecture": self.architecture, **self.read(fields)}
         fields.refuse_unread(WITHOUT_EFFECT, NEUTRAL)
         return out
@@ -132,7 +141,7 @@ def read_decoder(fields: Fields, *, num_kv_heads: int | None, max_positions: int
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
-        "num_hidden_layers": fields.integer("num_hidden_layers"),
+        "num_hidden_layers": fields.integer("num_hidden_layers", maximum=MAX_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": fields.integer("num_key_value_heads", heads if num_kv_heads is None else num_kv_heads),
         "head_size": head_dim,

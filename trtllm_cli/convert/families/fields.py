@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,18 @@ class Fields:
         self._read.add(name)
         return self.data.get(name)
 
-    def integer(self, name: str, default: Any = _REQUIRED, *, minimum: int = 1) -> Any:
-        """An integer of at least `minimum`; null and missing give the default."""
+    def integer(self, name: str, default: Any = _REQUIRED, *, minimum: int = 1, maximum: int = 1 << 40) -> Any:
+        """An integer from `minimum` to `maximum`; null and missing give the default."""
         value = self._take(name, default, "an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
         if value is not default and value < minimum:
             raise self.wrong(name, f"an integer of at least {minimum}")
+        if value is not default and value > maximum:
+            raise self.wrong(name, f"an integer up to {maximum}")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
         """An integer or float, as a float."""
-        value = self._take(name, default, "a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool))
+        value = self._take(name, default, "a number", _is_number)
         return value if value is default else float(value)
 
     def flag(self, name: str, default: Any = _REQUIRED) -> Any:
@@ -51,7 +54,7 @@ class Fields:
         """A list of numbers."""
 
         def check(v: Any) -> bool:
-            return isinstance(v, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in v)
+            return isinstance(v, list) and all(map(_is_number, v))
 
         return [float(x) for x in self._take(name, _REQUIRED, "a list of numbers", check)]
 
@@ -116,3 +119,8 @@ class Fields:
         if not check(value):
             raise self.wrong(name, expected)
         return value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number; Python's JSON also reads NaN and Infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
