@@ -34,7 +34,7 @@ class Reader(Protocol):
 
 
 def open_reader(source: Path) -> Reader:
-    """The reader for a snapshot directory, a .gguf file, or a directory with just one. Raises SnapshotError for else."""
+    """The reader for a snapshot directory, a .gguf file or a directory with just one. Raises SnapshotError."""
     from trtllm_cli.artifact import detect
     from trtllm_cli.errors import ArtifactError, SnapshotError
 
