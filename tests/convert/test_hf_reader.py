@@ -81,17 +81,19 @@ def test_symbolic_links_as_in_the_hubs_cache(original, snapshot, tmp_path):
 
 
 class Boom:
+    def __init__(self, marker):
+        self.marker = marker
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/trtllm-was-here",)
+        return os.system, (f"touch {self.marker}",)
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(snapshot, tmp_path):
-    marker = Path("/tmp/trtllm-was-here")
-    marker.unlink(missing_ok=True)
+    marker = tmp_path / "marker"
     (snapshot / "model.safetensors").unlink()
-    for blob in (pickle.dumps(Boom()), None):
+    for blob in (pickle.dumps(Boom(marker)), None):
         if blob is None:
-            torch.save({"model.norm.weight": Boom()}, snapshot / "pytorch_model.bin")
+            torch.save({"model.norm.weight": Boom(marker)}, snapshot / "pytorch_model.bin")
         else:
             (snapshot / "pytorch_model.bin").write_bytes(blob)
         with pytest.raises(SnapshotError, match=r"pytorch_model\.bin"):
