@@ -12,12 +12,13 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from trtllm_cli.errors import ArtifactError, OutputExistsError, ResourceError
+from trtllm_cli.errors import ArtifactError, OutputExistsError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -57,13 +58,14 @@ def read_json(path: Path, error: type[ArtifactError]) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise error(f"{path.name} is missing", where=str(path)) from None
+        raise error(f"{path.name} is missing", where=str(path), fix=error.remake) from None
     except (ValueError, RecursionError) as e:
-        raise error(f"{path.name} is not valid JSON: {e}", where=str(path), fix="fetch or make it again") from None
+        raise error(f"{path.name} is not valid JSON: {e}", where=str(path), fix=error.remake) from None
     except OSError as e:
-        raise error(f"{path.name} cannot be read: {e.strerror}", where=str(path)) from None
+        raise error(f"{path.name} cannot be read: {e.strerror}", where=str(path), fix=error.remake) from None
     if not isinstance(data, dict):
-        raise error(f"{path.name} holds a JSON {type(data).__name__}, not an object", where=str(path))
+        found = type(data).__name__
+        raise error(f"{path.name} holds a JSON {found}, not an object", where=str(path), fix=error.remake)
     return data
 
 
@@ -79,15 +81,17 @@ def validate(model: type[ModelT], data: Any, path: Path, error: type[ArtifactErr
     try:
         return model.model_validate(data)
     except ValidationError as e:
-        raise error(f"{path.name} is not as expected: {describe(e)}", where=str(path)) from None
+        raise error(f"{path.name} is not as expected: {describe(e)}", where=str(path), fix=error.remake) from None
 
 
 def describe(e: ValidationError) -> str:
     """One line for a pydantic error: each field, what is wrong with it, and what was found."""
     parts = []
     for item in e.errors():
-        field = ".".join(str(p) for p in item["loc"]) or "the whole"
-        if item["type"] == "missing":
+        field = ".".join(str(p) for p in item["loc"])
+        if item["type"] == "value_error":  # our own words, on fields that do not go together
+            parts.append(item["msg"].removeprefix("Value error, "))
+        elif item["type"] == "missing":
             parts.append(f"field `{field}` is missing")
         elif item["type"] == "extra_forbidden":
             parts.append(f"field `{field}` is unknown")
@@ -113,6 +117,8 @@ def os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
+        if e.errno in (errno.EACCES, errno.EPERM) and not _is_beside(e.filename, path):
+            raise ResourceError(f"cannot read {e.filename}: {e.strerror}", fix="mend the permissions") from e
         if e.errno == errno.ENOSPC:
             raise ResourceError(
                 f"the disk is full: {path}", fix="free some room, or choose another --output-dir"
@@ -121,41 +127,92 @@ def os_errors(path: Path) -> Iterator[None]:
             raise ResourceError(
                 f"cannot write {path}: {e.strerror}", fix="choose another --output-dir, or mend the permissions"
             ) from e
-        if e.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EDQUOT, errno.EFBIG):
+        if e.errno in _CANNOT_BE or (e.errno == errno.ENOENT and _is_beside(e.filename, path)):
             raise ResourceError(f"cannot write {path}: {e.strerror}", fix="choose another --output-dir") from e
         raise
 
 
-def check_output(output_dir: Path, *, force: bool) -> None:
+_CANNOT_BE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EDQUOT, errno.EFBIG)
+
+
+def _is_beside(name: Any, path: Path) -> bool:
+    """Whether the file that an OSError names is in `path`, beside it or above it; it is when none is named."""
+    if not isinstance(name, str | bytes):
+        return True
+    named, path = Path(os.path.abspath(os.fsdecode(name))), Path(os.path.abspath(path))
+    return named.is_relative_to(path.parent) or path.is_relative_to(named)
+
+
+def check_output(output_dir: Path, *, force: bool, source: Path | None = None) -> None:
     """Raises OutputExistsError if `output_dir` is there, unless it is an empty directory or `force` is given.
 
-    With `force`, only something that a stage wrote (or an empty directory) is ever replaced.
+    With `force`, only something that a stage wrote (or an empty directory) is ever replaced. Raises UsageError if
+    `output_dir` is the stage's `source`, in it or around it.
     """
-    if not output_dir.exists():
-        return
-    if output_dir.is_dir() and not any(output_dir.iterdir()):
+    if source is not None:
+        _check_apart(source, output_dir)
+    with os_errors(output_dir):
+        if not output_dir.exists():
+            return
+        names = sorted(entry.name for entry in output_dir.iterdir()) if output_dir.is_dir() else [output_dir.name]
+    if not names:
         return
     if not force:
         raise OutputExistsError(
             f"{output_dir} exists already", where="--output-dir", fix="pass --force to replace it, or choose another"
         )
-    if not output_dir.is_dir() or not (output_dir / "config.json").is_file():
+    if not _is_ours(output_dir, names):
+        strays = [name for name in names if not _OURS.fullmatch(name)]
+        holds = f" (it holds {strays[0]})" if strays and output_dir.is_dir() else ""
         raise OutputExistsError(
-            f"{output_dir} is not something that trtllm wrote, so --force will not replace it",
+            f"{output_dir} is not something that trtllm wrote, so --force will not replace it{holds}",
             where="--output-dir",
             fix="choose another directory, or remove it yourself",
         )
 
 
+# What a checkpoint or an engine consists of.
+_OURS = re.compile(r"config\.json|SHA256SUMS|tokenizer|rank\d+\.(safetensors|engine)")
+
+
+def _is_ours(directory: Path, names: list[str]) -> bool:
+    """Whether a stage wrote the directory: nothing else is in it, and it is no config.json of something else."""
+    if not directory.is_dir() or "config.json" not in names or not all(_OURS.fullmatch(name) for name in names):
+        return False
+    if any(name.startswith("rank") for name in names):
+        return True
+    try:
+        config = read_json(directory / "config.json", ArtifactError)
+    except ArtifactError:
+        return False
+    return "architecture" in config or "pretrained_config" in config
+
+
+def _check_apart(source: Path, output_dir: Path) -> None:
+    """Raises UsageError unless neither path is the other or in it."""
+    a, b = Path(os.path.realpath(source)), Path(os.path.realpath(output_dir))
+    if a == b:
+        how = "is the input itself"
+    elif b.is_relative_to(a):
+        how = f"is inside the input {source}"
+    elif a.is_relative_to(b) and output_dir.exists():
+        how = f"holds the input {source}, which replacing it would delete"
+    else:
+        return
+    raise UsageError(
+        f"the output {output_dir} {how}", where="--output-dir", fix="choose another directory, beside the input"
+    )
+
+
 @contextlib.contextmanager
-def writing(output_dir: Path, *, force: bool = False) -> Iterator[Path]:
+def writing(output_dir: Path, *, force: bool = False, source: Path | None = None) -> Iterator[Path]:
     """Yields a fresh directory to write into, which becomes `output_dir` when the block ends without an error.
 
     On an error it is removed. A partial directory that a killed run left is removed first; one that a live process
-    holds raises ResourceError.
+    holds raises ResourceError. `source` is what the stage reads, and is kept apart from the output.
     """
-    output_dir = Path(os.path.abspath(output_dir))
-    check_output(output_dir, force=force)
+    check_output(output_dir, force=force, source=source)
+    output_dir = Path(os.path.realpath(output_dir))  # a link stays, and what it points to is replaced
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     with os_errors(output_dir):
         output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +225,12 @@ def writing(output_dir: Path, *, force: bool = False) -> Iterator[Path]:
             raise ResourceError(
                 f"another process is writing {output_dir}", fix="wait for it, or choose another --output-dir"
             ) from None
+        if not partial.exists() or not os.path.samestat(os.fstat(lock), partial.stat()):
+            raise ResourceError(
+                f"another process was writing {output_dir} a moment ago", fix="run the same command again"
+            )
         try:
+            check_output(output_dir, force=force)  # again: now nobody else writes it
             with os_errors(output_dir):
                 _empty(partial)
                 yield partial
@@ -190,14 +252,12 @@ def _empty(directory: Path) -> None:
 
 def _replace(partial: Path, output_dir: Path) -> None:
     """Renames `partial` to `output_dir`, moving what is there out of the way first."""
+    old = output_dir.with_name(f".{output_dir.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed just here
     if output_dir.exists():
-        old = output_dir.with_name(f".{output_dir.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         output_dir.rename(old)
-        partial.rename(output_dir)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.rename(output_dir)
+    partial.rename(output_dir)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def human_bytes(n: float) -> str:

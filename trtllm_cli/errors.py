@@ -51,18 +51,25 @@ class ArtifactError(TrtllmError):
     """An artifact on disk is missing, damaged, or of another kind than the stage reads."""
 
     exit_code = 3
+    remake: ClassVar[str] = "fetch or make it again"  # the fix for a damaged one
 
 
 class SnapshotError(ArtifactError):
     """A Hugging Face directory or GGUF file cannot be read as one."""
 
+    remake = "fetch it again: trtllm download REPO_ID --verify"
+
 
 class CheckpointError(ArtifactError):
     """A checkpoint directory cannot be read as one."""
 
+    remake = "make it again: trtllm convert SNAPSHOT --output-dir CKPT"
+
 
 class EngineError(ArtifactError):
     """An engine directory cannot be read, or was built for something else."""
+
+    remake = "copy the engine again, or rebuild it: trtllm build --checkpoint-dir CKPT --output-dir ENGINE"
 
 
 class OutputExistsError(ArtifactError):
