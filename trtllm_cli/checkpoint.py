@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from trtllm_cli.artifact import read_json, validate, write_json
+from trtllm_cli.artifact import read_json, sha256, validate, write_json
 from trtllm_cli.errors import CheckpointError
 from trtllm_cli.mapping import Rank
 from trtllm_cli.model_config import ModelConfig
@@ -31,6 +31,10 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Reads `config.json`. Raises CheckpointError for anything missing, wrong or unknown."""
+        if not path.is_dir():
+            raise CheckpointError(
+                f"no such checkpoint directory: {path}", where="--checkpoint-dir", fix="trtllm convert SNAPSHOT"
+            )
         data = read_json(path / "config.json", CheckpointError)
         if "model_type" in data and "architecture" not in data:
             raise CheckpointError(
@@ -39,7 +43,11 @@ class Checkpoint:
                 fix=f"trtllm convert {path} --output-dir ckpt",
             )
         if "pretrained_config" in data:
-            raise CheckpointError(f"{path} is an engine, not a checkpoint", fix="give the checkpoint it was built from")
+            raise CheckpointError(
+                f"{path} is an engine, not a checkpoint",
+                where="--checkpoint-dir",
+                fix="give the checkpoint it was built from",
+            )
         config = validate(ModelConfig, data, path / "config.json", CheckpointError)
         checkpoint = cls(path, config, read_sums(path / SUMS))
         for rank in config.mapping.ranks:
@@ -58,6 +66,20 @@ class Checkpoint:
     def tensors(self, rank: Rank) -> TensorFile:
         """The rank's tensors, open for reading."""
         return TensorFile(self.rank_file(rank), CheckpointError)
+
+    def verify(self) -> None:
+        """Raises CheckpointError when a rank file is not what convert wrote. Reads them all; nothing without sums."""
+        for rank in self.config.mapping.ranks if self.sha256 else ():
+            file = self.rank_file(rank)
+            if (expected := self.sha256.get(file.name)) is None:
+                sums = self.path / SUMS
+                raise CheckpointError(f"{SUMS} does not list {file.name}", where=str(sums), fix=CheckpointError.remake)
+            if (found := sha256(file)) != expected:
+                raise CheckpointError(
+                    f"{file.name} was altered: its SHA-256 is {found[:16]}…, it was written with {expected[:16]}…",
+                    where=str(file),
+                    fix="convert again (or remove SHA256SUMS if the change is yours)",
+                )
 
     @property
     def tokenizer_dir(self) -> Path | None:
@@ -78,7 +100,11 @@ def read_sums(path: Path) -> dict[str, str]:
     sums = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not (match := re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line)):
-            raise CheckpointError(f"{path.name} has a line that is no checksum: {line[:80]!r}", where=str(path))
+            raise CheckpointError(
+                f"{path.name} has a line that is no checksum: {line[:80]!r}",
+                where=str(path),
+                fix=CheckpointError.remake,
+            )
         sums[match[2]] = match[1]
     return sums
 

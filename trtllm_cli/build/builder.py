@@ -26,10 +26,10 @@ from trtllm_cli.engine import (
     WeightDType,
     write_config,
 )
-from trtllm_cli.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
+from trtllm_cli.errors import CheckpointError, ResourceError, TrtllmError, UnsupportedError, UsageError
 from trtllm_cli.graph import Graph
 from trtllm_cli.kernels.rope_spec import RopeSpec
-from trtllm_cli.models import load_model_file, trace_model
+from trtllm_cli.models import Define, load_model_file, model_file_error, trace_model
 from trtllm_cli.tensor_file import ENGINE_ALIGNMENT, TensorFile, TensorFileWriter, total_bytes
 from trtllm_cli.version import __version__
 
@@ -99,7 +99,7 @@ def plan_build(checkpoint_dir: Path, options: BuildOptions) -> BuildPlan:
     define = load_model_file(options.model_file) if options.model_file else None
     graphs, lowered = [], []
     for rank in config.mapping.ranks:
-        traced = trace_model(config, rank, define)
+        traced = _trace(config, rank, define, options)
         with checkpoint.tensors(rank) as file:
             check_tensors(traced, file)
         graph = run_passes(traced)
@@ -113,12 +113,12 @@ def build(
 ) -> BuildReport:
     """Compiles a checkpoint into an engine directory. Raises a TrtllmError and leaves nothing where it cannot."""
     started = time.perf_counter()
-    with writing(output_dir, force=options.force) as partial:
+    with writing(output_dir, force=options.force, source=checkpoint_dir) as partial:
         plan = plan_build(checkpoint_dir, options)
         config = plan.checkpoint.config
         total = sum(total_bytes(lowered.tensors.values()) for lowered in plan.lowered)
         _check_space(partial, total)
-        _verify(plan.checkpoint)
+        plan.checkpoint.verify()
         files, done = [], 0
         for rank, graph, lowered in zip(config.mapping.ranks, plan.graphs, plan.lowered, strict=True):
             path = partial / f"rank{rank.rank}.engine"
@@ -145,10 +145,7 @@ def build(
 
 def resolve(config: ModelConfig, options: BuildOptions, notes: list[str]) -> BuildConfig:
     """The engine's limits and dtypes: what was asked, else what fits the model. Raises UsageError for nonsense."""
-    for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "max_input_len", "tokens_per_block", "group_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}, it must be at least 1", where="--" + name.replace("_", "-"))
+    _check_limits(config, options)
     longest = _longest(config)
     max_seq_len = options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
     if max_seq_len > longest:
@@ -160,6 +157,12 @@ def resolve(config: ModelConfig, options: BuildOptions, notes: list[str]) -> Bui
     if options.max_seq_len is None and longest > max_seq_len:
         notes.append(f"max_seq_len {max_seq_len}: the model allows {longest}; pass --max-seq-len for more")
     max_input_len = options.max_input_len or max_seq_len
+    if max_input_len > max_seq_len:
+        raise UsageError(
+            f"max_input_len {max_input_len} is more than max_seq_len {max_seq_len}, which counts prompt and output",
+            where="--max-input-len",
+            fix=f"pass at most {max_seq_len}, or a larger --max-seq-len",
+        )
     prompt_limit = RopeSpec.of(config).max_prompt_len
     if prompt_limit is not None and max_input_len > prompt_limit:
         if options.max_input_len:
@@ -194,6 +197,46 @@ def resolve(config: ModelConfig, options: BuildOptions, notes: list[str]) -> Bui
         from trtllm_cli.artifact import describe
 
         raise UsageError(describe(e)) from None  # type: ignore[arg-type]
+
+
+def _trace(config: ModelConfig, rank: Rank, define: Define | None, options: BuildOptions) -> Graph:
+    """The graph of a rank; what the user's own model file raises is theirs to mend."""
+    if define is None:
+        return trace_model(config, rank)
+    try:
+        return trace_model(config, rank, define)
+    except TrtllmError:
+        raise
+    except Exception as e:
+        raise model_file_error(e, options.model_file) from e
+
+
+LIMITS = {"max_batch_size": 1 << 16, "max_num_tokens": 1 << 20, "tokens_per_block": 1 << 16}  # what kernels count to
+
+
+def _check_limits(config: ModelConfig, options: BuildOptions) -> None:
+    """Raises UsageError for a number that is none, or that no machine could run."""
+    for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "max_input_len", "tokens_per_block", "group_size"):
+        value, flag = getattr(options, name), "--" + name.replace("_", "-")
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}, it must be at least 1", where=flag, fix="give 1 or more")
+        if value is not None and value > (most := LIMITS.get(name, value)):
+            raise UsageError(f"{name} is {value}, it can be at most {most}", where=flag, fix=f"give at most {most}")
+    narrow = min(config.hidden_size, config.intermediate_size)
+    if options.group_size is not None and options.group_size > narrow:
+        raise UsageError(
+            f"group_size {options.group_size} is more than the {narrow} inputs of the model's narrowest layers",
+            where="--group-size",
+            fix=f"give at most {narrow}; 32, 64 and 128 are usual",
+        )
+    tokens, batch = options.max_num_tokens, options.max_batch_size
+    if tokens is not None and tokens < batch:
+        raise UsageError(
+            f"max_num_tokens {tokens} is less than max_batch_size {batch}: "
+            "a step could not hold one token of each request",
+            where="--max-num-tokens",
+            fix=f"give at least {batch}, or a smaller --max-batch-size",
+        )
 
 
 def check_tensors(graph: Graph, file: TensorFile) -> None:
@@ -269,18 +312,6 @@ def _check_space(directory: Path, needed: int) -> None:
             f"the engine needs {human_bytes(needed)}, {directory.parent} has {human_bytes(free)} free",
             fix="free some room, or choose another --output-dir",
         )
-
-
-def _verify(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError when a rank file is not what convert wrote."""
-    for name, expected in checkpoint.sha256.items():
-        file = checkpoint.path / name
-        if (found := sha256(file)) != expected:
-            raise CheckpointError(
-                f"{name} was altered: its SHA-256 is {found[:16]}…, it was written with {expected[:16]}…",
-                where=str(file),
-                fix="convert again (or remove SHA256SUMS if the change is yours)",
-            )
 
 
 def _write_rank(

@@ -129,17 +129,13 @@ def _engine(path: Path, rank: int, verify: bool, *, want_graph: bool) -> tuple[I
 
 
 def _checkpoint(path: Path, rank: int, verify: bool, *, want_graph: bool) -> tuple[Inspection, Graph | None]:
-    from trtllm_cli.artifact import sha256
     from trtllm_cli.checkpoint import Checkpoint
-    from trtllm_cli.errors import CheckpointError
     from trtllm_cli.models import trace_model
 
     checkpoint = Checkpoint.open(path)
     place = _rank(checkpoint.config, rank)
     if verify:
-        for name, expected in checkpoint.sha256.items():
-            if sha256(path / name) != expected:
-                raise CheckpointError(f"{name} was altered", where=str(path / name), fix="convert again")
+        checkpoint.verify()
     with checkpoint.tensors(place) as file:
         tensors = dict(file.tensors)
     traced = trace_model(checkpoint.config, place) if want_graph else None

@@ -107,7 +107,7 @@ def convert(
     started = time.monotonic()
     options = options or ConvertOptions()
     options.check()
-    check_output(output_dir, force=options.force)
+    check_output(output_dir, force=options.force, source=source)
     reader = open_reader(source)
     try:
         decided = read_config(reader, options)
@@ -115,7 +115,7 @@ def convert(
         stages = make_plan(reader, decided.family, config, tied=decided.tied)
         sizes = [total_bytes(stage.tensors(rank).values()) for stage in stages for rank in stage.ranks]
         _check_space(output_dir, sum(sizes))
-        with writing(output_dir, force=options.force) as directory, _one_thread():
+        with writing(output_dir, force=options.force, source=source) as directory, _one_thread():
             _write_ranks(directory, reader, config, stages, progress)
             files = _write_tokenizer(directory, reader)
             write_config(directory, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import runpy
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,23 @@ def load_model_file(path: Path) -> Define:
     """The `define` function of a user's own model file. Runs the file: it is code, named by the user."""
     if not path.is_file():
         raise UsageError(f"no such file: {path}", where="--model-file")
-    define = runpy.run_path(str(path)).get("define")
+    try:
+        define = runpy.run_path(str(path)).get("define")
+    except Exception as e:
+        raise model_file_error(e, path) from e
     if not callable(define):
         raise UsageError(f"{path} has no function `define(t, config, rank)`", where="--model-file")
     return define
+
+
+def model_file_error(e: Exception, path: Path | None) -> UsageError:
+    """What a user's own model file raised, and the line of it where that happened."""
+    lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if path and f.filename == str(path)]
+    if isinstance(e, SyntaxError):
+        lines = [e.lineno]
+    line = f", line {lines[-1]}" if lines and lines[-1] else ""
+    return UsageError(
+        f"the model file fails: {type(e).__name__}: {e.args[0] if e.args else e}",
+        where=f"--model-file {path}{line}",
+        fix="mend the file; --debug shows the traceback",
+    )
