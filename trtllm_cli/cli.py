@@ -68,6 +68,9 @@ def call(args: Sequence[str]) -> int:
         # The reader of our output has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except SystemExit as e:
+        # typer's word for a closed pipe
+        return 0 if isinstance(e.__context__, BrokenPipeError) else int(e.code or 0)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as e:

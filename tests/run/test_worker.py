@@ -1,43 +1,14 @@
-import queue
 import threading
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.fake_runner import FakeRunner, expected_tokens
+from tests.thread_ranks import thread_ranks
 from trtllm_cli.engine import BuildConfig
 from trtllm_cli.run.executor import Executor
 from trtllm_cli.run.request import SamplingParams
 from trtllm_cli.run.worker import follow
-
-
-class ThreadRank:
-    """A communicator between two threads."""
-
-    world_size = 2
-
-    def __init__(self, rank: int, channels: dict[tuple[int, int], "queue.Queue[Any]"]) -> None:
-        self.rank = rank
-        self.channels = channels
-
-    def broadcast(self, message: Any) -> Any:
-        if self.rank != 0:
-            return self.channels[0, 1].get(timeout=20)
-        self.channels[0, 1].put(message)
-        return message
-
-    def send(self, x, to):
-        self.channels[self.rank, to].put(x.copy())
-
-    def recv(self, out, source):
-        out[:] = self.channels[source, self.rank].get(timeout=20)
-
-    def all_reduce(self, x, group):
-        raise NotImplementedError
-
-    def all_gather(self, x, group):
-        raise NotImplementedError
 
 
 @pytest.mark.parametrize("logits_rank", [0, 1], ids=["tensor parallel", "pipeline parallel"])
@@ -46,8 +17,7 @@ def test_the_other_rank_does_the_same_steps(logits_rank):
         max_batch_size=4, max_seq_len=64, max_num_tokens=8, max_input_len=40, tokens_per_block=4,
         weight_dtype="float32", kv_cache_dtype="float32",
     )  # fmt: skip
-    channels = {(0, 1): queue.Queue(), (1, 0): queue.Queue()}
-    comms = [ThreadRank(rank, channels) for rank in range(2)]
+    comms = thread_ranks(2)
     runners = [FakeRunner(has_logits=rank >= logits_rank) for rank in range(2)]
     for runner in runners:
         runner.allocate_kv_cache(12)

@@ -1,0 +1,65 @@
+"""A world of ranks as threads of one process: the communicator of tests."""
+
+from __future__ import annotations
+
+import queue
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+PATIENCE = 60  # seconds that a rank waits for another
+
+
+class ThreadRank:
+    """One rank's end. Every pair of ranks has a queue in each direction."""
+
+    def __init__(self, rank: int, world_size: int, channels: dict[tuple[int, int], queue.Queue[Any]]) -> None:
+        self.rank, self.world_size, self._channels = rank, world_size, channels
+
+    def _put(self, message: Any, to: int) -> None:
+        self._channels[self.rank, to].put(message)
+
+    def _get(self, source: int) -> Any:
+        return self._channels[source, self.rank].get(timeout=PATIENCE)
+
+    def broadcast(self, message: Any) -> Any:
+        if self.rank != 0:
+            return self._get(0)
+        for to in range(1, self.world_size):
+            self._put(message, to)
+        return message
+
+    def send(self, x: np.ndarray, to: int) -> None:
+        self._put(x.copy(), to)
+
+    def recv(self, out: np.ndarray, source: int) -> None:
+        out[:] = self._get(source)
+
+    def _exchange(self, x: np.ndarray, group: Sequence[int]) -> list[np.ndarray]:
+        """Every rank's x, in the group's order."""
+        assert self.rank in group
+        for to in group:
+            self._put(x.copy(), to)
+        return [self._get(source) for source in group]
+
+    def all_reduce(self, x: np.ndarray, group: Sequence[int]) -> None:
+        x[:] = sum(self._exchange(x, group))
+
+    def all_gather(self, x: np.ndarray, group: Sequence[int]) -> np.ndarray:
+        return np.concatenate(self._exchange(x, group), axis=-1)
+
+
+def thread_ranks(world_size: int) -> list[ThreadRank]:
+    """The communicators of a world."""
+    channels: dict[tuple[int, int], queue.Queue[Any]] = defaultdict(queue.Queue)
+    return [ThreadRank(rank, world_size, channels) for rank in range(world_size)]
+
+
+def run_ranks(world_size: int, work: Callable[[ThreadRank], T]) -> list[T]:
+    """`work` on every rank at once; their results."""
+    with ThreadPoolExecutor(world_size) as threads:
+        return list(threads.map(work, thread_ranks(world_size)))
