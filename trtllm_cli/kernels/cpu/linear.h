@@ -1,50 +1,57 @@
 // Linear layers. Few rows: the packed weight goes through registers once, straight from memory (`direct`). Many rows:
-// a tile is unpacked to float32 in cache, and all rows pass over it (`blocked`). Both sum over k in the same order.
+// a tile is unpacked to float32 in cache, and all rows pass over it (`blocked`). Both compute each output as one chain
+// of multiply-adds over k, with the same float32 weights: the same bits.
 //
 // A format F says how a packed tile is read; pack.py has the layouts:
-//     kStep              inputs that one fetch gives
-//     kFetchBytes        bytes of a tile that they take
-//     kGrouped           inputs come in groups with a scale and a minimum; the sums over groups add up in order
-//     fetch(p, v, b)     the weights of vector v of the tile's 16 outputs, for kStep inputs from p
+//     kStep, kReadBytes      inputs that one read gives, and bytes of the tile that they take
+//     kHeaderBytes           before each group of inputs
+//     Params params(p, v)    what vector v of the 16 outputs needs from the group's header
+//     Raw read(p, v)         vector v of the 16 outputs, as it is stored, for kStep inputs from p
+//     vf get(raw, params, j) its weights for input j of them
 #pragma once
 
 #include "micro.h"
 #include "ops.h"
 
-constexpr int kDirectRows = 6;
+constexpr int kTileRows = 6;     // rows that take whole tiles directly; a few more take one vector of a tile at a time
+constexpr int kDirectRows = 12;  // rows for which unpacking does not pay
 constexpr int kBlockRows = kWidth == 16 ? 12 : 6;
 constexpr int kBlockTiles = kWidth == 16 ? 2 : 1;
 constexpr int kRowGroup = 16 * kBlockRows;  // rows that pass over one unpacked tile; their x stays in L2
 constexpr int kBlockInputs = 256;           // inputs of an unpacked tile; it stays in L1
 constexpr int kNibbles = 8;                 // inputs in a word of int4
 
-// A step's parameters.
+// A step's parameters. Inputs come in groups, each padded to whole reads; but for int4, all are one group.
 struct Linear {
     int rows, in, out, tiles;
-    int group, groups, padded_group;  // int4; padded to whole words
-    int padded_in;
+    int group, padded_group, padded_in;
     int64_t x_stride, out_stride;
-    bool grouped, accumulate;
+    bool accumulate;
     const float* x;
     float* y;
     const char* weight;
     const float *scale, *bias;
 
     Linear(const tl_step& s, int rows)
-        : rows(rows), in(s.i[1]), out(s.i[2]), tiles(ceil_div(out, kTile)), group(s.i[4]), groups(ceil_div(in, group)),
-          padded_group((int)round_up(group, kNibbles)), x_stride(s.i[6]), out_stride(s.i[7]),
-          grouped(s.i[3] == kInt4), accumulate(s.i[5]), x((const float*)s.p[0]), y((float*)s.p[1]),
+        : rows(rows), in(s.i[1]), out(s.i[2]), tiles(ceil_div(out, kTile)), group(s.i[4]), x_stride(s.i[6]),
+          out_stride(s.i[7]), accumulate(s.i[5]), x((const float*)s.p[0]), y((float*)s.p[1]),
           weight((const char*)s.p[2]), scale((const float*)s.p[3]), bias((const float*)s.p[4]) {
-        padded_in = grouped ? groups * padded_group : s.i[3] == kBfloat16 ? (int)round_up(in, 2) : in;
+        const int step = s.i[3] == kInt4 ? kNibbles : s.i[3] == kBfloat16 ? 2 : 1;
+        padded_group = (int)round_up(group, step);
+        padded_in = ceil_div(in, group) * padded_group;
     }
-
-    // A row of x as int4 wants it: the padded inputs, then a sum for each group.
-    int64_t prepared_stride() const { return (int64_t)round_up(padded_in + groups, kTile); }
+    bool padded() const { return padded_in != in; }
+    int64_t padded_stride() const { return (int64_t)round_up(padded_in, kTile); }
 };
 
-// out = c * scale + bias, and out += that; c is [rows, tiles * 16] for outputs from the first tile on.
-inline void finish(const Linear& l, int row, int rows, int tile, int tiles, const float* c) {
-    const int first = tile * kTile, width = tiles * kTile;
+// The input of all rows: x itself, or a copy with zeros where the packed weight has padding.
+struct Input {
+    const float* x;
+    int64_t stride;
+};
+
+// out = c * scale + bias, and out += that; c is [rows, width] for outputs from `first` on.
+inline void finish(const Linear& l, int row, int rows, int first, int width, const float* c) {
     const int valid = first + width <= l.out ? width : l.out - first;
     for (int m = 0; m < rows; m++, c += width) {
         float* y = l.y + (row + m) * l.out_stride + first;
@@ -65,230 +72,175 @@ inline void finish(const Linear& l, int row, int rows, int tile, int tiles, cons
     }
 }
 
-// How x is read: as it is, or as prepared.
-struct Input {
-    const float* x;
-    int64_t stride;
-};
+template <class F>
+int64_t group_bytes(const Linear& l) {
+    return F::kHeaderBytes + (int64_t)(l.padded_group / F::kStep) * F::kReadBytes;
+}
 
 template <class F>
-size_t tile_bytes(const Linear& l) {
-    if (F::kGrouped) return (size_t)l.groups * (l.padded_group / F::kStep * F::kFetchBytes + 4 * kTile);
-    return (size_t)(l.padded_in / F::kStep) * F::kFetchBytes;
+int64_t tile_bytes(const Linear& l) {
+    return l.padded_in / l.padded_group * group_bytes<F>(l);
 }
 
-// c[m] = fma(sum over the group, scale, c), then + sum of x * minimum.
-template <int M, int NT>
-INLINE void add_group(const Block<M, NT * kTileVectors>& b, const vf (&scale)[NT * kTileVectors],
-                      const vf (&minimum)[NT * kTileVectors], const float* sums, int64_t stride, float* c, int64_t ldc) {
-    UNROLL for (int m = 0; m < M; m++) {
-        const vf s = splat(sums[m * stride]);
-        UNROLL for (int v = 0; v < NT * kTileVectors; v++) {
-            float* p = c + m * ldc + v * kWidth;
-            store(p, fma(s, minimum[v], fma(b.acc[m][v], scale[v], load(p))));
-        }
-    }
-}
-
-// M rows times NT tiles, from the packed weight. c is [M, NT * 16].
-template <class F, int M, int NT>
-void direct(const Linear& l, Input in, const char* weight, float* c) {
-    constexpr int NV = NT * kTileVectors, kFetches = F::kFetchBytes < 64 ? 64 / F::kFetchBytes : 1;
-    const size_t bytes = tile_bytes<F>(l);
-    const int group = F::kGrouped ? l.padded_group : l.padded_in;
-    const float* sums = in.x + l.padded_in;
-    const char* p = weight;
-    if (F::kGrouped) memset(c, 0, M * NT * kTile * sizeof(float));
+// M rows times NV vectors of outputs, from vector `v0` of `tile` on. c is [M, NV * kWidth].
+template <class F, int M, int NV>
+INLINE void direct(const Linear& l, Input in, int tile, int v0, float* c) {
+    constexpr int kReads = F::kReadBytes < 64 ? 64 / F::kReadBytes : 1, kTiles = (NV - 1) / kTileVectors + 1;
+    const int64_t bytes = tile_bytes<F>(l);
+    const char* p = l.weight + tile * bytes;
     const float* x = in.x;
-    for (int g = 0; g < (F::kGrouped ? l.groups : 1); g++) {
-        Block<M, NV> block;
-        block.clear();
-        auto fetch_and_step = [&]() __attribute__((always_inline)) {
-            vf b[F::kStep][NV];
-            UNROLL for (int v = 0; v < NV; v++) {
-                vf column[F::kStep];
-                F::fetch(p + v / kTileVectors * bytes, v % kTileVectors, column);
-                UNROLL for (int j = 0; j < F::kStep; j++) b[j][v] = column[j];
+    Block<M, NV> block;
+    block.clear();
+    for (int g = 0; g < l.padded_in; g += l.padded_group) {
+        typename F::Params params[NV];
+        UNROLL for (int v = 0; v < NV; v++)
+            params[v] = F::params(p + v / kTileVectors * bytes, v0 + v % kTileVectors);
+        p += F::kHeaderBytes;
+        auto read_and_step = [&]() __attribute__((always_inline)) {
+            typename F::Raw raw[NV];
+            UNROLL for (int v = 0; v < NV; v++)
+                raw[v] = F::read(p + v / kTileVectors * bytes, v0 + v % kTileVectors);
+            UNROLL for (int j = 0; j < F::kStep; j++) {
+                vf b[NV];
+                UNROLL for (int v = 0; v < NV; v++) b[v] = F::get(raw[v], params[v], j);
+                block.step(x + j, in.stride, b);
             }
-            UNROLL for (int j = 0; j < F::kStep; j++) block.step(x + j, in.stride, b[j]);
-            p += F::kFetchBytes;
+            p += F::kReadBytes;
             x += F::kStep;
         };
         int k = 0;
-        for (; k + F::kStep * kFetches <= group; k += F::kStep * kFetches) {
-            UNROLL for (int t = 0; t < NT; t++) __builtin_prefetch(p + (t + NT) * bytes);
-            UNROLL for (int f = 0; f < kFetches; f++) fetch_and_step();
+        for (; k + F::kStep * kReads <= l.padded_group; k += F::kStep * kReads) {
+            if (v0 == 0) UNROLL for (int t = 0; t < kTiles; t++) __builtin_prefetch(p + (t + kTiles) * bytes);
+            UNROLL for (int i = 0; i < kReads; i++) read_and_step();
         }
-        if constexpr (kFetches > 1)
-            for (; k < group; k += F::kStep) fetch_and_step();
-        if constexpr (F::kGrouped) {
-            vf scale[NV], minimum[NV];
-            UNROLL for (int v = 0; v < NV; v++) {
-                const uint16_t* halves = (const uint16_t*)(p + v / kTileVectors * bytes) + v % kTileVectors * kWidth;
-                scale[v] = load_half(halves), minimum[v] = load_half(halves + kTile);
-            }
-            add_group<M, NT>(block, scale, minimum, sums + g, in.stride, c, NT * kTile);
-            p += 4 * kTile;
-        } else {
-            block.write(c, NT * kTile);
-        }
+        if constexpr (kReads > 1)
+            for (; k < l.padded_group; k += F::kStep) read_and_step();
     }
+    block.write(c, NV * kWidth);
+}
+
+template <class F, int M, int NV>
+void direct_part(const Linear& l, Input in, int tile, int v0) {
+    float c[M * NV * kWidth];
+    direct<F, M, NV>(l, in, tile, v0, c);
+    finish(l, 0, M, tile * kTile + v0 * kWidth, NV * kWidth, c);
+}
+
+// Up to NT tiles at a time.
+template <class F, int M, int NT>
+void direct_tiles_left(const Linear& l, Input in, int tile, int left) {
+    if (left == NT) return direct_part<F, M, NT * kTileVectors>(l, in, tile, 0);
+    if constexpr (NT > 1) direct_tiles_left<F, M, NT - 1>(l, in, tile, left);
 }
 
 // Tiles that M rows take at a time, so that the accumulators hide the multiply-add's latency and fit the registers.
-template <int M>
+template <class F, int M>
 constexpr int direct_tiles() {
-    int n = (kRegisters == 32 ? 16 : 12) / (M * kTileVectors);
-    return n < 1 ? 1 : n > 8 / kTileVectors && kTileVectors < 8 ? 8 / kTileVectors : n;
-}
-
-template <class F, int M, int NT>
-void direct_tile(const Linear& l, Input in, int row, int tile) {
-    float c[M * NT * kTile];
-    in.x += row * in.stride;
-    direct<F, M, NT>(l, in, l.weight + tile * tile_bytes<F>(l), c);
-    finish(l, row, M, tile, NT, c);
-}
-
-template <class F, int M, int NT>
-void direct_tiles_left(const Linear& l, Input in, int row, int tile, int left) {
-    if (left == NT) return direct_tile<F, M, NT>(l, in, row, tile);
-    if constexpr (NT > 1) direct_tiles_left<F, M, NT - 1>(l, in, row, tile, left);
+    constexpr int vectors = (kRegisters == 32 ? 16 : 12) / M, most = F::kMostVectors;
+    constexpr int n = (vectors < most ? vectors : most) / kTileVectors;
+    return n < 1 ? 1 : n;
 }
 
 template <class F, int M>
 void direct_rows(const Linear& l, Input in, int begin, int end) {
-    constexpr int NT = direct_tiles<M>();
+    if constexpr (M > kTileRows) {
+        for (int tile = begin; tile < end; tile++)
+            for (int v = 0; v < kTileVectors; v++) direct_part<F, M, 1>(l, in, tile, v);
+        return;
+    }
     // Pieces of like size: 18 tiles by 4 are 4, 4, 4, 3, 3.
+    constexpr int NT = M > kTileRows ? 1 : direct_tiles<F, M>();
     const int pieces = ceil_div(end - begin, NT);
     for (int i = 0; i < pieces; i++) {
         const int from = begin + (end - begin) * i / pieces, to = begin + (end - begin) * (i + 1) / pieces;
-        direct_tiles_left<F, M, NT>(l, in, 0, from, to - from);
+        direct_tiles_left<F, M, NT>(l, in, from, to - from);
     }
 }
 
-template <class F>
+template <class F, int M = kDirectRows>
 void direct_any(const Linear& l, Input in, int begin, int end) {
-    switch (l.rows) {
-        case 1: return direct_rows<F, 1>(l, in, begin, end);
-        case 2: return direct_rows<F, 2>(l, in, begin, end);
-        case 3: return direct_rows<F, 3>(l, in, begin, end);
-        case 4: return direct_rows<F, 4>(l, in, begin, end);
-        case 5: return direct_rows<F, 5>(l, in, begin, end);
-        case 6: return direct_rows<F, 6>(l, in, begin, end);
-    }
+    if (l.rows == M) return direct_rows<F, M>(l, in, begin, end);
+    if constexpr (M > 1) direct_any<F, M - 1>(l, in, begin, end);
 }
 
-// Unpacked tiles: b is [NT][inputs][16] with `stride` elements from tile to tile; halves [NT][groups][2][16].
-struct Unpacked {
-    const float *b, *halves;
-    int64_t stride, halves_stride;
-    int inputs, group;
-};
-
-// c [M, NT * 16] += M rows times the unpacked inputs.
-template <bool Grouped, int M, int NT>
-void multiply(const Unpacked& u, const float* x, int64_t x_stride, const float* sums, float* c) {
+// c [M, NT * 16] += M rows of x times unpacked tiles: b is [NT][inputs][16], `stride` elements from tile to tile.
+template <int M, int NT>
+void multiply(const float* b, int64_t stride, int inputs, const float* x, int64_t x_stride, float* c) {
     constexpr int NV = NT * kTileVectors;
-    const float* b = u.b;
     Block<M, NV> block;
-    auto steps = [&](int n) __attribute__((always_inline)) {
-        for (int k = 0; k < n; k++, b += kTile, x++) {
+    block.read(c, NT * kTile);
+    for (int k = 0; k < inputs; k += 16) {
+        UNROLL for (int m = 0; m < M; m++) __builtin_prefetch(x + (m + M) * x_stride);  // of the next rows
+        const int end = inputs - k < 16 ? inputs - k : 16;
+        for (int i = 0; i < end; i++, b += kTile, x++) {
             vf w[NV];
-            UNROLL for (int v = 0; v < NV; v++)
-                w[v] = load(b + v / kTileVectors * u.stride + v % kTileVectors * kWidth);
+            UNROLL for (int v = 0; v < NV; v++) w[v] = load(b + v / kTileVectors * stride + v % kTileVectors * kWidth);
             block.step(x, x_stride, w);
         }
-    };
-    if constexpr (!Grouped) {
-        block.read(c, NT * kTile);
-        steps(u.inputs);
-        block.write(c, NT * kTile);
-        return;
     }
-    const float* halves = u.halves;
-    for (int k = 0; k < u.inputs; k += u.group, halves += 2 * kTile, sums++) {
-        block.clear();
-        steps(u.group);
-        vf scale[NV], minimum[NV];
-        UNROLL for (int v = 0; v < NV; v++) {
-            const float* h = halves + v / kTileVectors * u.halves_stride + v % kTileVectors * kWidth;
-            scale[v] = load(h), minimum[v] = load(h + kTile);
-        }
-        add_group<M, NT>(block, scale, minimum, sums, x_stride, c, NT * kTile);
-    }
+    block.write(c, NT * kTile);
 }
 
-template <bool Grouped, int NT, int M = kBlockRows>
-void multiply_any(int m, const Unpacked& u, const float* x, int64_t x_stride, const float* sums, float* c) {
-    if (m == M) return multiply<Grouped, M, NT>(u, x, x_stride, sums, c);
-    if constexpr (M > 1) multiply_any<Grouped, NT, M - 1>(m, u, x, x_stride, sums, c);
+template <int NT, int M = kBlockRows>
+void multiply_any(int m, const float* b, int64_t stride, int inputs, const float* x, int64_t x_stride, float* c) {
+    if (m == M) return multiply<M, NT>(b, stride, inputs, x, x_stride, c);
+    if constexpr (M > 1) multiply_any<NT, M - 1>(m, b, stride, inputs, x, x_stride, c);
 }
 
-// What a thread needs to unpack NT tiles' inputs, and the sums of a group of rows.
-struct BlockScratch {
-    int inputs, groups;
-
-    explicit BlockScratch(const Linear& l) {
-        groups = l.grouped && l.padded_group < kBlockInputs ? kBlockInputs / l.padded_group : 1;
-        inputs = l.grouped ? groups * l.padded_group : kBlockInputs;
-    }
-    int64_t b_stride() const { return (int64_t)inputs * kTile; }
-    int64_t halves_stride() const { return (int64_t)groups * 2 * kTile; }
-    int64_t floats() const { return kBlockTiles * (b_stride() + halves_stride() + kRowGroup * kTile); }
-};
-
+// Inputs [k, end) of a tile to float32 [end - k, 16]; both are whole reads.
 template <class F>
-void unpack(const char* p, int inputs, int group, float* b, float* halves) {
-    for (int k = 0; k < inputs; k += F::kStep, p += F::kFetchBytes, b += F::kStep * kTile) {
-        UNROLL for (int v = 0; v < kTileVectors; v++) {
-            vf column[F::kStep];
-            F::fetch(p, v, column);
-            UNROLL for (int j = 0; j < F::kStep; j++) store(b + j * kTile + v * kWidth, column[j]);
-        }
-        if (F::kGrouped && (k + F::kStep) % group == 0) {
-            const uint16_t* packed = (const uint16_t*)(p + F::kFetchBytes);
-            for (int j = 0; j < 2 * kTile; j += kWidth) store(halves + j, load_half(packed + j));
-            p += 4 * kTile;
-            halves += 2 * kTile;
+void unpack(const Linear& l, const char* tile, int k, int end, float* b) {
+    while (k < end) {
+        const int g = k / l.padded_group, left = (g + 1) * l.padded_group, stop = left < end ? left : end;
+        const char* header = tile + g * group_bytes<F>(l);
+        typename F::Params params[kTileVectors];
+        UNROLL for (int v = 0; v < kTileVectors; v++) params[v] = F::params(header, v);
+        const char* p = header + F::kHeaderBytes + (int64_t)((k - g * l.padded_group) / F::kStep) * F::kReadBytes;
+        for (; k < stop; k += F::kStep, p += F::kReadBytes, b += F::kStep * kTile) {
+            __builtin_prefetch(p + tile_bytes<F>(l));
+            UNROLL for (int v = 0; v < kTileVectors; v++) {
+                const typename F::Raw raw = F::read(p, v);
+                UNROLL for (int j = 0; j < F::kStep; j++) store(b + j * kTile + v * kWidth, F::get(raw, params[v], j));
+            }
         }
     }
 }
+
+// A thread's: NT unpacked tiles, and the sums of a group of rows.
+constexpr int64_t kUnpackedFloats = (int64_t)kBlockInputs * kTile;
+constexpr int64_t kBlockScratchBytes = sizeof(float) * kBlockTiles * (kUnpackedFloats + kRowGroup * kTile);
 
 // Rows [row, row + rows) times NT tiles.
 template <class F, int NT>
 void blocked(const Linear& l, Input in, int row, int rows, int tile, float* scratch) {
-    const BlockScratch size(l);
-    float *b = scratch, *halves = b + kBlockTiles * size.b_stride(), *c = halves + kBlockTiles * size.halves_stride();
-    const size_t bytes = tile_bytes<F>(l);
-    const int group = F::kGrouped ? l.padded_group : 1;
-    const int blocks = ceil_div(rows, kBlockRows);
+    float *b = scratch, *c = b + kBlockTiles * kUnpackedFloats;
+    const int64_t bytes = tile_bytes<F>(l);
+    const char* weight = l.weight + tile * bytes;
+    const int blocks = ceil_div(rows, kBlockRows), chunks = ceil_div(l.padded_in, kBlockInputs);
+    const int chunk = (int)round_up(ceil_div(l.padded_in, chunks), kNibbles);
     memset(c, 0, (size_t)rows * NT * kTile * sizeof(float));
-    for (int k = 0; k < l.padded_in; k += size.inputs) {
-        const int inputs = l.padded_in - k < size.inputs ? l.padded_in - k : size.inputs;
-        Unpacked u{b, halves, size.b_stride(), size.halves_stride(), inputs, group};
-        const char* p = l.weight + tile * bytes;
-        p += F::kGrouped ? (size_t)(k / group) * (group / F::kStep * F::kFetchBytes + 4 * kTile)
-                         : (size_t)(k / F::kStep) * F::kFetchBytes;
+    for (int k = 0; k < l.padded_in; k += chunk) {
+        const int end = k + chunk < l.padded_in ? k + chunk : l.padded_in;
+        const float* unpacked = b;
+        int64_t stride = kUnpackedFloats;
         if constexpr (F::kUnpacked) {
-            u.b = (const float*)p, u.stride = bytes / sizeof(float);
+            unpacked = (const float*)weight + (int64_t)k * kTile, stride = bytes / (int64_t)sizeof(float);
         } else {
-            for (int t = 0; t < NT; t++)
-                unpack<F>(p + t * bytes, inputs, group, b + t * size.b_stride(), halves + t * size.halves_stride());
+            for (int t = 0; t < NT; t++) unpack<F>(l, weight + t * bytes, k, end, b + t * kUnpackedFloats);
         }
         for (int i = 0; i < blocks; i++) {
             const int from = rows * i / blocks, to = rows * (i + 1) / blocks;
-            const float* x = in.x + (row + from) * in.stride;
-            multiply_any<F::kGrouped, NT>(to - from, u, x + k, in.stride, x + l.padded_in + k / group,
-                                          c + from * NT * kTile);
+            multiply_any<NT>(to - from, unpacked, stride, end - k, in.x + (row + from) * in.stride + k, in.stride,
+                             c + from * NT * kTile);
         }
     }
-    finish(l, row, rows, tile, NT, c);
+    finish(l, row, rows, tile * kTile, NT * kTile, c);
 }
 
 template <class F>
-void blocked_any(const Context& context, const Linear& l, Input in, float* scratch) {
+void blocked_any(const Context& context, const Linear& l, Input in) {
     const int row_groups = ceil_div(l.rows, kRowGroup), columns = ceil_div(l.tiles, kBlockTiles);
+    float* scratch = context.scratch();
     for (int i; (i = context.next()) < row_groups * columns;) {
         const int g = i / columns, tile = i % columns * kBlockTiles;
         const int from = (int)((int64_t)l.rows * g / row_groups), to = (int)((int64_t)l.rows * (g + 1) / row_groups);
@@ -297,25 +249,29 @@ void blocked_any(const Context& context, const Linear& l, Input in, float* scrat
     }
 }
 
-// x with its inputs padded, and as F::prepare wants them; by all threads for many rows, else by each for itself.
-template <class F>
-Input prepared(const Context& c, const Linear& l) {
-    if (!F::kGrouped && l.padded_in == l.in) return {l.x, l.x_stride};
-    const bool alone = l.rows <= 2;
-    float* rows = alone ? c.scratch() : c.shared();
-    int begin = 0, end = l.rows;
-    if (!alone) c.share(l.rows, begin, end);
-    for (int r = begin; r < end; r++) F::prepare(l, l.x + r * l.x_stride, rows + r * l.prepared_stride());
-    if (!alone) c.barrier();
-    return {rows, l.prepared_stride()};
+inline Input padded_input(const Context& c, const Linear& l) {
+    if (!l.padded()) return {l.x, l.x_stride};
+    int begin, end;
+    c.share(l.rows, begin, end);
+    for (int r = begin; r < end; r++) {
+        const float* x = l.x + r * l.x_stride;
+        float* to = c.shared() + r * l.padded_stride();
+        for (int k = 0; k < l.in; k += l.group, to += l.padded_group) {
+            const int n = l.in - k < l.group ? l.in - k : l.group;
+            memcpy(to, x + k, n * sizeof(float));
+            memset(to + n, 0, (l.padded_group - n) * sizeof(float));
+        }
+    }
+    c.barrier();
+    return {c.shared(), l.padded_stride()};
 }
 
 template <class F>
 void linear(const Context& c) {
     const Linear l(c.step, rows_of(c.step, c.batch));
     if (l.rows == 0) return;
-    const Input in = prepared<F>(c, l);
-    if (l.rows > kDirectRows) return blocked_any<F>(c, l, in, c.scratch());
+    const Input in = padded_input(c, l);
+    if (l.rows > kDirectRows) return blocked_any<F>(c, l, in);
     int begin, end;
     c.share(l.tiles, begin, end);
     direct_any<F>(l, in, begin, end);

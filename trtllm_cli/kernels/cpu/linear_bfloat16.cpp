@@ -2,18 +2,17 @@
 
 namespace {
 
+// A 32-bit lane has two inputs.
 struct Bfloat16 {
-    static constexpr int kStep = 2, kFetchBytes = 4 * kTile;
-    static constexpr bool kGrouped = false, kUnpacked = false;
+    static constexpr int kStep = 2, kReadBytes = 4 * kTile, kHeaderBytes = 0, kMostVectors = 8;
+    static constexpr bool kUnpacked = false;
+    struct Params {};
+    using Raw = vi;
 
-    static INLINE void fetch(const char* p, int v, vf (&b)[2]) {
-        const vi pair = load_words(p + v * 4 * kWidth);
-        b[0] = as_float(pair << 16);
-        b[1] = as_float(pair & (int32_t)0xffff0000);
-    }
-    static void prepare(const Linear& l, const float* x, float* row) {
-        memcpy(row, x, l.in * sizeof(float));
-        for (int k = l.in; k < l.padded_in; k++) row[k] = 0;
+    static INLINE Params params(const char*, int) { return {}; }
+    static INLINE Raw read(const char* p, int v) { return load_words(p + v * 4 * kWidth); }
+    static INLINE vf get(Raw pair, Params, int j) {
+        return as_float(j == 0 ? pair << 16 : pair & (int32_t)0xffff0000);
     }
 };
 

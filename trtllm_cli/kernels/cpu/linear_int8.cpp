@@ -3,11 +3,14 @@
 namespace {
 
 struct Int8 {
-    static constexpr int kStep = 1, kFetchBytes = kTile;
-    static constexpr bool kGrouped = false, kUnpacked = false;
+    static constexpr int kStep = 1, kReadBytes = kTile, kHeaderBytes = 0, kMostVectors = 8;
+    static constexpr bool kUnpacked = false;
+    struct Params {};
+    using Raw = vf;
 
-    static INLINE void fetch(const char* p, int v, vf (&b)[1]) { b[0] = load_int8((const int8_t*)p + v * kWidth); }
-    static void prepare(const Linear&, const float*, float*) {}
+    static INLINE Params params(const char*, int) { return {}; }
+    static INLINE Raw read(const char* p, int v) { return load_int8((const int8_t*)p + v * kWidth); }
+    static INLINE vf get(Raw raw, Params, int) { return raw; }
 };
 
 }  // namespace

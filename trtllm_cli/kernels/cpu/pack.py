@@ -8,9 +8,9 @@ streams a tile from its first byte to its last and multiplies 16 outputs by one 
     int8      weight [tiles, in, 16] int8; scale [tiles, 16] float32
     int4      weight [tiles, groups, bytes] uint8; scale [tiles, 16] float32, a power of two
 
-A group of int4 is [ceil(group_size / 8), 16] 32-bit words, word lanes being outputs and its nibbles 8 inputs from the
-lowest, and then [16] scales and [16] minima in float16; a weight is `(nibble * scale16 + minimum16) * scale`, with a
-`scale` that keeps the halves well inside float16's range. A group of 32 is 5 cache lines.
+A group of int4 is [16] scales and [16] minima in float16, and then [ceil(group_size / 8), 16] 32-bit words, each with 8
+inputs of one output from its lowest nibble up. A weight is `(nibble * scale16 + minimum16) * scale`, with a `scale`
+that keeps the halves well inside float16's range. A group of 32 is 5 cache lines.
 
 Each packer returns {"weight": ..., "scale": ...} (scale for int8 and int4 only), contiguous: what library.linear_step
 takes. The layouts are the same on every CPU.
@@ -59,7 +59,7 @@ def pack_int4(
     minimum = -s * (8.0 if zero is None else zero.float())
     multiplier = _multiplier(s, minimum)  # [out]
     halves = [_outputs_last(v / multiplier[:, None]).half() for v in (s, minimum)]  # [tiles, groups, 16] each
-    parts = [words.view(torch.uint8), *(h.view(torch.uint8) for h in halves)]
+    parts = [*(h.view(torch.uint8) for h in halves), words.view(torch.uint8)]
     return {
         "weight": torch.cat([p.flatten(2) for p in parts], dim=2).contiguous(),
         "scale": _outputs(multiplier),
@@ -88,9 +88,9 @@ def _unpack_int4(packed: dict[str, torch.Tensor], group_size: int) -> torch.Tens
     """[tiles, 16, groups * group_size] float32."""
     num_words = -(-group_size // _NIBBLES)
     weight = packed["weight"]
-    split = num_words * TILE * 4
-    words = weight[..., :split].contiguous().view(torch.int32).unflatten(2, (num_words, TILE))
-    halves = weight[..., split:].contiguous().view(torch.float16).float().unflatten(2, (2, TILE))
+    header = 4 * TILE  # bytes
+    halves = weight[..., :header].contiguous().view(torch.float16).float().unflatten(2, (2, TILE))
+    words = weight[..., header:].contiguous().view(torch.int32).unflatten(2, (num_words, TILE))
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     q = ((words[..., None] >> shifts) & 15).permute(0, 1, 3, 2, 4).flatten(3)[..., :group_size].float()
     w = q * halves[:, :, 0, :, None] + halves[:, :, 1, :, None]  # [tiles, groups, 16, group_size]

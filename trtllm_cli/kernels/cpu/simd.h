@@ -24,6 +24,7 @@ constexpr int kRegisters = 16;
 
 typedef float vf __attribute__((vector_size(4 * kWidth)));
 typedef int32_t vi __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t vu __attribute__((vector_size(4 * kWidth)));
 typedef float vf_any __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef int32_t vi_any __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 
