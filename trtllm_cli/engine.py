@@ -6,6 +6,7 @@ its metadata under "plan". It needs no model code, no compiler and no Hugging Fa
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from trtllm_cli.tensor_file import TensorFile
 
 FORMAT_VERSION = 1
 TOKENIZER = "tokenizer"
+KERNELS = "kernels.so"  # the tensor that is a rank's machine code
 
 Backend = Literal["cpu"]
 WeightDType = Literal["float32", "bfloat16", "int8", "int4"]
@@ -61,6 +63,7 @@ class RankFile(BaseModel):
     name: str = Field(pattern=r"^rank\d+\.engine$")
     size: int = Field(ge=0)  # bytes
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    program_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")  # see program_digest
 
 
 class EngineConfig(BaseModel):
@@ -76,6 +79,7 @@ class EngineConfig(BaseModel):
     build_config: BuildConfig
     rank_files: list[RankFile]
     notes: dict[str, Any] = {}  # what the build measured and chose, for people
+    sha256: str | None = None  # of all the fields above, so that an edit shows
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,16 @@ class Engine:
     def open(cls, path: Path) -> Engine:
         """Reads `config.json`. Raises EngineError: what was found, what is needed, the command that makes it."""
         if not path.is_dir():
-            fix = _build_command("CKPT", path)
-            raise EngineError(f"no such engine directory: {path}", where="--engine-dir", fix=fix)
+            found, fix = "no such engine directory", _build_command("CKPT", path)
+            if path.exists():
+                found, fix = "not an engine, which is a directory", "give the directory that trtllm build wrote"
+            raise EngineError(f"{found}: {path}", where="--engine-dir", fix=fix)
         data = read_json(path / "config.json", EngineError)
         if "pretrained_config" not in data:
-            raise EngineError(f"{path} is no engine", where="--engine-dir", fix=_build_command(path, "engine"))
+            kind, fix = "a checkpoint", _build_command(path, "engine")
+            if "model_type" in data or "architecture" not in data:
+                kind, fix = "a snapshot", f"trtllm convert {path} --output-dir ckpt, then trtllm build"
+            raise EngineError(f"{path} is {kind}, not an engine", where="--engine-dir", fix=fix)
         if "format_version" not in data:
             raise EngineError(
                 f"{path} was built by TensorRT-LLM {data.get('version', '(unknown version)')}; "
@@ -117,6 +126,14 @@ class Engine:
                 fix=_build_command("CKPT", path) + " --backend cpu --force",
             )
         config = validate(EngineConfig, data, path / "config.json", EngineError)
+        if config.sha256 is not None and config.sha256 != _digest(data):
+            raise EngineError(
+                "config.json was edited: it says something else than when the engine was built",
+                where=str(path / "config.json"),
+                fix="restore it; an engine's limits are changed by building it again: "
+                + _build_command("CKPT", path)
+                + " --force",
+            )
         engine = cls(path, config)
         engine._check_files()
         return engine
@@ -144,8 +161,16 @@ class Engine:
         return self.path / f"rank{rank.rank}.engine"
 
     def tensors(self, rank: Rank) -> TensorFile:
-        """The rank's tensors, open for reading."""
-        return TensorFile(self.rank_file(rank), EngineError)
+        """The rank's tensors, open for reading. Raises EngineError where its header or kernels are not as built."""
+        file = TensorFile(self.rank_file(rank), EngineError)
+        try:
+            expected = self.config.rank_files[rank.rank].program_sha256
+            if expected is not None and (found := program_digest(file)) != expected:
+                raise self._altered(rank, found, expected)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
     def plan(self, file: TensorFile) -> dict[str, Any]:
         """The plan in a rank file's metadata."""
@@ -161,11 +186,15 @@ class Engine:
         """Raises EngineError unless the rank's file has its recorded SHA-256. Reads the whole file."""
         entry = self.config.rank_files[rank.rank]
         if (found := sha256(self.rank_file(rank))) != entry.sha256:
-            raise EngineError(
-                f"{entry.name} was altered: its SHA-256 is {found[:16]}…, it was built with {entry.sha256[:16]}…",
-                where=str(self.rank_file(rank)),
-                fix="copy the engine again, or rebuild it: " + _build_command("CKPT", self.path) + " --force",
-            )
+            raise self._altered(rank, found, entry.sha256)
+
+    def _altered(self, rank: Rank, found: str, expected: str) -> EngineError:
+        file = self.rank_file(rank)
+        return EngineError(
+            f"{file.name} was altered: its SHA-256 is {found[:16]}…, it was built with {expected[:16]}…",
+            where=str(file),
+            fix="copy the engine again, or rebuild it: " + _build_command("CKPT", self.path) + " --force",
+        )
 
     @property
     def tokenizer_dir(self) -> Path | None:
@@ -176,7 +205,26 @@ class Engine:
 
 def write_config(path: Path, config: EngineConfig) -> None:
     """Writes `config.json`, the last thing that a complete engine gets."""
-    write_json(path / "config.json", config.model_dump(mode="json", exclude_none=True))
+    data = config.model_dump(mode="json", exclude_none=True)
+    write_json(path / "config.json", {**data, "sha256": _digest(data)})
+
+
+def program_digest(file: TensorFile) -> str:
+    """SHA-256 of a rank file's header, which holds the plan, and of its kernels.
+
+    These are checked before anything runs: a damaged weight gives wrong numbers, which wait for the whole file's hash,
+    but a damaged program may do anything.
+    """
+    digest = hashlib.sha256(file.header_bytes())
+    if KERNELS in file.tensors:
+        digest.update(file.view(KERNELS))
+    return digest.hexdigest()
+
+
+def _digest(data: dict[str, Any]) -> str:
+    """SHA-256 of what config.json says, but for that field itself."""
+    said = {name: value for name, value in data.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _build_command(checkpoint: Path | str, engine: Path | str) -> str:

@@ -81,9 +81,7 @@ class TensorFile:
         self._file.close()
 
     def _damaged(self, why: str) -> ArtifactError:
-        return self._error(
-            f"{self.path.name} is damaged: {why}", where=str(self.path), fix="fetch or make the file again"
-        )
+        return self._error(f"{self.path.name} is damaged: {why}", where=str(self.path), fix=self._error.remake)
 
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
@@ -134,6 +132,10 @@ class TensorFile:
             if self._offsets[name] < position:
                 raise self._damaged(f"tensors `{last}` and `{name}` overlap")
             position, last = self._offsets[name] + self.tensors[name].nbytes, name
+
+    def header_bytes(self) -> bytes:
+        """Everything before the first tensor, as it is in the file."""
+        return os.pread(self._file.fileno(), self._data_start, 0)
 
     def read(self, name: str) -> bytearray:
         """The tensor's bytes, row-major, copied."""

@@ -175,7 +175,7 @@ def test_a_plan_that_names_no_tensor_is_refused(tmp_path):
             for name in keep:
                 out.write(name, f.read(name))
     (tmp_path / "new").replace(path)
-    entry = engine.config.rank_files[0].model_copy(update={"size": path.stat().st_size})
+    entry = engine.config.rank_files[0].model_copy(update={"size": path.stat().st_size, "program_sha256": None})
     engine = dataclasses.replace(engine, config=engine.config.model_copy(update={"rank_files": [entry]}))
     with pytest.raises(EngineError, match="has no tensor `nothing`"):
         runner_logits(engine)

@@ -24,6 +24,7 @@ from trtllm_cli.engine import (
     KvCacheDType,
     RankFile,
     WeightDType,
+    program_digest,
     write_config,
 )
 from trtllm_cli.errors import CheckpointError, ResourceError, TrtllmError, UnsupportedError, UsageError
@@ -124,7 +125,7 @@ def build(
             path = partial / f"rank{rank.rank}.engine"
             tell = functools.partial(progress, total=total) if progress else None
             done = _write_rank(plan.checkpoint, rank, graph, lowered, path, tell, done)
-            files.append(RankFile(name=path.name, size=path.stat().st_size, sha256=sha256(path)))
+            files.append(_rank_file(path))
         if plan.checkpoint.tokenizer_dir is not None:
             shutil.copytree(plan.checkpoint.tokenizer_dir, partial / TOKENIZER)
         first = plan.lowered[0]
@@ -342,6 +343,13 @@ def _write_rank(
             if progress:
                 progress(done)
     return done
+
+
+def _rank_file(path: Path) -> RankFile:
+    """What config.json records of a rank's file."""
+    with TensorFile(path) as file:
+        program = program_digest(file)
+    return RankFile(name=path.name, size=path.stat().st_size, sha256=sha256(path), program_sha256=program)
 
 
 def _read(source: TensorFile, graph: Graph, name: str) -> torch.Tensor:

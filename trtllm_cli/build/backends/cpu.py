@@ -15,6 +15,7 @@ import torch
 from trtllm_cli.build.lowered import Lowered, Memory, Packing, ReadWeight
 from trtllm_cli.build.passes.plan_buffers import BufferPlan, plan_buffers
 from trtllm_cli.build.tactics import faster, time_linears
+from trtllm_cli.engine import KERNELS
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import NUM_LOGITS, NUM_TOKENS
 from trtllm_cli.graph import Graph, Node
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from trtllm_cli.engine import BuildConfig
     from trtllm_cli.model_config import ModelConfig
 
-KERNELS = "kernels.so"  # the engine tensor that holds the compiled library
 FLOAT_BYTES = 4  # activations are float32
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from trtllm_cli.artifact import human_bytes
+from trtllm_cli.engine import KERNELS
 from trtllm_cli.errors import EngineError, ResourceError
 from trtllm_cli.kernels.cpu import compiler, library
 from trtllm_cli.tensor_file import TensorFile
@@ -67,7 +69,7 @@ class CpuRunner:
         self._plan = engine.plan(self._file)
         self._weights = _Weights(self._file)
         self._buffers = self._allocate_buffers()
-        lib = library.Library.load(self._weights.view("kernels.so"))
+        lib = library.Library.load(self._weights.view(KERNELS))
         self._pool = lib.pool(num_threads or default_threads())
         self._kv: npt.NDArray[np.uint8] | None = None
         self._kv_layer_bytes = self._block_bytes_a_layer()
@@ -92,8 +94,10 @@ class CpuRunner:
             self._kv = _zeros(num_blocks * self.bytes_per_block)
         except MemoryError:
             raise ResourceError(
-                f"no memory for {num_blocks} KV cache blocks of {self.bytes_per_block} bytes",
-                fix="lower --kv-cache-memory",
+                f"no memory for the KV cache: {human_bytes(num_blocks * self.bytes_per_block)} "
+                f"({num_blocks} blocks of {human_bytes(self.bytes_per_block)})",
+                where="--kv-cache-memory",
+                fix="give --kv-cache-memory less, or rebuild the engine with a lower --max-batch-size or --max-seq-len",
             ) from None
         self._num_blocks = num_blocks
         self._program = self._resolve()
@@ -129,7 +133,16 @@ class CpuRunner:
 
     def _allocate_buffers(self) -> list[npt.NDArray[np.float32]]:
         sizes = {"num_tokens": self._limits.max_num_tokens, "num_logits": self._limits.max_batch_size}
-        return [_zeros(sizes[b["rows"]] * b["width"] * 4).view(np.float32) for b in self._plan["buffers"]]
+        nbytes = [sizes[b["rows"]] * b["width"] * 4 for b in self._plan["buffers"]]
+        try:
+            return [_zeros(n).view(np.float32) for n in nbytes]
+        except MemoryError:
+            limits = self._limits
+            raise ResourceError(
+                f"no memory for the activations: {human_bytes(sum(nbytes))} for max_num_tokens {limits.max_num_tokens} "
+                f"and max_batch_size {limits.max_batch_size}",
+                fix="rebuild the engine with a lower --max-num-tokens and --max-batch-size",
+            ) from None
 
     def _block_bytes_a_layer(self) -> list[int]:
         sizes = {}
