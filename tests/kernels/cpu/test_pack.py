@@ -21,8 +21,8 @@ def test_layouts(weight):
     int8 = pack_linear(weight, "int8")
     assert (int8["weight"].shape, int8["weight"].dtype) == ((3, 77, 16), torch.int8)
     assert int8["scale"].shape == (3, 16)
-    assert pack_linear(weight, "int4")["weight"].shape == (3, 3, 4 * 64 + 64)
-    assert pack_linear(weight, "int4", 20)["weight"].shape == (3, 4, 3 * 64 + 64)
+    assert pack_linear(weight, "int4")["weight"].shape == (3, 3 * (4 * 64 + 64))
+    assert pack_linear(weight, "int4", 20)["weight"].shape == (3, 4 * (3 * 64 + 64))
 
 
 def test_int8_is_within_half_a_step(weight):

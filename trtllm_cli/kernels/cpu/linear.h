@@ -1,13 +1,14 @@
 // Linear layers. Few rows: the packed weight goes through registers once, straight from memory (`direct`). Many rows:
-// a tile is unpacked to float32 in cache, and all rows pass over it (`blocked`). Both compute each output as one chain
-// of multiply-adds over k, with the same float32 weights: the same bits.
+// a tile is unpacked to float32 in cache, and all rows pass over it (`blocked`). Both compute each output as the same
+// chain of multiply-adds over k: the same bits.
 //
 // A format F says how a packed tile is read; pack.py has the layouts:
-//     kStep, kReadBytes      inputs that one read gives, and bytes of the tile that they take
-//     kHeaderBytes           before each group of inputs
-//     Params params(p, v)    what vector v of the 16 outputs needs from the group's header
-//     Raw read(p, v)         vector v of the 16 outputs, as it is stored, for kStep inputs from p
-//     vf get(raw, params, j) its weights for input j of them
+//     kStep, kReadBytes   inputs that one read gives, and bytes of the tile that they take
+//     read(p, v)          vector v of the 16 outputs, as it is stored, for kStep inputs from p
+//     get(raw, j)         its weights for input j of them
+//     kGrouped            groups of inputs have a scale (before their weights) and a minimum (at the tile's end); then
+//                         an output is the sum over groups of scale * (sum of x * weight), plus the sum over groups of
+//                         minimum * (sum of x)
 #pragma once
 
 #include "micro.h"
@@ -20,11 +21,13 @@ constexpr int kBlockTiles = kWidth == 16 ? 2 : 1;
 constexpr int kRowGroup = 16 * kBlockRows;  // rows that pass over one unpacked tile; their x stays in L2
 constexpr int kBlockInputs = 256;           // inputs of an unpacked tile; it stays in L1
 constexpr int kNibbles = 8;                 // inputs in a word of int4
+constexpr int kAloneRows = 2;               // rows that each thread prepares for itself
 
 // A step's parameters. Inputs come in groups, each padded to whole reads; but for int4, all are one group.
 struct Linear {
     int rows, in, out, tiles;
-    int group, padded_group, padded_in;
+    int group, groups, padded_group, padded_in;
+    bool grouped;
     int64_t x_stride, out_stride;
     bool accumulate;
     const float* x;
@@ -33,18 +36,20 @@ struct Linear {
     const float *scale, *bias;
 
     Linear(const tl_step& s, int rows)
-        : rows(rows), in(s.i[1]), out(s.i[2]), tiles(ceil_div(out, kTile)), group(s.i[4]), x_stride(s.i[6]),
-          out_stride(s.i[7]), accumulate(s.i[5]), x((const float*)s.p[0]), y((float*)s.p[1]),
-          weight((const char*)s.p[2]), scale((const float*)s.p[3]), bias((const float*)s.p[4]) {
-        const int step = s.i[3] == kInt4 ? kNibbles : s.i[3] == kBfloat16 ? 2 : 1;
+        : rows(rows), in(s.i[1]), out(s.i[2]), tiles(ceil_div(out, kTile)), group(s.i[4]),
+          groups(ceil_div(in, group)), grouped(s.i[3] == kInt4), x_stride(s.i[6]), out_stride(s.i[7]), accumulate(s.i[5]),
+          x((const float*)s.p[0]), y((float*)s.p[1]), weight((const char*)s.p[2]), scale((const float*)s.p[3]),
+          bias((const float*)s.p[4]) {
+        const int step = grouped ? kNibbles : s.i[3] == kBfloat16 ? 2 : 1;
         padded_group = (int)round_up(group, step);
-        padded_in = ceil_div(in, group) * padded_group;
+        padded_in = groups * padded_group;
     }
-    bool padded() const { return padded_in != in; }
-    int64_t padded_stride() const { return (int64_t)round_up(padded_in, kTile); }
+    // Whether the kernels want another x: zeros where the weight has padding; int4's scaling, and sums of groups.
+    bool prepares() const { return grouped || padded_in != in; }
+    int64_t prepared_stride() const { return (int64_t)round_up(padded_in + groups, kTile); }
 };
 
-// The input of all rows: x itself, or a copy with zeros where the packed weight has padding.
+// The input of all rows: x itself, or prepared; then each row is followed by its sums of groups.
 struct Input {
     const float* x;
     int64_t stride;
@@ -72,14 +77,16 @@ inline void finish(const Linear& l, int row, int rows, int first, int width, con
     }
 }
 
+constexpr int kHalvesBytes = 2 * kTile;  // a float16 for each output: a group's scales, or minima
+
 template <class F>
 int64_t group_bytes(const Linear& l) {
-    return F::kHeaderBytes + (int64_t)(l.padded_group / F::kStep) * F::kReadBytes;
+    return (F::kGrouped ? kHalvesBytes : 0) + (int64_t)(l.padded_group / F::kStep) * F::kReadBytes;
 }
 
 template <class F>
 int64_t tile_bytes(const Linear& l) {
-    return l.padded_in / l.padded_group * group_bytes<F>(l);
+    return l.groups * (group_bytes<F>(l) + (F::kGrouped ? kHalvesBytes : 0));
 }
 
 // M rows times NV vectors of outputs, from vector `v0` of `tile` on. c is [M, NV * kWidth].
@@ -89,20 +96,22 @@ INLINE void direct(const Linear& l, Input in, int tile, int v0, float* c) {
     const int64_t bytes = tile_bytes<F>(l);
     const char* p = l.weight + tile * bytes;
     const float* x = in.x;
-    Block<M, NV> block;
-    block.clear();
-    for (int g = 0; g < l.padded_in; g += l.padded_group) {
-        typename F::Params params[NV];
-        UNROLL for (int v = 0; v < NV; v++)
-            params[v] = F::params(p + v / kTileVectors * bytes, v0 + v % kTileVectors);
-        p += F::kHeaderBytes;
+    auto part = [&](const char* p, int v) __attribute__((always_inline)) { return p + v / kTileVectors * bytes; };
+    auto half = [&](const char* p, int v) __attribute__((always_inline)) {
+        return load_half((const uint16_t*)part(p, v) + (v0 + v % kTileVectors) * kWidth);
+    };
+    if (F::kGrouped) memset(c, 0, M * NV * kWidth * sizeof(float));
+    for (int g = 0; g < l.groups; g++) {
+        Block<M, NV> block;
+        block.clear();
+        const char* scales = p;
+        if (F::kGrouped) p += kHalvesBytes;
         auto read_and_step = [&]() __attribute__((always_inline)) {
             typename F::Raw raw[NV];
-            UNROLL for (int v = 0; v < NV; v++)
-                raw[v] = F::read(p + v / kTileVectors * bytes, v0 + v % kTileVectors);
+            UNROLL for (int v = 0; v < NV; v++) raw[v] = F::read(part(p, v), v0 + v % kTileVectors);
             UNROLL for (int j = 0; j < F::kStep; j++) {
                 vf b[NV];
-                UNROLL for (int v = 0; v < NV; v++) b[v] = F::get(raw[v], params[v], j);
+                UNROLL for (int v = 0; v < NV; v++) b[v] = F::get(raw[v], j);
                 block.step(x + j, in.stride, b);
             }
             p += F::kReadBytes;
@@ -115,8 +124,18 @@ INLINE void direct(const Linear& l, Input in, int tile, int v0, float* c) {
         }
         if constexpr (kReads > 1)
             for (; k < l.padded_group; k += F::kStep) read_and_step();
+        if constexpr (!F::kGrouped) return block.write(c, NV * kWidth);
+        UNROLL for (int v = 0; v < NV; v++) block.add_scaled(v, half(scales, v), c + v * kWidth, NV * kWidth);
     }
-    block.write(c, NV * kWidth);
+    Block<M, NV> minima;
+    minima.clear();
+    const float* sums = in.x + l.padded_in;
+    for (int g = 0; g < l.groups; g++, p += kHalvesBytes) {
+        vf b[NV];
+        UNROLL for (int v = 0; v < NV; v++) b[v] = half(p, v);
+        minima.step(sums + g, in.stride, b);
+    }
+    UNROLL for (int v = 0; v < NV; v++) minima.add_scaled(v, splat(1.0f), c + v * kWidth, NV * kWidth);
 }
 
 template <class F, int M, int NV>
@@ -163,78 +182,125 @@ void direct_any(const Linear& l, Input in, int begin, int end) {
     if constexpr (M > 1) direct_any<F, M - 1>(l, in, begin, end);
 }
 
-// c [M, NT * 16] += M rows of x times unpacked tiles: b is [NT][inputs][16], `stride` elements from tile to tile.
-template <int M, int NT>
-void multiply(const float* b, int64_t stride, int inputs, const float* x, int64_t x_stride, float* c) {
+// What `unpack` makes of some inputs: weights [NT][inputs][16], and if grouped, scales and minima [NT][groups][16]; the
+// strides are elements from tile to tile.
+struct Unpacked {
+    const float *b, *scales, *minima;
+    int64_t stride, groups_stride;
+    int inputs, groups;
+};
+
+// c [M, NT * 16] += M rows of x times b, or times b of each group and its scale.
+template <bool Grouped, int M, int NT>
+void multiply(const Unpacked& u, const float* x, int64_t x_stride, float* c) {
     constexpr int NV = NT * kTileVectors;
+    const float *b = u.b, *scales = u.scales;
+    const int64_t stride = u.stride;
+    const int group = u.inputs / u.groups;
     Block<M, NV> block;
-    block.read(c, NT * kTile);
-    for (int k = 0; k < inputs; k += 16) {
-        UNROLL for (int m = 0; m < M; m++) __builtin_prefetch(x + (m + M) * x_stride);  // of the next rows
-        const int end = inputs - k < 16 ? inputs - k : 16;
-        for (int i = 0; i < end; i++, b += kTile, x++) {
-            vf w[NV];
-            UNROLL for (int v = 0; v < NV; v++) w[v] = load(b + v / kTileVectors * stride + v % kTileVectors * kWidth);
-            block.step(x, x_stride, w);
+    if (!Grouped) block.read(c, NT * kTile);
+    for (int g = 0; g < u.groups; g++) {
+        if (Grouped) block.clear();
+        for (int k = 0; k < group; k += 16) {
+            UNROLL for (int m = 0; m < M; m++) __builtin_prefetch(x + (m + M) * x_stride);  // of the next rows
+            const int n = group - k < 16 ? group - k : 16;
+            for (int i = 0; i < n; i++, b += kTile, x++) {
+                vf w[NV];
+                UNROLL for (int v = 0; v < NV; v++)
+                    w[v] = load(b + v / kTileVectors * stride + v % kTileVectors * kWidth);
+                block.step(x, x_stride, w);
+            }
+        }
+        if (!Grouped) break;
+        UNROLL for (int v = 0; v < NV; v++) {
+            const vf scale = load(scales + v / kTileVectors * u.groups_stride + v % kTileVectors * kWidth);
+            block.add_scaled(v, scale, c + v * kWidth, NT * kTile);
+        }
+        scales += kTile;
+    }
+    if (!Grouped) block.write(c, NT * kTile);
+}
+
+template <bool Grouped, int NT, int M = kBlockRows>
+void multiply_any(int m, const Unpacked& u, const float* x, int64_t x_stride, float* c) {
+    if (m == M) return multiply<Grouped, M, NT>(u, x, x_stride, c);
+    if constexpr (M > 1) multiply_any<Grouped, NT, M - 1>(m, u, x, x_stride, c);
+}
+
+// A thread's: NT tiles' unpacked inputs, and twice the sums of a group of rows.
+struct BlockScratch {
+    int inputs, groups;  // unpacked at a time
+
+    explicit BlockScratch(const Linear& l) {
+        if (l.grouped) {
+            const int most = l.padded_group < kBlockInputs ? kBlockInputs / l.padded_group : 1;
+            groups = ceil_div(l.groups, ceil_div(l.groups, most)), inputs = groups * l.padded_group;
+        } else {
+            groups = 1, inputs = (int)round_up(ceil_div(l.padded_in, ceil_div(l.padded_in, kBlockInputs)), kNibbles);
         }
     }
-    block.write(c, NT * kTile);
-}
+    int64_t tile_floats() const { return (int64_t)(inputs + 2 * groups) * kTile; }
+    int64_t bytes() const { return sizeof(float) * kBlockTiles * (tile_floats() + 2 * kRowGroup * kTile); }
+};
 
-template <int NT, int M = kBlockRows>
-void multiply_any(int m, const float* b, int64_t stride, int inputs, const float* x, int64_t x_stride, float* c) {
-    if (m == M) return multiply<M, NT>(b, stride, inputs, x, x_stride, c);
-    if constexpr (M > 1) multiply_any<NT, M - 1>(m, b, stride, inputs, x, x_stride, c);
-}
-
-// Inputs [k, end) of a tile to float32 [end - k, 16]; both are whole reads.
+// `inputs` inputs of a tile from k on, to b and what follows it.
 template <class F>
-void unpack(const Linear& l, const char* tile, int k, int end, float* b) {
-    while (k < end) {
-        const int g = k / l.padded_group, left = (g + 1) * l.padded_group, stop = left < end ? left : end;
-        const char* header = tile + g * group_bytes<F>(l);
-        typename F::Params params[kTileVectors];
-        UNROLL for (int v = 0; v < kTileVectors; v++) params[v] = F::params(header, v);
-        const char* p = header + F::kHeaderBytes + (int64_t)((k - g * l.padded_group) / F::kStep) * F::kReadBytes;
-        for (; k < stop; k += F::kStep, p += F::kReadBytes, b += F::kStep * kTile) {
-            __builtin_prefetch(p + tile_bytes<F>(l));
+void unpack(const Linear& l, const char* tile, int k, const Unpacked& u, float* b, float* scales, float* minima) {
+    const int g = k / l.padded_group, group = u.inputs / u.groups;
+    const char* p = tile + g * group_bytes<F>(l) + (int64_t)((k - g * l.padded_group) / F::kStep) * F::kReadBytes;
+    const char* packed_minima = tile + l.groups * group_bytes<F>(l) + (int64_t)g * kHalvesBytes;
+    for (int i = 0; i < u.groups; i++) {
+        if (F::kGrouped) {
+            for (int v = 0; v < kTileVectors; v++) {
+                store(scales + v * kWidth, load_half((const uint16_t*)p + v * kWidth));
+                store(minima + v * kWidth, load_half((const uint16_t*)packed_minima + v * kWidth));
+            }
+            p += kHalvesBytes, packed_minima += kHalvesBytes, scales += kTile, minima += kTile;
+        }
+        for (int j = 0; j < group; j += F::kStep, p += F::kReadBytes, b += F::kStep * kTile) {
+            __builtin_prefetch(p + 4 * (int64_t)u.inputs);  // of the next inputs, about
             UNROLL for (int v = 0; v < kTileVectors; v++) {
                 const typename F::Raw raw = F::read(p, v);
-                UNROLL for (int j = 0; j < F::kStep; j++) store(b + j * kTile + v * kWidth, F::get(raw, params[v], j));
+                UNROLL for (int i = 0; i < F::kStep; i++) store(b + i * kTile + v * kWidth, F::get(raw, i));
             }
         }
     }
 }
 
-// A thread's: NT unpacked tiles, and the sums of a group of rows.
-constexpr int64_t kUnpackedFloats = (int64_t)kBlockInputs * kTile;
-constexpr int64_t kBlockScratchBytes = sizeof(float) * kBlockTiles * (kUnpackedFloats + kRowGroup * kTile);
-
 // Rows [row, row + rows) times NT tiles.
 template <class F, int NT>
 void blocked(const Linear& l, Input in, int row, int rows, int tile, float* scratch) {
-    float *b = scratch, *c = b + kBlockTiles * kUnpackedFloats;
-    const int64_t bytes = tile_bytes<F>(l);
-    const char* weight = l.weight + tile * bytes;
-    const int blocks = ceil_div(rows, kBlockRows), chunks = ceil_div(l.padded_in, kBlockInputs);
-    const int chunk = (int)round_up(ceil_div(l.padded_in, chunks), kNibbles);
-    memset(c, 0, (size_t)rows * NT * kTile * sizeof(float));
-    for (int k = 0; k < l.padded_in; k += chunk) {
-        const int end = k + chunk < l.padded_in ? k + chunk : l.padded_in;
-        const float* unpacked = b;
-        int64_t stride = kUnpackedFloats;
+    const BlockScratch size(l);
+    constexpr int N = NT * kTile;
+    float *b = scratch, *scales = b + NT * (int64_t)size.inputs * kTile, *minima = scales + NT * size.groups * kTile;
+    float *c = scratch + NT * size.tile_floats(), *d = c + kRowGroup * N;  // d: the sums of minima
+    const char* weight = l.weight + tile * tile_bytes<F>(l);
+    const int blocks = ceil_div(rows, kBlockRows);
+    memset(c, 0, (size_t)rows * N * sizeof(float));
+    if (F::kGrouped) memset(d, 0, (size_t)rows * N * sizeof(float));
+    for (int k = 0; k < l.padded_in; k += size.inputs) {
+        const int inputs = k + size.inputs < l.padded_in ? size.inputs : l.padded_in - k;
+        const int groups = F::kGrouped ? inputs / l.padded_group : 1;
+        Unpacked u{b, scales, minima, (int64_t)size.inputs * kTile, (int64_t)size.groups * kTile, inputs, groups};
         if constexpr (F::kUnpacked) {
-            unpacked = (const float*)weight + (int64_t)k * kTile, stride = bytes / (int64_t)sizeof(float);
+            u.b = (const float*)weight + (int64_t)k * kTile, u.stride = tile_bytes<F>(l) / (int64_t)sizeof(float);
         } else {
-            for (int t = 0; t < NT; t++) unpack<F>(l, weight + t * bytes, k, end, b + t * kUnpackedFloats);
+            for (int t = 0; t < NT; t++)
+                unpack<F>(l, weight + t * tile_bytes<F>(l), k, u, b + t * u.stride, scales + t * u.groups_stride,
+                          minima + t * u.groups_stride);
         }
+        const Unpacked of_minima{minima, nullptr, nullptr, u.groups_stride, 0, groups, 1};
         for (int i = 0; i < blocks; i++) {
-            const int from = rows * i / blocks, to = rows * (i + 1) / blocks;
-            multiply_any<NT>(to - from, unpacked, stride, end - k, in.x + (row + from) * in.stride + k, in.stride,
-                             c + from * NT * kTile);
+            const int from = rows * i / blocks, m = rows * (i + 1) / blocks - from;
+            const float* x = in.x + (row + from) * in.stride;
+            multiply_any<F::kGrouped, NT>(m, u, x + k, in.stride, c + from * N);
+            if constexpr (F::kGrouped)
+                multiply_any<false, NT>(m, of_minima, x + l.padded_in + k / l.padded_group, in.stride, d + from * N);
         }
     }
-    finish(l, row, rows, tile * kTile, NT * kTile, c);
+    if (F::kGrouped)
+        for (int j = 0; j < rows * N; j += kWidth) store(c + j, fma(load(d + j), splat(1.0f), load(c + j)));
+    finish(l, row, rows, tile * kTile, N, c);
 }
 
 template <class F>
@@ -249,28 +315,23 @@ void blocked_any(const Context& context, const Linear& l, Input in) {
     }
 }
 
-inline Input padded_input(const Context& c, const Linear& l) {
-    if (!l.padded()) return {l.x, l.x_stride};
-    int begin, end;
-    c.share(l.rows, begin, end);
-    for (int r = begin; r < end; r++) {
-        const float* x = l.x + r * l.x_stride;
-        float* to = c.shared() + r * l.padded_stride();
-        for (int k = 0; k < l.in; k += l.group, to += l.padded_group) {
-            const int n = l.in - k < l.group ? l.in - k : l.group;
-            memcpy(to, x + k, n * sizeof(float));
-            memset(to + n, 0, (l.padded_group - n) * sizeof(float));
-        }
-    }
-    c.barrier();
-    return {c.shared(), l.padded_stride()};
+template <class F>
+Input prepared_input(const Context& c, const Linear& l) {
+    if (!l.prepares()) return {l.x, l.x_stride};
+    const bool alone = l.rows <= kAloneRows;
+    float* to = alone ? c.scratch() : c.shared();
+    int begin = 0, end = l.rows;
+    if (!alone) c.share(l.rows, begin, end);
+    for (int r = begin; r < end; r++) F::prepare(l, l.x + r * l.x_stride, to + r * l.prepared_stride());
+    if (!alone) c.barrier();
+    return {to, l.prepared_stride()};
 }
 
 template <class F>
 void linear(const Context& c) {
     const Linear l(c.step, rows_of(c.step, c.batch));
     if (l.rows == 0) return;
-    const Input in = padded_input(c, l);
+    const Input in = prepared_input<F>(c, l);
     if (l.rows > kDirectRows) return blocked_any<F>(c, l, in);
     int begin, end;
     c.share(l.tiles, begin, end);

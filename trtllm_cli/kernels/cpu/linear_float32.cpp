@@ -3,14 +3,13 @@
 namespace {
 
 struct Float32 {
-    static constexpr int kStep = 1, kReadBytes = 4 * kTile, kHeaderBytes = 0, kMostVectors = 8;
-    static constexpr bool kUnpacked = true;
-    struct Params {};
+    static constexpr int kStep = 1, kReadBytes = 4 * kTile, kMostVectors = 8;
+    static constexpr bool kGrouped = false, kUnpacked = true;
     using Raw = vf;
 
-    static INLINE Params params(const char*, int) { return {}; }
     static INLINE Raw read(const char* p, int v) { return load((const float*)p + v * kWidth); }
-    static INLINE vf get(Raw raw, Params, int) { return raw; }
+    static INLINE vf get(Raw raw, int) { return raw; }
+    static void prepare(const Linear&, const float*, float*) {}
 };
 
 }  // namespace
@@ -19,8 +18,10 @@ void linear_float32(const Context& c) { linear<Float32>(c); }
 
 Scratch linear_scratch(const tl_step& step, int rows) {
     const Linear l(step, rows);
+    const size_t prepared = l.prepares() ? rows * l.prepared_stride() * sizeof(float) : 0;
     Scratch s;
-    if (rows > kDirectRows) s.per_thread = kBlockScratchBytes;
-    if (l.padded()) s.shared = rows * l.padded_stride() * sizeof(float);
+    if (rows <= kAloneRows) s.per_thread = prepared;
+    else s.shared = prepared;
+    if (rows > kDirectRows) s.per_thread = BlockScratch(l).bytes();
     return s;
 }

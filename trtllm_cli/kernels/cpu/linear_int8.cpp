@@ -3,14 +3,13 @@
 namespace {
 
 struct Int8 {
-    static constexpr int kStep = 1, kReadBytes = kTile, kHeaderBytes = 0, kMostVectors = 8;
-    static constexpr bool kUnpacked = false;
-    struct Params {};
+    static constexpr int kStep = 1, kReadBytes = kTile, kMostVectors = 8;
+    static constexpr bool kGrouped = false, kUnpacked = false;
     using Raw = vf;
 
-    static INLINE Params params(const char*, int) { return {}; }
     static INLINE Raw read(const char* p, int v) { return load_int8((const int8_t*)p + v * kWidth); }
-    static INLINE vf get(Raw raw, Params, int) { return raw; }
+    static INLINE vf get(Raw raw, int) { return raw; }
+    static void prepare(const Linear&, const float*, float*) {}
 };
 
 }  // namespace

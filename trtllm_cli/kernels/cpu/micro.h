@@ -22,6 +22,10 @@ struct Block {
     INLINE void write(float* c, int64_t ldc) const {
         UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < NV; v++) store(c + m * ldc + v * kWidth, acc[m][v]);
     }
+    // c[m] += column v of the block * scale
+    INLINE void add_scaled(int v, vf scale, float* c, int64_t ldc) const {
+        UNROLL for (int m = 0; m < M; m++) store(c + m * ldc, fma(acc[m][v], scale, load(c + m * ldc)));
+    }
     // += a[:, 0] * b
     INLINE void step(const float* a, int64_t lda, const vf (&b)[NV]) {
         UNROLL for (int m = 0; m < M; m++) {

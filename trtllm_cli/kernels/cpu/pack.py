@@ -6,11 +6,11 @@ streams a tile from its first byte to its last and multiplies 16 outputs by one 
     float32   weight [tiles, in, 16] float32
     bfloat16  weight [tiles, ceil(in / 2), 16, 2] bfloat16, two inputs to a 32-bit lane
     int8      weight [tiles, in, 16] int8; scale [tiles, 16] float32
-    int4      weight [tiles, groups, bytes] uint8; scale [tiles, 16] float32, a power of two
+    int4      weight [tiles, bytes] uint8; scale [tiles, 16] float32, a power of two
 
-A group of int4 is [16] scales and [16] minima in float16, and then [ceil(group_size / 8), 16] 32-bit words, each with 8
-inputs of one output from its lowest nibble up. A weight is `(nibble * scale16 + minimum16) * scale`, with a `scale`
-that keeps the halves well inside float16's range. A group of 32 is 5 cache lines.
+A tile of int4 is, for each group of inputs, [16] scales in float16 and then [ceil(group_size / 8), 16] 32-bit words,
+each with 8 inputs of one output from its lowest nibble up; and after all groups, [groups, 16] minima in float16. A
+weight is `(nibble * scale16 + minimum16) * scale`, with a `scale` that keeps the halves well inside float16's range.
 
 Each packer returns {"weight": ..., "scale": ...} (scale for int8 and int4 only), contiguous: what library.linear_step
 takes. The layouts are the same on every CPU.
@@ -58,10 +58,10 @@ def pack_int4(
     s = scale.float()
     minimum = -s * (8.0 if zero is None else zero.float())
     multiplier = _multiplier(s, minimum)  # [out]
-    halves = [_outputs_last(v / multiplier[:, None]).half() for v in (s, minimum)]  # [tiles, groups, 16] each
-    parts = [*(h.view(torch.uint8) for h in halves), words.view(torch.uint8)]
+    scales, minima = (_tiles(v / multiplier[:, None]).half().view(torch.uint8) for v in (s, minimum))
+    groups = torch.cat([scales, words.view(torch.uint8).flatten(2)], dim=2)
     return {
-        "weight": torch.cat([p.flatten(2) for p in parts], dim=2).contiguous(),
+        "weight": torch.cat([groups.flatten(1), minima.flatten(1)], dim=1),
         "scale": _outputs(multiplier),
     }
 
@@ -87,13 +87,16 @@ def unpack_linear(
 def _unpack_int4(packed: dict[str, torch.Tensor], group_size: int) -> torch.Tensor:
     """[tiles, 16, groups * group_size] float32."""
     num_words = -(-group_size // _NIBBLES)
-    weight = packed["weight"]
-    header = 4 * TILE  # bytes
-    halves = weight[..., :header].contiguous().view(torch.float16).float().unflatten(2, (2, TILE))
-    words = weight[..., header:].contiguous().view(torch.int32).unflatten(2, (num_words, TILE))
+    weight, half = packed["weight"], 2 * TILE  # bytes of 16 halves
+    groups = weight.shape[1] // (half + num_words * TILE * 4 + half)
+    body, minima = weight.split([weight.shape[1] - groups * half, groups * half], dim=1)
+    scales, words = body.unflatten(1, (groups, -1)).split([half, num_words * TILE * 4], dim=2)
+    words = words.contiguous().view(torch.int32).unflatten(2, (num_words, TILE))
+    scales = scales.contiguous().view(torch.float16).float()  # [tiles, groups, 16]
+    minima = minima.contiguous().view(torch.float16).float().unflatten(1, (groups, TILE))
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     q = ((words[..., None] >> shifts) & 15).permute(0, 1, 3, 2, 4).flatten(3)[..., :group_size].float()
-    w = q * halves[:, :, 0, :, None] + halves[:, :, 1, :, None]  # [tiles, groups, 16, group_size]
+    w = q * scales[..., None] + minima[..., None]  # [tiles, groups, 16, group_size]
     return w.transpose(1, 2).flatten(2) * packed["scale"][..., None]
 
 
@@ -127,11 +130,6 @@ def _tiles(weight: torch.Tensor) -> torch.Tensor:
 def _outputs(values: torch.Tensor) -> torch.Tensor:
     """[out] -> [tiles, 16]."""
     return _pad(values, 0, TILE).view(-1, TILE)
-
-
-def _outputs_last(values: torch.Tensor) -> torch.Tensor:
-    """[out, groups] -> [tiles, groups, 16]."""
-    return _tiles(values)
 
 
 def _pad(values: torch.Tensor, dim: int, multiple: int) -> torch.Tensor:
