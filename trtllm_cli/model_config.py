@@ -71,14 +71,14 @@ class ModelConfig(BaseModel):
     logits_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     vocab_size: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1, le=4096)
     num_attention_heads: int = Field(ge=1)
     num_key_value_heads: int = Field(default=0, ge=0, validate_default=True)  # 0: as many as attention heads
     head_size: int = Field(default=0, ge=0)  # 0: hidden_size / num_attention_heads
     intermediate_size: int = Field(default=0, ge=0)  # 0: 4 * hidden_size
     hidden_act: Activation
     norm_epsilon: float = Field(default=1e-5, gt=0)
-    max_position_embeddings: int = Field(default=2048, ge=1)
+    max_position_embeddings: int = Field(default=2048, ge=1, lt=2**31)
     position_embedding_type: Literal["learned_absolute", "rope_gpt_neox", "rope_gptj"] = "learned_absolute"
     rotary_base: float = Field(default=10000.0, gt=0)
     rotary_embedding_dim: int = Field(default=0, ge=0)  # 0: head_size

@@ -243,6 +243,7 @@ def test_several_ranks_are_refused(tmp_path):
 
     engine = write_engine(tmp_path / "engine", None)
     config = json.loads((engine / "config.json").read_text())
+    del config["sha256"]
     config["pretrained_config"] |= {"mapping": {"world_size": 2, "tp_size": 2}, "num_attention_heads": 2}
     (engine / "rank1.engine").write_bytes(b"w")
     entry = config["rank_files"][0]

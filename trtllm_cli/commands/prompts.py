@@ -41,7 +41,10 @@ def read_prompts(
     """
     items = [PromptItem(text, f"prompt {i}") for i, text in enumerate(arguments)]
     if token_ids is not None:
-        items.append(PromptItem(parse_ids(token_ids, "--input-token-ids"), "--input-token-ids"))
+        ids = parse_ids(token_ids, "--input-token-ids")
+        if not ids:
+            raise UsageError("no token ids", where="--input-token-ids", fix="write them like 1,2,3")
+        items.append(PromptItem(ids, "--input-token-ids"))
     if input_file is not None:
         items += _read_file(input_file)
     if (

@@ -26,6 +26,8 @@ from trtllm_cli.convert.families.fields import Fields
 from trtllm_cli.convert.plan import Job, Stage, make_plan
 from trtllm_cli.convert.reader import Reader, open_reader
 from trtllm_cli.convert.shard import split
+from trtllm_cli.convert.tokenizer_files import check_tokenizer
+from trtllm_cli.convert.verify import verify_aside
 from trtllm_cli.convert.weight_only import QFormat, quant_config, quantize
 from trtllm_cli.errors import ResourceError, SnapshotError, UsageError
 from trtllm_cli.mapping import Mapping
@@ -108,6 +110,7 @@ def convert(
     options = options or ConvertOptions()
     options.check()
     check_output(output_dir, force=options.force, source=source)
+    verified = verify_aside(source)
     reader = open_reader(source)
     try:
         decided = read_config(reader, options)
@@ -117,7 +120,8 @@ def convert(
         _check_space(output_dir, sum(sizes))
         with writing(output_dir, force=options.force, source=source) as directory, _one_thread():
             _write_ranks(directory, reader, config, stages, progress)
-            files = _write_tokenizer(directory, reader)
+            files = _write_tokenizer(directory, reader, config)
+            verified.result()
             write_config(directory, config)
     finally:
         reader.close()
@@ -276,10 +280,12 @@ def _num_parameters(stages: list[Stage]) -> int:
     return sum(wholes.values())
 
 
-def _write_tokenizer(directory: Path, reader: Reader) -> list[str]:
+def _write_tokenizer(directory: Path, reader: Reader, config: ModelConfig) -> list[str]:
     tokenizer = directory / TOKENIZER
     tokenizer.mkdir()
     files = reader.write_tokenizer(tokenizer)
-    if not files:
+    if files:
+        check_tokenizer(tokenizer, config.vocab_size, reader.path)
+    else:
         tokenizer.rmdir()
     return files

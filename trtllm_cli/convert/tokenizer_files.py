@@ -53,6 +53,24 @@ def copy_tokenizer(source: Path, directory: Path, config: Mapping[str, Any]) -> 
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
+def check_tokenizer(directory: Path, vocab_size: int, source: Path) -> None:
+    """Raises SnapshotError unless the tokenizer can be read, and a model of `vocab_size` has all its tokens."""
+    from tokenizers import Tokenizer
+
+    where = str(source / "tokenizer.json" if source.is_dir() else source)
+    try:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as e:  # the library raises nothing more specific
+        raise SnapshotError(f"the tokenizer cannot be read: {e}", where=where, fix=SnapshotError.remake) from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise SnapshotError(
+            f"wrong tokenizer: its token ids go up to {largest}, the model has only {vocab_size} tokens",
+            where=where,
+            fix="put the model's own tokenizer there, or remove it to convert without one",
+        )
+
+
 def write_generation_config(directory: Path, config: Mapping[str, Any]) -> None:
     """The token ids that begin, end and pad a text, as generation_config.json has them; nothing where none is known."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")

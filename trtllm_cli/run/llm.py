@@ -68,7 +68,7 @@ class _Model:
         memory = None if kv_cache_memory is None else kv_budget.parse_bytes(kv_cache_memory, "--kv-cache-memory")
         for name, value in (("num_threads", num_threads), ("max_num_blocks", max_num_blocks)):
             if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}, it must be at least 1", where=name)
+                raise UsageError(f"{name} is {value}, it must be at least 1", where="--" + name.replace("_", "-"))
         self.engine = Engine.open(Path(engine_dir))
         config = self.engine.config
         rank = _single_rank(self.engine)

@@ -7,6 +7,8 @@ from typing import Literal
 
 from trtllm_cli.errors import UsageError
 
+MAX_N = 1024  # answers to one prompt
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -50,7 +52,7 @@ class SamplingParams:
             ("presence_penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2, "from -2 to 2"),
             ("frequency_penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
-            ("n", self.n, self.n >= 1, "at least 1"),
+            ("n", self.n, 1 <= self.n <= MAX_N, f"from 1 to {MAX_N}"),
             ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
         ):
             if not ok:
