@@ -135,10 +135,7 @@ def _report(e: Exception) -> int:
     if name == "Exit":
         return int(getattr(e, "exit_code", 0))
     if hasattr(e, "format_message"):  # typer's own: an unknown flag, a missing argument
-        from typer import rich_utils
-
-        rich_utils.rich_format_error(e)  # type: ignore[arg-type]
-        return int(getattr(e, "exit_code", UsageError.exit_code))
+        e = _usage_error(e)
     if isinstance(e, MemoryError):
         e = ResourceError(f"out of memory: {e}", fix="lower --max-batch-size or --max-seq-len, or use a larger machine")
     if isinstance(e, TrtllmError):
@@ -146,6 +143,16 @@ def _report(e: Exception) -> int:
         return e.exit_code
     _print_error("internal error", f"{name}: {e}\n  this is a bug in trtllm; --debug shows where it happened")
     return INTERNAL
+
+
+def _usage_error(e: Any) -> UsageError:
+    """typer's exception in our words."""
+    context = getattr(e, "ctx", None)
+    help_command = f"`{context.command_path if context else 'trtllm'} --help`"
+    near = [f"--{str(flag).lstrip('-')}" for flag in getattr(e, "possibilities", None) or ()]
+    fix = f"did you mean {' or '.join(near)}? {help_command} lists the flags" if near else f"see {help_command}"
+    text = str(getattr(e, "message", "") if near else e.format_message()).rstrip(".")
+    return UsageError(text[:1].lower() + text[1:], fix=fix)
 
 
 def _print_error(title: str, text: str) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from trtllm_cli.commands import bench_dataset
+from trtllm_cli.commands import bench_dataset, model_flags
+from trtllm_cli.commands.model_flags import ModelFlags
 
 if TYPE_CHECKING:
     from trtllm_cli.bench.offline import Measurement, Progress, RuntimeOptions, Session
@@ -83,7 +84,8 @@ SchedulerPolicy = Annotated[
 MaxBatchSize = Annotated[
     int | None,
     typer.Option(
-        rich_help_panel=_RUNTIME, help="Most sequences in a step. Default, and most: as the engine was built."
+        rich_help_panel=_RUNTIME,
+        help="Most sequences in a step. Default, and most: as the engine was built. With --model, it is built so.",
     ),
 ]
 MaxNumTokens = Annotated[
@@ -138,6 +140,12 @@ Json = Annotated[bool, typer.Option("--json", rich_help_panel=_REPORT, help="Pri
 def throughput(
     engine_dir: EngineDir = None,
     model: Model = None,
+    revision: model_flags.Revision = None,
+    offline: model_flags.Offline = False,
+    token: model_flags.Token = None,
+    dtype: model_flags.Dtype = None,
+    weight_dtype: model_flags.WeightDtype = None,
+    max_seq_len: model_flags.MaxSeqLen = None,
     dataset: Dataset = None,
     num_requests: NumRequests = None,
     input_len: InputLen = None,
@@ -180,6 +188,9 @@ def throughput(
         "throughput",
         engine_dir,
         model,
+        ModelFlags(
+            revision, offline, token, dtype, weight_dtype, max_seq_len, None if engine_dir else max_batch_size
+        ),
         _Workload(dataset, num_requests, input_len, output_len, seed),
         _runtime(
             num_threads=num_threads,
@@ -202,6 +213,12 @@ def throughput(
 def latency(
     engine_dir: EngineDir = None,
     model: Model = None,
+    revision: model_flags.Revision = None,
+    offline: model_flags.Offline = False,
+    token: model_flags.Token = None,
+    dtype: model_flags.Dtype = None,
+    weight_dtype: model_flags.WeightDtype = None,
+    max_seq_len: model_flags.MaxSeqLen = None,
     dataset: Dataset = None,
     num_requests: NumRequests = None,
     input_len: InputLen = None,
@@ -229,6 +246,7 @@ def latency(
         "latency",
         engine_dir,
         model,
+        ModelFlags(revision, offline, token, dtype, weight_dtype, max_seq_len),
         _Workload(dataset, num_requests, input_len, output_len, seed),
         _runtime(num_threads=num_threads, kv_cache_memory=kv_cache_memory, enable_prefix_cache=prefix_cache),
         _Outputs(report_json, output_json, request_json, iteration_log, json_),
@@ -315,6 +333,7 @@ def _measure(
     command: Literal["throughput", "latency"],
     engine_dir: Path | None,
     model: str | None,
+    how: ModelFlags,
     workload: _Workload,
     options: RuntimeOptions,
     outputs: _Outputs,
@@ -326,7 +345,11 @@ def _measure(
     from trtllm_cli.bench.offline import Session, bench
 
     workload.check()
-    with Session.open(_engine_dir(engine_dir, model), options) as session:
+    how.check(engine_dir, model)
+    if engine_dir is None:
+        assert model is not None
+        engine_dir = how.engine(model)
+    with Session.open(engine_dir, options) as session:
         samples, source = workload.samples(command, session)
         with _progress(command) as progress:
             report, measured = bench(
@@ -340,23 +363,6 @@ def _measure(
                 progress=progress,
             )
     outputs.write(report, measured)
-
-
-def _engine_dir(engine_dir: Path | None, model: str | None) -> Path:
-    from trtllm_cli.errors import UsageError
-
-    if (engine_dir is None) == (model is None):
-        raise UsageError(
-            "give an engine or a model" + ("" if engine_dir is None else ", not both"),
-            where="--engine-dir",
-            fix="--engine-dir ENGINE, as trtllm build writes it, or --model MODEL",
-        )
-    if engine_dir is not None:
-        return engine_dir
-    from trtllm_cli.commands.stages import ensure_engine
-
-    assert model is not None
-    return ensure_engine(model)
 
 
 def _runtime(*, scheduler_policy: str = "guaranteed_no_evict", **options: Any) -> RuntimeOptions:

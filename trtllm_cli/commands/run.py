@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from trtllm_cli.commands import model_flags
 from trtllm_cli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -39,10 +40,13 @@ def run(
             show_default=False,
         ),
     ] = None,
-    weight_dtype: Annotated[
-        str | None,
-        typer.Option(help="With --model: float32, bfloat16, int8 or int4 weights. Default: as the model has them."),
-    ] = None,
+    revision: model_flags.Revision = None,
+    offline: model_flags.Offline = False,
+    token: model_flags.Token = None,
+    dtype: model_flags.Dtype = None,
+    weight_dtype: model_flags.WeightDtype = None,
+    max_seq_len: model_flags.MaxSeqLen = None,
+    max_batch_size: model_flags.MaxBatchSize = None,
     input_text: Annotated[
         list[str] | None, typer.Option("--input-text", help="A prompt, as an option; may be given several times.")
     ] = None,
@@ -179,13 +183,9 @@ def run(
     from trtllm_cli.commands.choices import choice
     from trtllm_cli.commands.prompts import parse_ids, read_prompts
 
-    _check_sources(
-        engine_dir,
-        model,
-        weight_dtype,
-        interactive,
-        has_prompts=bool(prompts or input_text or input_file or input_token_ids),
-    )
+    how = model_flags.ModelFlags(revision, offline, token, dtype, weight_dtype, max_seq_len, max_batch_size)
+    how.check(engine_dir, model)
+    _check_prompts(interactive, has_prompts=bool(prompts or input_text or input_file or input_token_ids))
     params = _sampling_params(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -224,7 +224,7 @@ def run(
             )
     if engine_dir is None:
         assert model is not None
-        engine_dir = _build(model, weight_dtype)
+        engine_dir = how.engine(model)
     llm_options: dict[str, Any] = {
         "tokenizer_dir": tokenizer_dir,
         "num_threads": threads,
@@ -246,19 +246,6 @@ def run(
                 generate(llm, items, options)
     except BrokenPipeError:  # whoever read our output has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _build(model: str, weight_dtype: str | None) -> Path:
-    """The engine of a model, built if it was not before."""
-    from trtllm_cli.commands.choices import choice
-    from trtllm_cli.commands.stages import ensure_engine
-
-    if weight_dtype is None:
-        return ensure_engine(model)
-    from trtllm_cli.build.builder import BuildOptions
-    from trtllm_cli.engine import WeightDType
-
-    return ensure_engine(model, build=BuildOptions(weight_dtype=choice(weight_dtype, WeightDType, "--weight-dtype")))
 
 
 @dataclass(frozen=True)
@@ -374,20 +361,6 @@ def _shown_on(
     return InOrder(Headed(out, view) if out.isatty() else Lines(out, view))
 
 
-def _check_sources(
-    engine_dir: Path | None, model: str | None, weight_dtype: str | None, interactive: bool, *, has_prompts: bool
-) -> None:
-    if engine_dir is None and model is None:
-        raise UsageError(
-            "no engine", where="--engine-dir", fix="give --engine-dir DIR, or --model ID_OR_PATH to have one built"
-        )
-    if engine_dir is not None and model is not None:
-        raise UsageError("--engine-dir and --model are both given", where="--model", fix="leave one of them out")
-    if engine_dir is not None and weight_dtype is not None:
-        raise UsageError(
-            "--weight-dtype is chosen when an engine is built",
-            where="--weight-dtype",
-            fix="build it again, or use --model",
-        )
+def _check_prompts(interactive: bool, *, has_prompts: bool) -> None:
     if interactive and has_prompts:
         raise UsageError("--interactive takes no prompts: type them", where="--interactive")
