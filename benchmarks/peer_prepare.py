@@ -1,8 +1,8 @@
 """Makes what the peers read from one GGUF file, so that all run the same weights. Runs under the peers' interpreter.
 
-    python peer_prepare.py snapshot MODEL.gguf OUT_DIR      a Hugging Face directory, float32
-    python peer_prepare.py gguf     MODEL.gguf OUT.gguf TYPE    the same model in another GGUF type: Q8_0, BF16, F32
-    python peer_prepare.py onnx     SNAPSHOT OUT_DIR PRECISION  onnxruntime-genai's own builder
+python peer_prepare.py snapshot MODEL.gguf OUT_DIR      a Hugging Face directory, float32
+python peer_prepare.py gguf     MODEL.gguf OUT.gguf TYPE    the same model in another GGUF type: Q8_0, BF16, F32
+python peer_prepare.py onnx     SNAPSHOT OUT_DIR PRECISION  onnxruntime-genai's own builder
 """
 
 import subprocess
@@ -53,7 +53,20 @@ def gguf(source, out, type_name):
 
 def onnx(source, out, precision):
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    command += ["-m", "model", "-i", str(source), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(out) + ".cache"]
+    command += [
+        "-m",
+        "model",
+        "-i",
+        str(source),
+        "-o",
+        str(out),
+        "-p",
+        precision,
+        "-e",
+        "cpu",
+        "-c",
+        str(out) + ".cache",
+    ]
     subprocess.run(command, check=True)
 
 

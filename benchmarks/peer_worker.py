@@ -5,6 +5,7 @@ together, choose greedily, and say how long the prefill took (to the first token
 tokens after it took.
 
     {"do": "run", "prompts": [[ids]], "decode": 64} -> {"prefill_s": ..., "decode_s": ..., "tokens": [[ids]]}
+    {"do": "score", "windows": [[ids]], "chunk": 0, "save": "" } -> {"nll": [...], "argmax": [[ids]]}
     {"do": "memory"} -> {"peak_rss_bytes": ...}
     {"do": "stop"}
 """
@@ -16,6 +17,34 @@ import sys
 import time
 
 clock = time.perf_counter
+
+
+class Scores:
+    """Of windows of text, given one after another: the negative log likelihoods of their tokens, and the likeliest."""
+
+    def __init__(self, save):
+        self.save = save  # where all logits go, or ""
+        self.nll, self.argmax, self.logits = [], [], []
+
+    def add(self, window, logits):
+        """Takes float32 logits [len(window), vocabulary]."""
+        import numpy as np
+
+        logits = np.asarray(logits, np.float32)
+        top = logits.max(-1, keepdims=True)
+        log_sum = np.log(np.exp(logits - top, dtype=np.float64).sum(-1)) + top[:, 0]
+        chosen = logits[np.arange(len(window) - 1), window[1:]]
+        self.nll.append(float((log_sum[:-1] - chosen).sum()))
+        self.argmax.append(logits.argmax(-1).tolist())
+        if self.save:
+            self.logits.append(logits.copy())
+
+    def result(self):
+        import numpy as np
+
+        if self.save:
+            np.save(self.save, np.stack(self.logits))
+        return {"nll": self.nll, "argmax": self.argmax}
 
 
 class Transformers:
@@ -45,11 +74,16 @@ class Transformers:
             done = clock()
         return first - start, done - first, self.torch.stack(tokens, 1).tolist()
 
+    def score(self, windows, scores):
+        with self.torch.inference_mode():
+            for window in windows:
+                scores.add(window, self.model(self.torch.tensor([window])).logits[0].float().numpy())
+
 
 class LlamaCpp:
     """llama.cpp through llama-cpp-python's bindings of its C API."""
 
-    def __init__(self, path, precision, threads):
+    def __init__(self, path, _precision, threads):
         import ctypes
 
         import llama_cpp
@@ -99,11 +133,20 @@ class LlamaCpp:
         done = clock()
         return first - start, done - first, [list(row) for row in zip(*tokens, strict=True)]
 
+    def score(self, windows, scores):
+        for window in windows:
+            self.c.llama_memory_clear(self.c.llama_get_memory(self.context), True)
+            self._forward([(t, i, 0, 1) for i, t in enumerate(window)])
+            rows = self.np.ctypeslib.as_array(
+                self.c.llama_get_logits(self.context), shape=(len(window), self.vocab_size)
+            )
+            scores.add(window, rows)
+
 
 class OpenVino:
     """OpenVINO GenAI, which reads GGUF files by itself; times are from its own record of each token."""
 
-    def __init__(self, path, precision, threads):
+    def __init__(self, path, _precision, threads):
         import openvino_genai as genai
 
         self.genai = genai
@@ -128,14 +171,14 @@ class OpenVino:
         start = clock()
         result = self.pipe.generate(inputs, config)
         total = clock() - start
-        first = result.perf_metrics.raw_metrics.m_times_to_first_token[0] / 1e3  # its ms, from the start of generate
+        first = result.perf_metrics.raw_metrics.m_times_to_first_token[0] / 1e6  # its µs, from the start of generate
         return first, total - first, [list(map(int, row)) for row in result.tokens]
 
 
 class OnnxRuntime:
     """onnxruntime-genai, on a model that its own builder made."""
 
-    def __init__(self, path, precision, threads):
+    def __init__(self, path, _precision, threads):
         import onnxruntime_genai as og
 
         self.og = og
@@ -151,7 +194,11 @@ class OnnxRuntime:
         params = self.og.GeneratorParams(self.model)
         length = len(prompts[0]) + decode + 1
         params.set_search_options(
-            max_length=length, min_length=length, batch_size=len(prompts), do_sample=False, past_present_share_buffer=True
+            max_length=length,
+            min_length=length,
+            batch_size=len(prompts),
+            do_sample=False,
+            past_present_share_buffer=True,
         )
         generator = self.og.Generator(self.model, params)
         start = clock()
@@ -165,17 +212,28 @@ class OnnxRuntime:
         del generator
         return first - start, done - first, tokens
 
+    def score(self, windows, scores):
+        import numpy as np
+
+        for window in windows:
+            params = self.og.GeneratorParams(self.model)
+            params.set_search_options(max_length=len(window) + 1, batch_size=1)
+            generator = self.og.Generator(self.model, params)
+            generator.append_tokens(np.array([window], dtype=np.int32))
+            scores.add(window, generator.get_output("logits")[0])
+            del generator
+
 
 class Ours:
     """A trtllm engine, through its executor."""
 
-    def __init__(self, path, precision, threads):
+    def __init__(self, path, _precision, threads):
         from pathlib import Path
 
-        from trtllm_cli.bench.offline import Session
+        from trtllm_cli.bench.offline import RuntimeOptions, Session
         from trtllm_cli.version import __version__
 
-        self.session = Session.open(Path(path), num_threads=threads)
+        self.session = Session.open(Path(path), RuntimeOptions(num_threads=threads), verify=False)
         self.version = f"trtllm {__version__}"
         self.detail = ", ".join(self.session.engine.config.target.values())
         self.next_id = 0
@@ -200,6 +258,42 @@ class Ours:
                 first = clock()
         done = clock()
         return first - start, done - first, list(tokens.values())
+
+    def score(self, windows, scores, chunk=0):
+        """All windows side by side, `chunk` tokens of each in a step; 0: one window after another, whole."""
+        import numpy as np
+
+        size = self.session.executor.config.tokens_per_block
+        groups = [windows] if chunk else [[w] for w in windows]
+        for group in groups:
+            length, blocks = len(group[0]), -(-len(group[0]) // size)
+            logits = [[] for _ in group]
+            for start in range(0, length, chunk or length):
+                stop = min(start + (chunk or length), length)
+                out = self.session.runner.forward(self._inputs(group, start, stop, blocks, size))
+                for row, part in zip(logits, np.split(out.copy(), len(group)), strict=True):
+                    row.append(part)
+            for window, rows in zip(group, logits, strict=True):
+                scores.add(window, np.concatenate(rows))
+
+    def _inputs(self, group, start, stop, blocks, size):
+        """Tokens start to stop of each window; window w has blocks w * blocks and on."""
+        import numpy as np
+
+        from trtllm_cli.run.model_inputs import ModelInputs
+
+        place = np.arange(start, stop)
+        count = len(group) * len(place)
+        arrays = (
+            [token for window in group for token in window[start:stop]],
+            np.tile(place, len(group)),
+            np.concatenate([w * blocks * size + place for w in range(len(group))]),
+            np.arange(len(group) * blocks).reshape(len(group), blocks),
+            np.arange(0, count + 1, len(place)),
+            np.full(len(group), stop),
+            np.arange(count),
+        )
+        return ModelInputs(*(np.ascontiguousarray(a, dtype=np.int32) for a in arrays))
 
 
 KINDS = {
@@ -245,6 +339,12 @@ def main():
                 break
             if command["do"] == "memory":
                 answer(peak_rss_bytes=peak_rss_bytes())
+                continue
+            if command["do"] == "score":
+                scores = Scores(command.get("save", ""))
+                options = {"chunk": command["chunk"]} if command.get("chunk") else {}
+                peer.score(command["windows"], scores, **options)
+                answer(**scores.result())
                 continue
             prefill, decode, tokens = peer.run(command["prompts"], command["decode"])
             answer(prefill_s=prefill, decode_s=decode, tokens=tokens)

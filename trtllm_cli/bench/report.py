@@ -311,16 +311,16 @@ def _distributions(report: Report) -> Table:
     rows: list[tuple[str, Distribution | None]] = []
     if (s := report.streaming_metrics) is not None:
         rows += [("TTFT", s.ttft_percentiles_ms), ("TPOT", s.tpot_percentiles_ms), ("ITL", s.itl_percentiles_ms)]
-    rows += [("Latency [E2E]", report.performance.request_latency_percentiles_ms), ("Step", report.steps.step_ms)]
+    rows += [("Latency", report.performance.request_latency_percentiles_ms), ("Step", report.steps.step_ms)]
     table = Table(title="DISTRIBUTIONS (ms)", title_justify="left", title_style="bold")
-    table.add_column("")
+    table.add_column(no_wrap=True)
     for heading in ("MIN", "MAX", "AVG", "P50", "P90", "P95", "P99"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, d in rows:
         if d is None:
             table.add_row(name, *["–"] * 7)
         else:
-            table.add_row(name, *map(_number, (d.minimum, d.maximum, d.average, d.p50, d.p90, d.p95, d.p99)))
+            table.add_row(name, *map(_short, (d.minimum, d.maximum, d.average, d.p50, d.p90, d.p95, d.p99)))
     return table
 
 
@@ -335,6 +335,10 @@ def _facts(title: str, *rows: tuple[str, str]) -> Table:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:,.2f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.1f}"
 
 
 def _on(value: bool) -> str:
