@@ -86,11 +86,14 @@ MaxBatchSize = Annotated[
     typer.Option(
         rich_help_panel=_RUNTIME,
         help="Most sequences in a step. Default, and most: as the engine was built. With --model, it is built so.",
+        min=1,
     ),
 ]
 MaxNumTokens = Annotated[
     int | None,
-    typer.Option(rich_help_panel=_RUNTIME, help="Most tokens in a step. Default, and most: as the engine was built."),
+    typer.Option(
+        rich_help_panel=_RUNTIME, help="Most tokens in a step. Default, and most: as the engine was built.", min=1
+    ),
 ]
 NumThreads = Annotated[
     int | None,
@@ -188,9 +191,7 @@ def throughput(
         "throughput",
         engine_dir,
         model,
-        ModelFlags(
-            revision, offline, token, dtype, weight_dtype, max_seq_len, None if engine_dir else max_batch_size
-        ),
+        ModelFlags(revision, offline, token, dtype, weight_dtype, max_seq_len, None if engine_dir else max_batch_size),
         _Workload(dataset, num_requests, input_len, output_len, seed),
         _runtime(
             num_threads=num_threads,
