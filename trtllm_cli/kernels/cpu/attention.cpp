@@ -62,10 +62,11 @@ void product(const float* a, int64_t lda, const E* b, int64_t tile, int64_t ldb,
     Block<M, NV> block;
     if (add) block.read(c, ldc);
     else block.clear();
-    for (int j = 0; j < k; j++, b += ldb) {
+    Rows<M> x(a, lda);
+    for (int j = 0; j < k; j++, b += ldb, x.advance(1)) {
         vf w[NV];
         UNROLL for (int v = 0; v < NV; v++) w[v] = load_as(b + v / kTileVectors * tile + v % kTileVectors * kWidth);
-        block.step(a + j, lda, w);
+        block.step(x, 0, w);
     }
     block.write(c, ldc);
 }

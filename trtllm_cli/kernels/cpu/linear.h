@@ -6,6 +6,8 @@
 //     kStep, kReadBytes   inputs that one read gives, and bytes of the tile that they take
 //     read(p, v)          vector v of the 16 outputs, as it is stored, for kStep inputs from p
 //     get(raw, j)         its weights for input j of them
+//     kMostVectors        vectors of outputs at a time for one row
+//     kPassRows           rows that pass over the packed weight together
 //     kGrouped            groups of inputs have a scale (before their weights) and a minimum (at the tile's end); then
 //                         an output is the sum over groups of scale * (sum of x * weight), plus the sum over groups of
 //                         minimum * (sum of x)
@@ -14,8 +16,7 @@
 #include "micro.h"
 #include "ops.h"
 
-constexpr int kTileRows = 6;     // rows that take whole tiles directly; a few more take one vector of a tile at a time
-constexpr int kDirectRows = 12;  // rows for which unpacking does not pay
+constexpr int kDirectRows = 12;  // rows for which unpacking does not pay: they take the packed weight in passes
 constexpr int kBlockRows = kWidth == 16 ? 12 : 6;
 constexpr int kBlockTiles = kWidth == 16 ? 2 : 1;
 constexpr int kRowGroup = 16 * kBlockRows;  // rows that pass over one unpacked tile; their x stays in L2
@@ -89,16 +90,18 @@ int64_t tile_bytes(const Linear& l) {
     return l.groups * (group_bytes<F>(l) + (F::kGrouped ? kHalvesBytes : 0));
 }
 
-// M rows times NV vectors of outputs, from vector `v0` of `tile` on. c is [M, NV * kWidth].
+// M rows from `in` on, times NV vectors of outputs: whole tiles. c is [M, NV * kWidth].
 template <class F, int M, int NV>
-INLINE void direct(const Linear& l, Input in, int tile, int v0, float* c) {
-    constexpr int kReads = F::kReadBytes < 64 ? 64 / F::kReadBytes : 1, kTiles = (NV - 1) / kTileVectors + 1;
+NOINLINE void direct(const Linear& l, Input in, int tile, float* c) {
+    constexpr int kReads = F::kReadBytes < 64 ? 64 / F::kReadBytes : 1, kTiles = NV / kTileVectors;
+    // With few registers left, packed weights are read again for each input that they hold.
+    constexpr bool kReread = F::kStep > 1 && (M + 2) * NV + 2 > kRegisters;
     const int64_t bytes = tile_bytes<F>(l);
     const char* p = l.weight + tile * bytes;
-    const float* x = in.x;
+    Rows<M> x(in.x, in.stride);
     auto part = [&](const char* p, int v) __attribute__((always_inline)) { return p + v / kTileVectors * bytes; };
     auto half = [&](const char* p, int v) __attribute__((always_inline)) {
-        return load_half((const uint16_t*)part(p, v) + (v0 + v % kTileVectors) * kWidth);
+        return load_half((const uint16_t*)part(p, v) + v % kTileVectors * kWidth);
     };
     if (F::kGrouped) memset(c, 0, M * NV * kWidth * sizeof(float));
     for (int g = 0; g < l.groups; g++) {
@@ -107,19 +110,18 @@ INLINE void direct(const Linear& l, Input in, int tile, int v0, float* c) {
         const char* scales = p;
         if (F::kGrouped) p += kHalvesBytes;
         auto read_and_step = [&]() __attribute__((always_inline)) {
-            typename F::Raw raw[NV];
-            UNROLL for (int v = 0; v < NV; v++) raw[v] = F::read(part(p, v), v0 + v % kTileVectors);
             UNROLL for (int j = 0; j < F::kStep; j++) {
                 vf b[NV];
-                UNROLL for (int v = 0; v < NV; v++) b[v] = F::get(raw[v], j);
-                block.step(x + j, in.stride, b);
+                UNROLL for (int v = 0; v < NV; v++) b[v] = F::get(F::read(part(p, v), v % kTileVectors), j);
+                block.step(x, j, b);
+                if (kReread) asm("" : "+r"(p));
             }
             p += F::kReadBytes;
-            x += F::kStep;
+            x.advance(F::kStep);
         };
         int k = 0;
         for (; k + F::kStep * kReads <= l.padded_group; k += F::kStep * kReads) {
-            if (v0 == 0) UNROLL for (int t = 0; t < kTiles; t++) __builtin_prefetch(p + (t + kTiles) * bytes);
+            UNROLL for (int t = 0; t < kTiles; t++) __builtin_prefetch(p + (t + kTiles) * bytes);
             UNROLL for (int i = 0; i < kReads; i++) read_and_step();
         }
         if constexpr (kReads > 1)
@@ -129,57 +131,58 @@ INLINE void direct(const Linear& l, Input in, int tile, int v0, float* c) {
     }
     Block<M, NV> minima;
     minima.clear();
-    const float* sums = in.x + l.padded_in;
-    for (int g = 0; g < l.groups; g++, p += kHalvesBytes) {
+    Rows<M> sums(in.x + l.padded_in, in.stride);
+    for (int g = 0; g < l.groups; g++, p += kHalvesBytes, sums.advance(1)) {
         vf b[NV];
         UNROLL for (int v = 0; v < NV; v++) b[v] = half(p, v);
-        minima.step(sums + g, in.stride, b);
+        minima.step(sums, 0, b);
     }
     UNROLL for (int v = 0; v < NV; v++) minima.add_scaled(v, splat(1.0f), c + v * kWidth, NV * kWidth);
 }
 
-template <class F, int M, int NV>
-void direct_part(const Linear& l, Input in, int tile, int v0) {
-    float c[M * NV * kWidth];
-    direct<F, M, NV>(l, in, tile, v0, c);
-    finish(l, 0, M, tile * kTile + v0 * kWidth, NV * kWidth, c);
-}
-
 // Up to NT tiles at a time.
 template <class F, int M, int NT>
-void direct_tiles_left(const Linear& l, Input in, int tile, int left) {
-    if (left == NT) return direct_part<F, M, NT * kTileVectors>(l, in, tile, 0);
-    if constexpr (NT > 1) direct_tiles_left<F, M, NT - 1>(l, in, tile, left);
+void direct_tiles(const Linear& l, Input in, int row, int tile, int left) {
+    if (left == NT) {
+        float c[M * NT * kTile];
+        direct<F, M, NT * kTileVectors>(l, {in.x + row * in.stride, in.stride}, tile, c);
+        return finish(l, row, M, tile * kTile, NT * kTile, c);
+    }
+    if constexpr (NT > 1) direct_tiles<F, M, NT - 1>(l, in, row, tile, left);
 }
 
 // Tiles that M rows take at a time, so that the accumulators hide the multiply-add's latency and fit the registers.
 template <class F, int M>
-constexpr int direct_tiles() {
-    constexpr int vectors = (kRegisters == 32 ? 16 : 12) / M, most = F::kMostVectors;
+constexpr int tiles_at_once() {
+    constexpr int vectors = (kRegisters == 32 ? 16 : 8) / M, most = F::kMostVectors;
     constexpr int n = (vectors < most ? vectors : most) / kTileVectors;
     return n < 1 ? 1 : n;
 }
 
-template <class F, int M>
-void direct_rows(const Linear& l, Input in, int begin, int end) {
-    if constexpr (M > kTileRows) {
-        for (int tile = begin; tile < end; tile++)
-            for (int v = 0; v < kTileVectors; v++) direct_part<F, M, 1>(l, in, tile, v);
-        return;
-    }
-    // Pieces of like size: 18 tiles by 4 are 4, 4, 4, 3, 3.
-    constexpr int NT = M > kTileRows ? 1 : direct_tiles<F, M>();
-    const int pieces = ceil_div(end - begin, NT);
-    for (int i = 0; i < pieces; i++) {
-        const int from = begin + (end - begin) * i / pieces, to = begin + (end - begin) * (i + 1) / pieces;
-        direct_tiles_left<F, M, NT>(l, in, from, to - from);
+// Rows [row, row + m) times tiles [begin, end).
+template <class F, int M = F::kPassRows>
+void direct_pass(int m, const Linear& l, Input in, int row, int begin, int end) {
+    if (m == M) {
+        // Pieces of like size: 18 tiles by 4 are 4, 4, 4, 3, 3.
+        constexpr int NT = tiles_at_once<F, M>();
+        const int pieces = ceil_div(end - begin, NT);
+        for (int i = 0; i < pieces; i++) {
+            const int from = begin + (end - begin) * i / pieces, to = begin + (end - begin) * (i + 1) / pieces;
+            direct_tiles<F, M, NT>(l, in, row, from, to - from);
+        }
+    } else if constexpr (M > 1) {
+        direct_pass<F, M - 1>(m, l, in, row, begin, end);
     }
 }
 
-template <class F, int M = kDirectRows>
+template <class F>
 void direct_any(const Linear& l, Input in, int begin, int end) {
-    if (l.rows == M) return direct_rows<F, M>(l, in, begin, end);
-    if constexpr (M > 1) direct_any<F, M - 1>(l, in, begin, end);
+    const int passes = ceil_div(l.rows, F::kPassRows), step = passes == 1 ? end - begin : 1;
+    for (int tile = begin; tile < end; tile += step)
+        for (int i = 0; i < passes; i++) {
+            const int from = l.rows * i / passes, to = l.rows * (i + 1) / passes;
+            direct_pass<F>(to - from, l, in, from, tile, tile + step);
+        }
 }
 
 // What `unpack` makes of some inputs: weights [NT][inputs][16], and if grouped, scales and minima [NT][groups][16]; the
@@ -192,23 +195,24 @@ struct Unpacked {
 
 // c [M, NT * 16] += M rows of x times b, or times b of each group and its scale.
 template <bool Grouped, int M, int NT>
-void multiply(const Unpacked& u, const float* x, int64_t x_stride, float* c) {
+void multiply(const Unpacked& u, const float* first, int64_t x_stride, float* c) {
     constexpr int NV = NT * kTileVectors;
     const float *b = u.b, *scales = u.scales;
     const int64_t stride = u.stride;
     const int group = u.inputs / u.groups;
+    Rows<M> x(first, x_stride);
     Block<M, NV> block;
     if (!Grouped) block.read(c, NT * kTile);
     for (int g = 0; g < u.groups; g++) {
         if (Grouped) block.clear();
         for (int k = 0; k < group; k += 16) {
-            UNROLL for (int m = 0; m < M; m++) __builtin_prefetch(x + (m + M) * x_stride);  // of the next rows
+            UNROLL for (int m = 0; m < M; m++) __builtin_prefetch(x.at(m, 0) + M * x_stride);  // of the next rows
             const int n = group - k < 16 ? group - k : 16;
-            for (int i = 0; i < n; i++, b += kTile, x++) {
+            for (int i = 0; i < n; i++, b += kTile, x.advance(1)) {
                 vf w[NV];
                 UNROLL for (int v = 0; v < NV; v++)
                     w[v] = load(b + v / kTileVectors * stride + v % kTileVectors * kWidth);
-                block.step(x, x_stride, w);
+                block.step(x, 0, w);
             }
         }
         if (!Grouped) break;

@@ -4,7 +4,7 @@ namespace {
 
 // A 32-bit lane has two inputs.
 struct Bfloat16 {
-    static constexpr int kStep = 2, kReadBytes = 4 * kTile, kMostVectors = 8;
+    static constexpr int kStep = 2, kReadBytes = 4 * kTile, kMostVectors = 8, kPassRows = 5;
     static constexpr bool kGrouped = false, kUnpacked = false;
     using Raw = vi;
 

@@ -3,7 +3,7 @@
 namespace {
 
 struct Float32 {
-    static constexpr int kStep = 1, kReadBytes = 4 * kTile, kMostVectors = 8;
+    static constexpr int kStep = 1, kReadBytes = 4 * kTile, kMostVectors = 8, kPassRows = 6;
     static constexpr bool kGrouped = false, kUnpacked = true;
     using Raw = vf;
 

@@ -29,6 +29,7 @@ typedef float vf_any __attribute__((vector_size(4 * kWidth), aligned(4), may_ali
 typedef int32_t vi_any __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 
 #define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 INLINE vf load(const float* p) { return *(const vf_any*)p; }
 INLINE void store(float* p, vf v) { *(vf_any*)p = v; }
