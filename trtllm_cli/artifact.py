@@ -112,8 +112,8 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def os_errors(path: Path) -> Iterator[None]:
-    """Turns the system's word on writing `path` (full, read-only, no permission) into a ResourceError."""
+def os_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]:
+    """Turns the system's word on writing `path`, which `flag` gave, into a ResourceError: full, no permission, ..."""
     try:
         yield
     except OSError as e:
@@ -121,14 +121,14 @@ def os_errors(path: Path) -> Iterator[None]:
             raise ResourceError(f"cannot read {e.filename}: {e.strerror}", fix="mend the permissions") from e
         if e.errno == errno.ENOSPC:
             raise ResourceError(
-                f"the disk is full: {path}", fix="free some room, or choose another --output-dir"
+                f"the disk is full: {path}", fix=f"free some room, or choose another {flag}"
             ) from e
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ResourceError(
-                f"cannot write {path}: {e.strerror}", fix="choose another --output-dir, or mend the permissions"
+                f"cannot write {path}: {e.strerror}", fix=f"choose another {flag}, or mend the permissions"
             ) from e
         if e.errno in _CANNOT_BE or (e.errno == errno.ENOENT and _is_beside(e.filename, path)):
-            raise ResourceError(f"cannot write {path}: {e.strerror}", fix="choose another --output-dir") from e
+            raise ResourceError(f"cannot write {path}: {e.strerror}", fix=f"choose another {flag}") from e
         raise
 
 

@@ -207,7 +207,7 @@ def new_file(path: Path) -> Iterator[Any]:
     """A text file to write, in directories that are made if need be."""
     from trtllm_cli.artifact import os_errors
 
-    with os_errors(path):
+    with os_errors(path, "file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             yield file

@@ -203,7 +203,7 @@ def _write_drawing(path: Path, graph: Graph) -> None:
     from trtllm_cli.artifact import os_errors
     from trtllm_cli.graph_drawing import draw
 
-    with os_errors(path):
+    with os_errors(path, "--draw"):
         path.write_text(draw(graph), encoding="utf-8")
 
 

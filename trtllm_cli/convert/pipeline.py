@@ -29,7 +29,7 @@ from trtllm_cli.convert.shard import split
 from trtllm_cli.convert.tokenizer_files import check_tokenizer
 from trtllm_cli.convert.verify import verify_aside
 from trtllm_cli.convert.weight_only import QFormat, quant_config, quantize
-from trtllm_cli.errors import ResourceError, SnapshotError, UsageError
+from trtllm_cli.errors import ResourceError, SnapshotError, UnsupportedError, UsageError
 from trtllm_cli.mapping import Mapping
 from trtllm_cli.model_config import DType, ModelConfig
 from trtllm_cli.tensor_file import TensorFileWriter, total_bytes
@@ -111,7 +111,11 @@ def convert(
     options.check()
     check_output(output_dir, force=options.force, source=source)
     verified = verify_aside(source)
-    reader = open_reader(source)
+    try:
+        reader = open_reader(source)
+    except (SnapshotError, UnsupportedError):
+        verified.result()  # if the file was altered, this says so, and is the better explanation
+        raise
     try:
         decided = read_config(reader, options)
         config, notes = decided.config, decided.notes

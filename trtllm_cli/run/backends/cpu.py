@@ -66,11 +66,15 @@ class CpuRunner:
         self._comm = comm
         self._limits = engine.config.build_config
         self._file = engine.tensors(rank)
-        self._plan = engine.plan(self._file)
-        self._weights = _Weights(self._file)
-        self._buffers = self._allocate_buffers()
-        lib = library.Library.load(self._weights.view(KERNELS))
-        self._pool = lib.pool(num_threads or default_threads())
+        try:
+            self._plan = engine.plan(self._file)
+            self._weights = _Weights(self._file)
+            self._buffers = self._allocate_buffers()
+            lib = library.Library.load(self._weights.view(KERNELS))
+            self._pool = lib.pool(num_threads or default_threads())
+        except BaseException:
+            self._file.close()
+            raise
         self._kv: npt.NDArray[np.uint8] | None = None
         self._kv_layer_bytes = self._block_bytes_a_layer()
         self._num_blocks = 0
