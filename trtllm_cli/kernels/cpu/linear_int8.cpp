@@ -3,7 +3,7 @@
 namespace {
 
 struct Int8 {
-    static constexpr int kStep = 1, kReadBytes = kTile, kMostVectors = 8, kPassRows = 6;
+    static constexpr int kStep = 1, kReadBytes = kTile, kMostVectors = 6, kPassRows = 6;
     static constexpr bool kGrouped = false, kUnpacked = false;
     using Raw = vf;
 
