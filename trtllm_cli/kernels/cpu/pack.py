@@ -22,6 +22,7 @@ import torch
 
 from trtllm_cli.kernels import quantization
 from trtllm_cli.kernels.cpu.library import TILE, WeightFormat
+from trtllm_cli.tensor_file import TensorInfo
 
 _NIBBLES = 8  # inputs in a 32-bit word of int4
 
@@ -42,6 +43,24 @@ def pack_linear(weight: torch.Tensor, fmt: WeightFormat, group_size: int | None 
             group_size = group_size or quantization.DEFAULT_GROUP_SIZE
             values, scale, zero = quantization.quantize_int4(weight, group_size)
             return pack_int4(values, scale, zero, group_size, weight.shape[1])
+
+
+def packed_infos(fmt: str, out_features: int, in_features: int, group_size: int | None) -> dict[str, TensorInfo]:
+    """The dtypes and shapes of what the packers make, before it is made."""
+    tiles = -(-out_features // TILE)
+    scale = TensorInfo("float32", (tiles, TILE))
+    match fmt:
+        case "float32":
+            return {"weight": TensorInfo("float32", (tiles, in_features, TILE))}
+        case "bfloat16":
+            return {"weight": TensorInfo("bfloat16", (tiles, -(-in_features // 2), TILE, 2))}
+        case "int8":
+            return {"weight": TensorInfo("int8", (tiles, in_features, TILE)), "scale": scale}
+        case "int4":
+            assert group_size is not None
+            groups, words = -(-in_features // group_size), -(-group_size // _NIBBLES)
+            return {"weight": TensorInfo("uint8", (tiles, groups * (words + 1) * TILE * 4)), "scale": scale}
+    raise AssertionError(fmt)
 
 
 def pack_int8(weight: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
