@@ -27,13 +27,16 @@ DEFAULT_REQUESTS = {"throughput": 32, "latency": 10}
 _ENGINE, _REQUESTS, _RUNTIME, _REPORT = "Engine", "Requests", "Runtime", "Report"
 
 EngineDir = Annotated[
-    Path | None, typer.Option(rich_help_panel=_ENGINE, help="The engine to measure.", show_default=False)
+    Path | None,
+    typer.Option(rich_help_panel=_ENGINE, help="The engine, as `trtllm build` writes it.", show_default=False),
 ]
 Model = Annotated[
     str | None,
     typer.Option(
+        "--model",
+        "-m",
         rich_help_panel=_ENGINE,
-        help="Instead of an engine: a hub id, snapshot, GGUF file or checkpoint; the missing stages are run first.",
+        help="Instead of an engine: a hub id, snapshot, .gguf file or checkpoint; its engine is made and cached.",
         show_default=False,
     ),
 ]
@@ -97,15 +100,21 @@ MaxNumTokens = Annotated[
 ]
 NumThreads = Annotated[
     int | None,
-    typer.Option(rich_help_panel=_RUNTIME, help="Threads of the backend. Default: the cores there are.", min=1),
+    typer.Option(
+        "--num-threads", "--threads", rich_help_panel=_RUNTIME, help="CPU threads. Default: the cores there are.", min=1
+    ),
 ]
 KvCacheMemory = Annotated[
     str | None,
     typer.Option(
-        rich_help_panel=_RUNTIME, help="Memory for the KV cache, such as 2GiB. Default: what the engine can use."
+        rich_help_panel=_RUNTIME,
+        help="Memory of the KV cache, such as 2GiB. Default: what a full batch needs, in at most half of what is free.",
     ),
 ]
-MaxNumBlocks = Annotated[int | None, typer.Option(rich_help_panel=_RUNTIME, help="Most blocks of the KV cache.", min=1)]
+MaxNumBlocks = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=_RUNTIME, help="Most blocks of the KV cache. Default: what fits its memory.", min=1),
+]
 PrefixCache = Annotated[
     bool,
     typer.Option(

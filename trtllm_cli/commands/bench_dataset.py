@@ -37,7 +37,12 @@ DatasetEngine = Annotated[
 ]
 TokenizerDir = Annotated[
     Path | None,
-    typer.Option("--tokenizer", help="A directory with a tokenizer.json: a snapshot, for one.", show_default=False),
+    typer.Option(
+        "--tokenizer-dir",
+        "--tokenizer",
+        help="A directory with a tokenizer.json: a snapshot, for one.",
+        show_default=False,
+    ),
 ]
 Count = Annotated[int, typer.Option("--num-requests", help="How many requests.", min=1)]
 Output = Annotated[
@@ -126,7 +131,7 @@ def real_dataset(
 
         trtllm bench prepare-dataset real-dataset book.txt --input-mean 128 --output-mean 64 --engine-dir engine
 
-        trtllm bench prepare-dataset real-dataset prompts.jsonl --output-mean 64 --tokenizer snapshot
+        trtllm bench prepare-dataset real-dataset prompts.jsonl --output-mean 64 --tokenizer-dir snapshot
     """
     from trtllm_cli.bench.workload import NormalLengths, from_lines, from_running_text
     from trtllm_cli.errors import UsageError
@@ -163,7 +168,7 @@ def _vocab_size(vocab_size: int | None, engine_dir: Path | None, tokenizer: Path
     raise UsageError(
         "how many tokens the vocabulary has is not known",
         where="--vocab-size",
-        fix="give --engine-dir, --tokenizer or --vocab-size",
+        fix="give --engine-dir, --tokenizer-dir or --vocab-size",
     )
 
 
@@ -178,11 +183,13 @@ def encoder(engine_dir: Path | None, tokenizer: Path | None) -> Encode:
         tokenizer = Engine.open(engine_dir).tokenizer_dir
         if tokenizer is None:
             raise UsageError(
-                f"{engine_dir} carries no tokenizer", where="--engine-dir", fix="give --tokenizer DIR instead"
+                f"{engine_dir} carries no tokenizer", where="--engine-dir", fix="give --tokenizer-dir DIR instead"
             )
     if tokenizer is None:
         raise UsageError(
-            "text needs a tokenizer", where="--tokenizer", fix="give --engine-dir, --tokenizer DIR or --keep-text"
+            "text needs a tokenizer",
+            where="--tokenizer-dir",
+            fix="give --engine-dir, --tokenizer-dir DIR or --keep-text",
         )
     return Tokenizer.load(tokenizer).encode
 

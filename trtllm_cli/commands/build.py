@@ -15,7 +15,9 @@ def build(
     checkpoint_dir: Annotated[
         Path, typer.Option(help="The checkpoint, as `trtllm convert` writes it.", show_default=False)
     ],
-    output_dir: Annotated[Path, typer.Option(help="Where the engine goes.")] = Path("engine_outputs"),
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the engine goes.")] = Path(
+        "engine_outputs"
+    ),
     backend: Annotated[str, typer.Option(help="What the engine runs on: cpu.")] = "cpu",
     max_batch_size: Annotated[int, typer.Option(help="Most sequences in a step.")] = 8,
     max_seq_len: Annotated[
@@ -26,7 +28,7 @@ def build(
         int | None, typer.Option(help="Most tokens of a step; longer prompts are prefilled in chunks. Default: 512.")
     ] = None,
     max_input_len: Annotated[
-        int | None, typer.Option(help="Most tokens of a prompt. Default: max_seq_len.")
+        int | None, typer.Option(help="Most tokens of a prompt. Default: as --max-seq-len.")
     ] = None,
     tokens_per_block: Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")] = 32,
     weight_dtype: Annotated[

@@ -32,7 +32,12 @@ def download(
     ] = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Where the snapshot goes. Default: a folder of the cache, one for each commit."),
+        typer.Option(
+            "--output-dir",
+            "-o",
+            help="Where the snapshot goes. Default: a folder of the cache, one for each commit.",
+            show_default=False,
+        ),
     ] = None,
     token: Annotated[
         str | None,

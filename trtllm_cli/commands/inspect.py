@@ -50,9 +50,7 @@ def inspect(
     fused: Annotated[
         bool, typer.Option("--fused", help="With --graph or --draw: as the passes rewrite it. An engine's always is.")
     ] = False,
-    draw: Annotated[
-        Path | None, typer.Option(help="Draw the graph to this SVG file.", show_default=False)
-    ] = None,
+    draw: Annotated[Path | None, typer.Option(help="Draw the graph to this SVG file.", show_default=False)] = None,
     rank: Annotated[int, typer.Option(help="Which rank's graph and tensors.")] = 0,
     tensors: Annotated[bool, typer.Option("--tensors", help="List the tensors.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and check its SHA-256.")] = False,

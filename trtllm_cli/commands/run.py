@@ -36,7 +36,7 @@ def run(
         typer.Option(
             "--model",
             "-m",
-            help="Instead of an engine: a model id, a snapshot, a .gguf file or a checkpoint, built first and cached.",
+            help="Instead of an engine: a hub id, snapshot, .gguf file or checkpoint; its engine is made and cached.",
             show_default=False,
         ),
     ] = None,
@@ -79,11 +79,18 @@ def run(
         ),
     ] = None,
     min_tokens: Annotated[int, typer.Option(rich_help_panel=_SAMPLING, help="No end before so many tokens.")] = 0,
-    temperature: Annotated[float, typer.Option(rich_help_panel=_SAMPLING, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(rich_help_panel=_SAMPLING, help="Of the k likeliest tokens; 0: of all.")] = 0,
-    top_p: Annotated[float, typer.Option(rich_help_panel=_SAMPLING, help="Of the likeliest that make up p.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(rich_help_panel=_SAMPLING, help="How random: 0 is greedy, 1 as the model has it.")
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(rich_help_panel=_SAMPLING, help="Draw of the k likeliest tokens; 0: of all.")
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option(rich_help_panel=_SAMPLING, help="Draw of the likeliest that together make up p.")
+    ] = 1.0,
     min_p: Annotated[
-        float, typer.Option(rich_help_panel=_SAMPLING, help="Of those at least this likely, against the likeliest.")
+        float,
+        typer.Option(rich_help_panel=_SAMPLING, help="Draw of those at least this likely, against the likeliest."),
     ] = 0.0,
     repetition_penalty: Annotated[
         float, typer.Option(rich_help_panel=_SAMPLING, help="Above 1: fewer tokens of prompt and output again.")
@@ -139,7 +146,10 @@ def run(
         bool, typer.Option(rich_help_panel=_OUTPUT, help="A line of statistics at the end, on standard error.")
     ] = True,
     threads: Annotated[
-        int | None, typer.Option(rich_help_panel=_ENGINE, help="CPU threads. Default: the backend's choice.")
+        int | None,
+        typer.Option(
+            "--num-threads", "--threads", rich_help_panel=_ENGINE, help="CPU threads. Default: the cores there are."
+        ),
     ] = None,
     kv_cache_memory: Annotated[
         str | None,
@@ -150,7 +160,8 @@ def run(
         ),
     ] = None,
     max_num_blocks: Annotated[
-        int | None, typer.Option(rich_help_panel=_ENGINE, help="Most blocks of the KV cache.")
+        int | None,
+        typer.Option(rich_help_panel=_ENGINE, help="Most blocks of the KV cache. Default: what fits its memory."),
     ] = None,
     prefix_cache: Annotated[
         bool, typer.Option(rich_help_panel=_ENGINE, help="Compute what prompts have in common once.")
