@@ -71,8 +71,9 @@ def test_gated_act(pool, rng, activation, rows, width):
     out = np.zeros((rows, width), np.float32)
     step = library.gated_act_step(address(x), address(out), intermediate_size=width, activation=activation)
     run(pool, [step], rows_batch(rows))
-    want = ACTIVATIONS[activation](as_torch(x[:, :width])) * as_torch(x[:, width:])
-    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+    want = ACTIVATIONS[activation](as_torch(x[:, :width]).double()) * as_torch(x[:, width:])
+    # gelu's 1 + erf cancels for negative gates: half a unit of float32 times gate and up, which are below 20 here
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("broadcast", [False, True])
