@@ -55,47 +55,58 @@ struct Work {
 INLINE vf load_as(const float* p) { return load(p); }
 INLINE vf load_as(const uint16_t* p) { return load_bf16(p); }
 
-// c [M, NT * 16] = or += a [M, k] @ b, where b is NT tiles, `tile` elements apart, of [k, 16] with rows `ldb` apart.
+// Tiles of a matrix: [k, 16] each, `tile` elements apart, with rows `row` apart. `ahead` is read soon after them.
+template <class E>
+struct Tiles {
+    const E* b;
+    int64_t tile, row;
+    const char* ahead;
+};
+
+// c [M, NT * 16] = or += a [M, k] @ NT tiles from `first` on.
 template <int M, int NT, class E>
-void product(const float* a, int64_t lda, const E* b, int64_t tile, int64_t ldb, int k, float* c, int64_t ldc, bool add) {
+void product(const float* a, int64_t lda, Tiles<E> tiles, int first, int k, float* c, int64_t ldc, bool add) {
     constexpr int NV = NT * kTileVectors;
     Block<M, NV> block;
     if (add) block.read(c, ldc);
     else block.clear();
     Rows<M> x(a, lda);
-    for (int j = 0; j < k; j++, b += ldb, x.advance(1)) {
+    const E* b = tiles.b + first * tiles.tile;
+    const char* ahead = tiles.ahead + (int64_t)first * k * kTile * sizeof(E);
+    for (int j = 0; j < k; j++, b += tiles.row, x.advance(1), ahead += NT * kTile * sizeof(E)) {
+        __builtin_prefetch(ahead);
         vf w[NV];
-        UNROLL for (int v = 0; v < NV; v++) w[v] = load_as(b + v / kTileVectors * tile + v % kTileVectors * kWidth);
+        UNROLL for (int v = 0; v < NV; v++)
+            w[v] = load_as(b + v / kTileVectors * tiles.tile + v % kTileVectors * kWidth);
         block.step(x, 0, w);
     }
     block.write(c, ldc);
 }
 
 template <int M, class E>
-void product_tiles(const float* a, int64_t lda, const E* b, int64_t tile, int64_t ldb, int k, int tiles, float* c,
-                   int64_t ldc, bool add) {
+void product_tiles(const float* a, int64_t lda, Tiles<E> tiles, int count, int k, float* c, int64_t ldc, bool add) {
     constexpr int NT = M <= 3 ? 2 : 1;
     int t = 0;
-    for (; t + NT <= tiles; t += NT) product<M, NT>(a, lda, b + t * tile, tile, ldb, k, c + t * kTile, ldc, add);
-    for (; t < tiles; t++) product<M, 1>(a, lda, b + t * tile, tile, ldb, k, c + t * kTile, ldc, add);
+    for (; t + NT <= count; t += NT) product<M, NT>(a, lda, tiles, t, k, c + t * kTile, ldc, add);
+    for (; t < count; t++) product<M, 1>(a, lda, tiles, t, k, c + t * kTile, ldc, add);
 }
 
 // The same for any number of rows, by blocks of up to 6.
 template <class E>
-void product_rows(int rows, const float* a, int64_t lda, const E* b, int64_t tile, int64_t ldb, int k, int tiles,
-                  float* c, int64_t ldc, bool add) {
+void product_rows(int rows, const float* a, int64_t lda, Tiles<E> tiles, int count, int k, float* c, int64_t ldc,
+                  bool add) {
     const int blocks = ceil_div(rows, kMaxBlockRows);
     for (int i = 0; i < blocks; i++) {
         const int from = rows * i / blocks, m = rows * (i + 1) / blocks - from;
         const float* x = a + from * lda;
         float* y = c + from * ldc;
         switch (m) {
-            case 1: product_tiles<1>(x, lda, b, tile, ldb, k, tiles, y, ldc, add); break;
-            case 2: product_tiles<2>(x, lda, b, tile, ldb, k, tiles, y, ldc, add); break;
-            case 3: product_tiles<3>(x, lda, b, tile, ldb, k, tiles, y, ldc, add); break;
-            case 4: product_tiles<4>(x, lda, b, tile, ldb, k, tiles, y, ldc, add); break;
-            case 5: product_tiles<5>(x, lda, b, tile, ldb, k, tiles, y, ldc, add); break;
-            case 6: product_tiles<6>(x, lda, b, tile, ldb, k, tiles, y, ldc, add); break;
+            case 1: product_tiles<1>(x, lda, tiles, count, k, y, ldc, add); break;
+            case 2: product_tiles<2>(x, lda, tiles, count, k, y, ldc, add); break;
+            case 3: product_tiles<3>(x, lda, tiles, count, k, y, ldc, add); break;
+            case 4: product_tiles<4>(x, lda, tiles, count, k, y, ldc, add); break;
+            case 5: product_tiles<5>(x, lda, tiles, count, k, y, ldc, add); break;
+            case 6: product_tiles<6>(x, lda, tiles, count, k, y, ldc, add); break;
         }
     }
 }
@@ -133,7 +144,14 @@ void attend(const Attention& a, const Work& w, const E* cache, const int32_t* ta
     const int dim = shape.padded_dim, columns = a.columns(), tile_keys = a.tile_blocks * shape.block_size;
     const int last = position + (rows - 1) / a.group;
     const int first = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
-    constexpr bool kConvert = sizeof(E) != sizeof(float);
+    const bool convert = sizeof(E) != sizeof(float) && rows > kMaxBlockRows;
+    // The same part of the next block that is needed, or of this one.
+    auto ahead = [&](const E* part, int from) {
+        const int next = from + shape.block_size;
+        if (next > last) return (const char*)part;
+        return (const char*)(part + (table[next / shape.block_size] - table[from / shape.block_size]) *
+                                        (shape.keys(1, 0) - shape.keys(0, 0)));
+    };
     memset(w.o, 0, (size_t)rows * dim * sizeof(float));
     for (int r = 0; r < rows; r++) w.peak[r] = -__builtin_inff(), w.total[r] = 0;
     for (int start = first / tile_keys * tile_keys; start <= last; start += tile_keys) {
@@ -146,11 +164,13 @@ void attend(const Attention& a, const Work& w, const E* cache, const int32_t* ta
             used = b * shape.padded_block + strips * kTile;
             for (int j = 0; j < shape.padded_block; j++)
                 w.positions[b * shape.padded_block + j] = j < n ? from + j : INT32_MAX;
-            if (kConvert && rows > kMaxBlockRows) {
+            if (convert) {
                 for (int j = 0; j < strips * kTile * dim; j += kWidth) store(w.keys + j, load_as(keys + j));
-                product_rows(rows, w.q, dim, w.keys, dim * kTile, kTile, shape.dim, strips, s, columns, false);
+                const Tiles<float> tiles{w.keys, dim * kTile, kTile, (const char*)w.keys};
+                product_rows(rows, w.q, dim, tiles, strips, shape.dim, s, columns, false);
             } else {
-                product_rows(rows, w.q, dim, keys, dim * kTile, kTile, shape.dim, strips, s, columns, false);
+                const Tiles<E> tiles{keys, dim * kTile, kTile, ahead(keys, from)};
+                product_rows(rows, w.q, dim, tiles, strips, shape.dim, s, columns, false);
             }
         }
         for (int r = 0; r < rows; r++) {
@@ -162,11 +182,13 @@ void attend(const Attention& a, const Work& w, const E* cache, const int32_t* ta
             const int n = left < shape.block_size ? left : shape.block_size;
             const E* values = cache + shape.values(table[from / shape.block_size], head);
             const float* p = w.s + b * shape.padded_block;
-            if (kConvert && rows > kMaxBlockRows) {
+            if (convert) {
                 for (int j = 0; j < n * dim; j += kWidth) store(w.values + j, load_as(values + j));
-                product_rows(rows, p, columns, w.values, kTile, dim, n, dim / kTile, w.o, dim, true);
+                const Tiles<float> tiles{w.values, kTile, dim, (const char*)w.values};
+                product_rows(rows, p, columns, tiles, dim / kTile, n, w.o, dim, true);
             } else {
-                product_rows(rows, p, columns, values, kTile, dim, n, dim / kTile, w.o, dim, true);
+                const Tiles<E> tiles{values, kTile, dim, ahead(values, from)};
+                product_rows(rows, p, columns, tiles, dim / kTile, n, w.o, dim, true);
             }
         }
     }
