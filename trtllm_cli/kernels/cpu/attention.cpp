@@ -1,6 +1,6 @@
 // Causal attention over the paged cache, with a running softmax over tiles of keys (FlashAttention, arXiv 2205.14135).
 //
-// A piece of work is one KV head, and some tokens of one sequence: the rows are those tokens' query heads of the KV
+// A part of the work is one KV head, and some tokens of one sequence: the rows are those tokens' query heads of the KV
 // head's group. Key tiles are whole blocks and begin at fixed positions, so a row sums over the same tiles in the same
 // order, whatever else is in the step; keys that it must not see add exact zeros.
 #include "cache.h"
@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int kRows = 48;      // query rows of a piece, about
+constexpr int kRows = 48;      // query rows of a part, about
 constexpr int kTileKeys = 64;  // keys of a tile, about
 constexpr int kMaxBlockRows = 6;
 
@@ -18,8 +18,8 @@ struct Attention {
     int heads, group, window;
     float scale;
     CacheShape cache;
-    int tokens;       // of a piece
-    int rows;         // of a piece
+    int tokens;       // of a part
+    int rows;         // of a part
     int tile_blocks;  // of a key tile
     const float* q;
     float* out;
@@ -195,7 +195,7 @@ void attend(const Attention& a, const Work& w, const E* cache, const int32_t* ta
 }
 
 // Tokens [token, token + count) of the step, which follow one another in one sequence.
-void piece(const Context& c, const Attention& a, const Work& w, int seq, int head, int token, int count, int position) {
+void part(const Context& c, const Attention& a, const Work& w, int seq, int head, int token, int count, int position) {
     const int dim = a.cache.dim, padded = a.cache.padded_dim, rows = count * a.group;
     for (int r = 0; r < rows; r++) {
         const int64_t at = (int64_t)(token + r / a.group) * a.heads + head * a.group + r % a.group;
@@ -212,28 +212,32 @@ void piece(const Context& c, const Attention& a, const Work& w, int seq, int hea
 
 }  // namespace
 
-Scratch attention_scratch(const tl_step& step) {
-    Scratch s;
-    s.per_thread = Work::bytes(Attention(step));
-    return s;
+Needs attention_needs(const tl_step& step, const tl_batch& batch, int num_threads) {
+    const Attention a(step);
+    int parts = 0;
+    for (int s = 0; s < batch.num_seqs; s++)
+        parts += a.cache.kv_heads * ceil_div(batch.query_start[s + 1] - batch.query_start[s], a.tokens);
+    Needs needs;
+    needs.pieces = parts < 32 * num_threads ? parts : 32 * num_threads;
+    needs.per_thread = Work::bytes(a);
+    return needs;
 }
 
 void paged_attention(const Context& c) {
     const Attention a(c.step);
     const Work w(a, c.scratch());
     const tl_batch& batch = c.batch;
-    int seq = 0, before = 0;  // pieces of the sequences before `seq`
-    for (int i = c.next(); seq < batch.num_seqs; i = c.next()) {
-        int queries, tiles;
-        for (;; seq++, before += tiles * a.cache.kv_heads) {
-            if (seq == batch.num_seqs) return;
-            queries = batch.query_start[seq + 1] - batch.query_start[seq];
-            tiles = ceil_div(queries, a.tokens);
-            if (i < before + tiles * a.cache.kv_heads) break;
-        }
+    auto tiles_of = [&](int s) { return ceil_div(batch.query_start[s + 1] - batch.query_start[s], a.tokens); };
+    int parts = 0;
+    for (int s = 0; s < batch.num_seqs; s++) parts += a.cache.kv_heads * tiles_of(s);
+    int begin, end, seq = 0, before = 0;  // before: parts of the sequences before `seq`
+    c.share(parts, begin, end);
+    for (int i = begin; i < end; i++) {
+        while (i >= before + tiles_of(seq) * a.cache.kv_heads) before += tiles_of(seq++) * a.cache.kv_heads;
+        const int queries = batch.query_start[seq + 1] - batch.query_start[seq];
         // The last tokens see the most keys: they go first.
-        const int tile = tiles - 1 - (i - before) / a.cache.kv_heads, head = (i - before) % a.cache.kv_heads;
+        const int tile = tiles_of(seq) - 1 - (i - before) / a.cache.kv_heads, head = (i - before) % a.cache.kv_heads;
         const int from = tile * a.tokens, count = queries - from < a.tokens ? queries - from : a.tokens;
-        piece(c, a, w, seq, head, batch.query_start[seq] + from, count, batch.seq_lens[seq] - queries + from);
+        part(c, a, w, seq, head, batch.query_start[seq] + from, count, batch.seq_lens[seq] - queries + from);
     }
 }

@@ -309,33 +309,31 @@ void blocked(const Linear& l, Input in, int row, int rows, int tile, float* scra
 
 template <class F>
 void blocked_any(const Context& context, const Linear& l, Input in) {
-    const int row_groups = ceil_div(l.rows, kRowGroup), columns = ceil_div(l.tiles, kBlockTiles);
-    float* scratch = context.scratch();
-    for (int i; (i = context.next()) < row_groups * columns;) {
-        const int g = i / columns, tile = i % columns * kBlockTiles;
-        const int from = (int)((int64_t)l.rows * g / row_groups), to = (int)((int64_t)l.rows * (g + 1) / row_groups);
-        if (tile + kBlockTiles <= l.tiles) blocked<F, kBlockTiles>(l, in, from, to - from, tile, scratch);
-        else blocked<F, 1>(l, in, from, to - from, tile, scratch);
-    }
+    const int columns = ceil_div(l.tiles, kBlockTiles), row_groups = context.pieces / columns;
+    const int g = context.piece / columns, tile = context.piece % columns * kBlockTiles;
+    const int from = (int)((int64_t)l.rows * g / row_groups), to = (int)((int64_t)l.rows * (g + 1) / row_groups);
+    if (tile + kBlockTiles <= l.tiles) blocked<F, kBlockTiles>(l, in, from, to - from, tile, context.scratch());
+    else blocked<F, 1>(l, in, from, to - from, tile, context.scratch());
 }
 
 template <class F>
-Input prepared_input(const Context& c, const Linear& l) {
-    if (!l.prepares()) return {l.x, l.x_stride};
-    const bool alone = l.rows <= kAloneRows;
-    float* to = alone ? c.scratch() : c.shared();
-    int begin = 0, end = l.rows;
-    if (!alone) c.share(l.rows, begin, end);
+void prepare(const Context& c, const Linear& l, float* to) {
+    int begin, end;
+    c.share(l.rows, begin, end);
     for (int r = begin; r < end; r++) F::prepare(l, l.x + r * l.x_stride, to + r * l.prepared_stride());
-    if (!alone) c.barrier();
-    return {to, l.prepared_stride()};
 }
 
 template <class F>
-void linear(const Context& c) {
+void linear(const Context& c, bool prepares) {
     const Linear l(c.step, rows_of(c.step, c.batch));
-    if (l.rows == 0) return;
-    const Input in = prepared_input<F>(c, l);
+    if (prepares) return prepare<F>(c, l, c.shared());
+    Input in{l.x, l.x_stride};
+    if (l.prepares()) {
+        const bool alone = l.rows <= kAloneRows;
+        in = {alone ? c.scratch() : c.shared(), l.prepared_stride()};
+        if (alone && c.first)
+            for (int r = 0; r < l.rows; r++) F::prepare(l, l.x + r * l.x_stride, c.scratch() + r * in.stride);
+    }
     if (l.rows > kDirectRows) return blocked_any<F>(c, l, in);
     int begin, end;
     c.share(l.tiles, begin, end);

@@ -18,4 +18,4 @@ struct Bfloat16 {
 
 }  // namespace
 
-void linear_bfloat16(const Context& c) { linear<Bfloat16>(c); }
+void linear_bfloat16(const Context& c, bool prepares) { linear<Bfloat16>(c, prepares); }

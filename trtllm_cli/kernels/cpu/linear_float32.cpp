@@ -14,14 +14,25 @@ struct Float32 {
 
 }  // namespace
 
-void linear_float32(const Context& c) { linear<Float32>(c); }
+void linear_float32(const Context& c, bool prepares) { linear<Float32>(c, prepares); }
 
-Scratch linear_scratch(const tl_step& step, int rows) {
+Needs linear_needs(const tl_step& step, int rows, int num_threads) {
     const Linear l(step, rows);
     const size_t prepared = l.prepares() ? rows * l.prepared_stride() * sizeof(float) : 0;
-    Scratch s;
-    if (rows <= kAloneRows) s.per_thread = prepared;
-    else s.shared = prepared;
-    if (rows > kDirectRows) s.per_thread = BlockScratch(l).bytes();
-    return s;
+    Needs needs;
+    if (rows > kDirectRows) {
+        needs.per_thread = BlockScratch(l).bytes();
+        needs.pieces = ceil_div(rows, kRowGroup) * ceil_div(l.tiles, kBlockTiles);
+    } else {
+        // A few pieces a thread, so that none waits long for another; each of some tiles, which one row takes together.
+        const int most = ceil_div(l.tiles, 4);
+        needs.pieces = rows == 0 ? 0 : most < 4 * num_threads ? most : 4 * num_threads;
+    }
+    if (rows <= kAloneRows) {
+        needs.per_thread = prepared;
+    } else if (prepared) {
+        needs.shared = prepared;
+        needs.preparation = rows < num_threads ? rows : num_threads;
+    }
+    return needs;
 }

@@ -36,4 +36,4 @@ struct Int4 {
 
 }  // namespace
 
-void linear_int4(const Context& c) { linear<Int4>(c); }
+void linear_int4(const Context& c, bool prepares) { linear<Int4>(c, prepares); }

@@ -14,4 +14,4 @@ struct Int8 {
 
 }  // namespace
 
-void linear_int8(const Context& c) { linear<Int8>(c); }
+void linear_int8(const Context& c, bool prepares) { linear<Int8>(c, prepares); }

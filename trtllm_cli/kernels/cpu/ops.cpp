@@ -2,15 +2,15 @@
 
 namespace {
 
-// Elements below which one thread is done before two have met.
-constexpr int64_t kWorthSharing = 4096;
+// Elements of a piece below which handing it out takes longer than doing it.
+constexpr int64_t kPieceElements = 2048;
 
-void linear(const Context& c) {
+void linear(const Context& c, bool prepares) {
     switch (c.step.i[3]) {
-        case kFloat32: return linear_float32(c);
-        case kBfloat16: return linear_bfloat16(c);
-        case kInt8: return linear_int8(c);
-        case kInt4: return linear_int4(c);
+        case kFloat32: return linear_float32(c, prepares);
+        case kBfloat16: return linear_bfloat16(c, prepares);
+        case kInt8: return linear_int8(c, prepares);
+        case kInt4: return linear_int4(c, prepares);
     }
 }
 
@@ -21,12 +21,24 @@ int64_t width_of(const tl_step& s) {
 
 }  // namespace
 
-void run_op(const Context& c) {
+Needs needs_of(const tl_step& step, const tl_batch& batch, int num_threads) {
+    const int rows = rows_of(step, batch);
+    if (step.op == kLinear) return linear_needs(step, rows, num_threads);
+    if (step.op == kPagedAttention) return attention_needs(step, batch, num_threads);
+    int64_t pieces = rows * width_of(step) / kPieceElements + 1;
+    if (pieces > rows) pieces = rows;
+    if (pieces > 2 * num_threads) pieces = 2 * num_threads;
+    Needs needs;
+    needs.pieces = (int)pieces;
+    return needs;
+}
+
+void run_piece(const Context& c, bool prepares) {
     switch (c.step.op) {
         case kEmbedding: return embedding(c);
         case kRmsNorm: return rms_norm(c);
         case kAddRmsNorm: return add_rms_norm(c);
-        case kLinear: return linear(c);
+        case kLinear: return linear(c, prepares);
         case kGatedAct: return gated_act(c);
         case kAdd: return add(c);
         case kRopeAppend: return rope_append(c);
@@ -34,16 +46,4 @@ void run_op(const Context& c) {
         case kGatherRows: return gather_rows(c);
         case kCopyRows: return copy_rows(c);
     }
-}
-
-bool is_serial(const tl_step& step, const tl_batch& batch, int num_threads) {
-    if (num_threads == 1) return true;
-    if (step.op == kLinear || step.op == kPagedAttention) return false;
-    return rows_of(step, batch) * width_of(step) < kWorthSharing;
-}
-
-Scratch scratch_of(const tl_step& step, const tl_batch& batch, int) {
-    if (step.op == kLinear) return linear_scratch(step, rows_of(step, batch));
-    if (step.op == kPagedAttention) return attention_scratch(step);
-    return {};
 }

@@ -3,13 +3,14 @@
 
 #include "pool.h"
 
-struct Scratch {
-    size_t per_thread = 0, shared = 0;  // bytes
+// What a step takes: pieces of work, before that pieces of preparing its input (0: none), and bytes of scratch.
+struct Needs {
+    int pieces = 1, preparation = 0;
+    size_t per_thread = 0, shared = 0;
 };
 
-void run_op(const Context& c);                                                        // by all threads, or thread 0
-bool is_serial(const tl_step& step, const tl_batch& batch, int num_threads);          // too small to share
-Scratch scratch_of(const tl_step& step, const tl_batch& batch, int num_threads);
+Needs needs_of(const tl_step& step, const tl_batch& batch, int num_threads);
+void run_piece(const Context& c, bool prepares);
 
 // rows.cpp
 void embedding(const Context& c);
@@ -25,11 +26,11 @@ void rope_append(const Context& c);
 
 // attention.cpp
 void paged_attention(const Context& c);
-Scratch attention_scratch(const tl_step& step);
+Needs attention_needs(const tl_step& step, const tl_batch& batch, int num_threads);
 
-// linear_*.cpp
-void linear_float32(const Context& c);
-void linear_bfloat16(const Context& c);
-void linear_int8(const Context& c);
-void linear_int4(const Context& c);
-Scratch linear_scratch(const tl_step& step, int rows);
+// linear_*.cpp; with `prepares`, x is made what the kernels want
+void linear_float32(const Context& c, bool prepares);
+void linear_bfloat16(const Context& c, bool prepares);
+void linear_int8(const Context& c, bool prepares);
+void linear_int4(const Context& c, bool prepares);
+Needs linear_needs(const tl_step& step, int rows, int num_threads);

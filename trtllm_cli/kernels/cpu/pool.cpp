@@ -50,27 +50,47 @@ void wake_all(std::atomic<int32_t>& word) {
 
 void* thread_main(void* argument) {
     Worker& self = *(Worker*)argument;
+    Pool& pool = *self.pool;
     for (int32_t seen = 0;;) {
-        self.pool->job.wait_while(seen);
-        seen = self.pool->job.value.load(std::memory_order_acquire);
+        pool.job.wait_while(seen);
+        seen = pool.job.value.load();
         if (seen < 0) return nullptr;
-        self.pool->run_steps(self.thread);
+        pool.inside.add(1);
+        pool.take_part(self.thread);  // a late thread finds the run over, or the next one begun: either is fine
+        pool.inside.add(-1);
     }
 }
 
-// Room for the run, and what its steps are; the number of the step that found none, from 1, or 0.
+void add_phase(Pool& pool, const tl_step& step, bool prepares, int pieces) {
+    new (pool.phases + pool.num_phases++) Phase{&step, prepares, pieces, {0}, {0}};
+}
+
+// Room for the run, and its phases; the number of the step that found none, from 1, or 0.
 int prepare(Pool& pool, const tl_step* steps, int n, const tl_batch& batch) {
-    if (!pool.counters.reserve(n * sizeof(Counter)) || !pool.serial.reserve(n)) return 1;
+    if (!pool.phases_buffer.reserve(2 * n * sizeof(Phase))) return 1;
+    pool.phases = (Phase*)pool.phases_buffer.data;
+    pool.num_phases = 0;
     for (int i = 0; i < n; i++) {
-        new (pool.counters.data + i * sizeof(Counter)) Counter{};
-        pool.serial.data[i] = is_serial(steps[i], batch, pool.num_threads);
-        Scratch need = scratch_of(steps[i], batch, pool.num_threads);
-        if (!pool.shared.reserve(need.shared)) return i + 1;
+        const Needs needs = needs_of(steps[i], batch, pool.num_threads);
+        if (!pool.shared.reserve(needs.shared)) return i + 1;
         for (int t = 0; t < pool.num_threads; t++)
-            if (!pool.workers[t].scratch.reserve(need.per_thread)) return i + 1;
+            if (!pool.workers[t].scratch.reserve(needs.per_thread)) return i + 1;
+        if (needs.preparation) add_phase(pool, steps[i], true, needs.preparation);
+        if (needs.pieces) add_phase(pool, steps[i], false, needs.pieces);
     }
-    pool.steps = steps, pool.num_steps = n, pool.batch = &batch;
+    pool.batch = &batch;
     return 0;
+}
+
+bool worth_sharing(const Pool& pool) {
+    for (int i = 0; i < pool.num_phases; i++)
+        if (pool.phases[i].pieces > 1) return true;
+    return false;
+}
+
+// Waits until no other thread looks at phases. One that comes in later sees that no run has begun, or all of the run.
+void wait_until_alone(Pool& pool) {
+    for (int32_t n; (n = pool.inside.value.load());) pool.inside.wait_while(n);
 }
 
 }  // namespace
@@ -93,6 +113,11 @@ void Signal::set(int32_t next) {
     if (sleepers.load()) wake_all(value);
 }
 
+void Signal::add(int32_t n) {
+    value.fetch_add(n);
+    if (sleepers.load()) wake_all(value);
+}
+
 bool Buffer::reserve(size_t bytes) {
     if (bytes <= size) return true;
     bytes = round_up(bytes + bytes / 4, 4096);
@@ -103,26 +128,16 @@ bool Buffer::reserve(size_t bytes) {
     return true;
 }
 
-void Pool::barrier() {
-    if (num_threads == 1) return;
-    const int32_t turn = passed.value.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) == num_threads - 1) {
-        arrived.store(0, std::memory_order_relaxed);
-        passed.set((turn + 1) & 0x7fffffff);
-    } else {
-        passed.wait_while(turn);
-    }
-}
-
-void Pool::run_steps(int thread) {
-    // After the last barrier thread 0 may be in the next run already: nothing of this one is read from there on.
-    const tl_step* const first = steps;
-    const int n = num_steps;
-    const bool* alone = (const bool*)serial.data;
-    for (int i = 0; i < n; i++) {
-        Context c{*this, first[i], *batch, ((Counter*)counters.data)[i], thread, alone[i] ? 1 : num_threads};
-        if (thread == 0 || !alone[i]) run_op(c);
-        if (!alone[i] || i + 1 == n || !alone[i + 1]) barrier();
+void Pool::take_part(int thread) {
+    for (int32_t at; (at = current.value.load()) != kOver; current.wait_while(at)) {
+        Phase& phase = phases[at];
+        if (phase.taken.load(std::memory_order_relaxed) >= phase.pieces) continue;
+        bool first = true;
+        for (int i; (i = phase.taken.fetch_add(1, std::memory_order_relaxed)) < phase.pieces; first = false) {
+            run_piece({*this, *phase.step, *batch, thread, i, phase.pieces, first}, phase.prepares);
+            if (phase.done.fetch_add(1, std::memory_order_acq_rel) + 1 == phase.pieces)
+                current.set(at + 1 < num_phases ? at + 1 : kOver);
+        }
     }
 }
 
@@ -134,7 +149,7 @@ EXPORT void tl_pool_destroy(Pool* pool) {
     pool->job.set(-1);
     for (int t = 1; t < pool->num_threads; t++) pthread_join(pool->workers[t].handle, nullptr);
     for (int t = 0; t < pool->num_threads; t++) free(pool->workers[t].scratch.data);
-    free(pool->counters.data), free(pool->serial.data), free(pool->shared.data);
+    free(pool->phases_buffer.data), free(pool->shared.data);
     free(pool->workers);
     free(pool);
 }
@@ -157,9 +172,11 @@ EXPORT Pool* tl_pool_create(int32_t num_threads) {
 
 // 0, or the number (from 1) of a step that found no memory for its scratch; nothing was computed then.
 EXPORT int32_t tl_run(Pool* pool, const tl_step* steps, int32_t n, const tl_batch* batch) {
-    if (n == 0) return 0;
-    if (int failed = prepare(*pool, steps, n, *batch)) return failed;
-    if (pool->num_threads > 1) pool->job.set((pool->job.value.load() + 1) & 0x7fffffff);
-    pool->run_steps(0);
+    wait_until_alone(*pool);
+    if (const int failed = prepare(*pool, steps, n, *batch)) return failed;
+    if (pool->num_phases == 0) return 0;
+    pool->current.set(0);
+    if (worth_sharing(*pool)) pool->job.set((pool->job.value.load() + 1) & 0x7fffffff);
+    pool->take_part(0);
     return 0;
 }

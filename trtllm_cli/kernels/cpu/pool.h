@@ -1,5 +1,8 @@
-// The threads that run a plan. All of them walk through the steps together, with a barrier between steps; a step
-// shares its work out by thread number (`share`) or by taking the next piece (`next`).
+// The threads that run a plan.
+//
+// Each step is cut into pieces, and whoever is free takes the next one. A step is over when its pieces are done, not
+// when every thread has come: a thread that the machine gives to somebody else, or that wakes up late, is not waited for
+// unless it holds a piece. Results do not depend on who does what.
 #pragma once
 
 #include <atomic>
@@ -13,11 +16,8 @@ struct alignas(64) Signal {
     std::atomic<int32_t> sleepers{0};
 
     void wait_while(int32_t old);
-    void set(int32_t now);
-};
-
-struct alignas(64) Counter {
-    std::atomic<int32_t> value;
+    void set(int32_t next);
+    void add(int32_t n);
 };
 
 struct Buffer {
@@ -27,26 +27,35 @@ struct Buffer {
     bool reserve(size_t bytes);  // its contents are lost
 };
 
+// A step, or the preparation of one's input: pieces that may run at once.
+struct alignas(64) Phase {
+    const tl_step* step;
+    bool prepares;
+    int32_t pieces;
+    std::atomic<int32_t> taken, done;
+};
+
 struct Worker;
+
+constexpr int32_t kOver = -1;
 
 struct Pool {
     int num_threads = 0;
     Worker* workers = nullptr;
+    Buffer phases_buffer, shared;  // shared: scratch of all threads
 
-    // What is being run.
-    const tl_step* steps = nullptr;
+    // What is being run; written while no other thread is inside.
     const tl_batch* batch = nullptr;
-    int num_steps = 0;
-    Buffer counters;  // a Counter for each step
-    Buffer serial;    // a bool for each step: thread 0 does it alone
-    Buffer shared;    // scratch of all threads
-    Signal job;       // goes up when there is something to run; -1 ends the threads
+    Phase* phases = nullptr;
+    int num_phases = 0;
 
-    alignas(64) std::atomic<int32_t> arrived{0};
-    Signal passed;  // goes up when all threads have come to the barrier
+    Signal job;      // goes up when there is something to run; -1 ends the threads
+    Signal inside;   // other threads that may look at phases
+    Signal current;  // the phase whose pieces are to be done, or kOver
 
-    void barrier();
-    void run_steps(int thread);
+    Pool() { current.value = kOver; }
+
+    void take_part(int thread);
 };
 
 struct Worker {
@@ -56,22 +65,20 @@ struct Worker {
     Buffer scratch;
 };
 
-// A thread's view of the step that it is in.
+// A thread's view of its piece of a step.
 struct Context {
     Pool& pool;
     const tl_step& step;
     const tl_batch& batch;
-    Counter& counter;
-    int thread, num_threads;
+    int thread;
+    int piece, pieces;
+    bool first;  // of the pieces of this step that this thread does
 
     float* scratch() const { return (float*)pool.workers[thread].scratch.data; }
     float* shared() const { return (float*)pool.shared.data; }
-    // The next `count` pieces of work that nobody has; the first's number.
-    int next(int count = 1) const { return counter.value.fetch_add(count, std::memory_order_relaxed); }
-    // This thread's contiguous part of n pieces: [begin, end).
+    // This piece's part of n things: [begin, end).
     void share(int n, int& begin, int& end) const {
-        begin = (int)((int64_t)n * thread / num_threads);
-        end = (int)((int64_t)n * (thread + 1) / num_threads);
+        begin = (int)((int64_t)n * piece / pieces);
+        end = (int)((int64_t)n * (piece + 1) / pieces);
     }
-    void barrier() const { pool.barrier(); }
 };
