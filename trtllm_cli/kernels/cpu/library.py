@@ -209,6 +209,7 @@ def rope_append_step(
     indexed by positions; None rotates nothing. Elements of a head past `rotary_dim` (default head_dim) pass through.
     q_norm and k_norm are float32 [head_dim].
     """
+    assert head_dim <= 1024, "rope.cpp's kMaxHeadDim"
     rotary_dim = 0 if table is None else rotary_dim or head_dim
     width = (num_heads + 2 * num_kv_heads) * head_dim
     ints = (
