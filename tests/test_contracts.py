@@ -5,7 +5,7 @@ import json
 import pytest
 
 from trtllm_cli.checkpoint import Checkpoint, read_sums, write_config, write_sums
-from trtllm_cli.engine import FORMAT_VERSION, BuildConfig, Engine
+from trtllm_cli.engine import FORMAT_VERSION, BuildConfig, Engine, config_digest
 from trtllm_cli.errors import CheckpointError, EngineError
 from trtllm_cli.mapping import Mapping
 from trtllm_cli.model_config import ModelConfig
@@ -119,13 +119,15 @@ def test_excluded_modules_are_not_quantized():
 
 ENGINE = {
     "format_version": FORMAT_VERSION, "version": "0.1.0", "backend": "cpu", "target": {"arch": "x86_64"},
-    "pretrained_config": MINIMAL, "rank_files": [{"name": "rank0.engine", "size": 3, "sha256": "0" * 64}],
+    "pretrained_config": MINIMAL,
+    "rank_files": [{"name": "rank0.engine", "size": 3, "sha256": "0" * 64, "program_sha256": "0" * 64}],
     "build_config": {"max_seq_len": 64, "max_input_len": 64, "weight_dtype": "int8", "kv_cache_dtype": "bfloat16"},
 }  # fmt: skip
 
 
 def engine_dir(tmp_path, data=b"abc", **fields):
-    (tmp_path / "config.json").write_text(json.dumps(ENGINE | fields))
+    config = ENGINE | fields
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sha256": config_digest(config)}))
     (tmp_path / "rank0.engine").write_bytes(data)
     return tmp_path
 

@@ -63,11 +63,11 @@ class RankFile(BaseModel):
     name: str = Field(pattern=r"^rank\d+\.engine$")
     size: int = Field(ge=0)  # bytes
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    program_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")  # see program_digest
+    program_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # see program_digest
 
 
 class EngineConfig(BaseModel):
-    """An engine's config.json."""
+    """An engine's config.json, but for `sha256`, which is the digest of these fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -79,7 +79,6 @@ class EngineConfig(BaseModel):
     build_config: BuildConfig
     rank_files: list[RankFile]
     notes: dict[str, Any] = {}  # what the build measured and chose, for people
-    sha256: str | None = None  # of all the fields above, so that an edit shows
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,9 @@ class Engine:
                 where=str(path / "config.json"),
                 fix=_build_command("CKPT", path) + " --backend cpu --force",
             )
+        digest = data.pop("sha256", None)
         config = validate(EngineConfig, data, path / "config.json", EngineError)
-        if config.sha256 is not None and config.sha256 != _digest(data):
+        if digest != config_digest(data):
             raise EngineError(
                 "config.json was edited: it says something else than when the engine was built",
                 where=str(path / "config.json"),
@@ -165,7 +165,7 @@ class Engine:
         file = TensorFile(self.rank_file(rank), EngineError)
         try:
             expected = self.config.rank_files[rank.rank].program_sha256
-            if expected is not None and (found := program_digest(file)) != expected:
+            if (found := program_digest(file)) != expected:
                 raise self._altered(rank, found, expected)
         except BaseException:
             file.close()
@@ -206,7 +206,7 @@ class Engine:
 def write_config(path: Path, config: EngineConfig) -> None:
     """Writes `config.json`, the last thing that a complete engine gets."""
     data = config.model_dump(mode="json", exclude_none=True)
-    write_json(path / "config.json", {**data, "sha256": _digest(data)})
+    write_json(path / "config.json", {**data, "sha256": config_digest(data)})
 
 
 def program_digest(file: TensorFile) -> str:
@@ -221,10 +221,9 @@ def program_digest(file: TensorFile) -> str:
     return digest.hexdigest()
 
 
-def _digest(data: dict[str, Any]) -> str:
-    """SHA-256 of what config.json says, but for that field itself."""
-    said = {name: value for name, value in data.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+def config_digest(data: dict[str, Any]) -> str:
+    """SHA-256 of config.json's fields but `sha256`, so that an edit shows."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _build_command(checkpoint: Path | str, engine: Path | str) -> str:

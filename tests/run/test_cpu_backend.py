@@ -11,7 +11,7 @@ import torch
 from tests.batches import Sequences, as_torch
 from tests.engines import STEPS, build_engine, runner_logits, save_checkpoint
 from tests.tiny_configs import VARIANTS, config, random_weights
-from trtllm_cli.engine import Engine
+from trtllm_cli.engine import Engine, program_digest
 from trtllm_cli.errors import EngineError
 from trtllm_cli.kernels.cpu import compiler
 from trtllm_cli.kernels.quantization import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
@@ -175,7 +175,9 @@ def test_a_plan_that_names_no_tensor_is_refused(tmp_path):
             for name in keep:
                 out.write(name, f.read(name))
     (tmp_path / "new").replace(path)
-    entry = engine.config.rank_files[0].model_copy(update={"size": path.stat().st_size, "program_sha256": None})
+    with TensorFile(path) as f:
+        changed = {"size": path.stat().st_size, "program_sha256": program_digest(f)}
+    entry = engine.config.rank_files[0].model_copy(update=changed)
     engine = dataclasses.replace(engine, config=engine.config.model_copy(update={"rank_files": [entry]}))
     with pytest.raises(EngineError, match="has no tensor `nothing`"):
         runner_logits(engine)

@@ -241,14 +241,15 @@ def test_an_llm_that_is_dropped_closes(engine, fake_runners):  # noqa: F811
 def test_several_ranks_are_refused(tmp_path):
     import json
 
+    from trtllm_cli.engine import config_digest
+
     engine = write_engine(tmp_path / "engine", None)
     config = json.loads((engine / "config.json").read_text())
     del config["sha256"]
     config["pretrained_config"] |= {"mapping": {"world_size": 2, "tp_size": 2}, "num_attention_heads": 2}
     (engine / "rank1.engine").write_bytes(b"w")
-    entry = config["rank_files"][0]
-    config["rank_files"].append({"name": "rank1.engine", "size": 1, "sha256": entry["sha256"]})
-    (engine / "config.json").write_text(json.dumps(config))
+    config["rank_files"].append({**config["rank_files"][0], "name": "rank1.engine", "size": 1})
+    (engine / "config.json").write_text(json.dumps({**config, "sha256": config_digest(config)}))
     with pytest.raises(UnsupportedError, match="split over 2 ranks"):
         LLM(engine)
 
