@@ -53,7 +53,18 @@ def main() -> None:
     limits = ("--max-batch-size", "8", "--max-seq-len", "2048")
     run("build", "--checkpoint-dir", str(ckpt), "--output-dir", str(engine), *limits)
     run("run", "--engine-dir", str(engine), "--streaming", PROMPT)
-    run("bench", "throughput", "--engine-dir", str(engine), "--num-requests", "8", "--input-len", "64", "--output-len", "32")
+    run(
+        "bench",
+        "throughput",
+        "--engine-dir",
+        str(engine),
+        "--num-requests",
+        "8",
+        "--input-len",
+        "64",
+        "--output-len",
+        "32",
+    )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,12 @@ def build_engine(checkpoint: Path, output: Path, **options: object) -> Engine:
 
 
 # Ragged on purpose: a prefill, a chunk beside a decode, decodes out of order.
-STEPS = [{0: [1, 2, 3, 4, 5, 6, 7], 1: [9, 8]}, {0: [11], 1: [5, 4, 3, 2, 1, 7]}, {1: [3], 0: [4]}, {2: [6] * 9, 1: [2]}]
+STEPS = [
+    {0: [1, 2, 3, 4, 5, 6, 7], 1: [9, 8]},
+    {0: [11], 1: [5, 4, 3, 2, 1, 7]},
+    {1: [3], 0: [4]},
+    {2: [6] * 9, 1: [2]},
+]
 
 
 def runner_logits(engine: Engine, steps: list[dict[int, list[int]]] = STEPS, num_threads: int = 2) -> list[np.ndarray]:

@@ -50,7 +50,10 @@ def test_what_is_there_is_kept_without_force_and_replaced_with_it(tmp_path):
 def test_force_never_replaces_what_trtllm_did_not_write(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputExistsError, match="not something that trtllm wrote"), writing(tmp_path / "home", force=True):
+    with (
+        pytest.raises(OutputExistsError, match="not something that trtllm wrote"),
+        writing(tmp_path / "home", force=True),
+    ):
         pass
     assert (tmp_path / "home" / "thesis.tex").exists()
 

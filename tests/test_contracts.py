@@ -61,13 +61,15 @@ def test_a_missing_field_is_named(tmp_path, field):
     config = dict(MINIMAL)
     del config[field]
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=f"field `{field}` is missing|no such|is missing"):
+    with pytest.raises(CheckpointError, match=f"field `{field}` is missing"):
         Checkpoint.open(path)
 
 
 def test_what_modelopt_writes_and_changes_nothing_is_taken(tmp_path):
-    extra = {"producer": {"name": "modelopt", "version": "0.47"}, "rotary_pct": 1.0, "decoder": "llama", "rmsnorm": True,
-             "bias": False, "residual_mlp": False, "use_parallel_embedding": True}  # fmt: skip
+    extra = {
+        "producer": {"name": "modelopt", "version": "0.47"}, "rotary_pct": 1.0, "decoder": "llama", "rmsnorm": True,
+        "bias": False, "residual_mlp": False, "use_parallel_embedding": True,
+    }  # fmt: skip
     config = Checkpoint.open(checkpoint_dir(tmp_path, **extra)).config
     assert config.use_parallel_embedding
 
@@ -149,7 +151,9 @@ def test_engines_that_cannot_be_opened_say_why(tmp_path, fields, data, message):
 
 
 def test_an_engine_of_tensorrt_llm_is_explained(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"version": "0.17.0", "pretrained_config": {}, "build_config": {}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"version": "0.17.0", "pretrained_config": {}, "build_config": {}})
+    )
     with pytest.raises(EngineError, match=r"built by TensorRT-LLM 0.17.0"):
         Engine.open(tmp_path)
 

@@ -44,7 +44,9 @@ def test_a_graph_prints_as_text():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("mapping", [Mapping(), Mapping.of(tp_size=2), Mapping.of(pp_size=2)], ids=["one", "tp2", "pp2"])
+@pytest.mark.parametrize(
+    "mapping", [Mapping(), Mapping.of(tp_size=2), Mapping.of(pp_size=2)], ids=["one", "tp2", "pp2"]
+)
 def test_graphs_round_trip_through_json(variant, mapping):
     c = config(variant, mapping=mapping, share_embedding_table=False)
     for rank in mapping.ranks:

@@ -21,12 +21,13 @@ pytestmark = [
 QUESTIONS = ("Why is the sky blue?", "Write a short poem about rain.", "What is 12 times 3? Answer with one number.")
 # Public domain: the opening of Moby Dick (Herman Melville, 1851).
 TEXT = (
-    "Call me Ishmael. Some years ago - never mind how long precisely - having little or no money in my purse, and "
-    "nothing particular to interest me on shore, I thought I would sail about a little and see the watery part of the "
-    "world. It is a way I have of driving off the spleen and regulating the circulation. Whenever I find myself "
-    "growing grim about the mouth; whenever it is a damp, drizzly November in my soul; whenever I find myself involuntarily "
-    "pausing before coffin warehouses, and bringing up the rear of every funeral I meet; then, I account it high time "
-    "to get to sea as soon as I can."
+    "Call me Ishmael. Some years ago - never mind how long precisely - having little or no money in my "
+    "purse, and nothing particular to interest me on shore, I thought I would sail about a little and see "
+    "the watery part of the world. It is a way I have of driving off the spleen and regulating the "
+    "circulation. Whenever I find myself growing grim about the mouth; whenever it is a damp, drizzly "
+    "November in my soul; whenever I find myself involuntarily pausing before coffin warehouses, and "
+    "bringing up the rear of every funeral I meet; then, I account it high time to get to sea as soon as "
+    "I can."
 )
 # How much worse than float32 the loss of each weight dtype may be, in nats a token; measured: 0.001, 0.01, 0.03.
 WORSE = {"bfloat16": 0.01, "int8": 0.03, "int4": 0.08}

@@ -30,7 +30,9 @@ VARIANTS = {
     },
     "qwen3": {"architecture": "Qwen3ForCausalLM", "qk_layernorm": True, "head_size": 16},
     "gelu-mha": {"architecture": "LlamaForCausalLM", "hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 4},
-    "gptj-rope": {"architecture": "LlamaForCausalLM", "position_embedding_type": "rope_gptj", "rotary_embedding_dim": 4},
+    "gptj-rope": {
+        "architecture": "LlamaForCausalLM", "position_embedding_type": "rope_gptj", "rotary_embedding_dim": 4,
+    },
 }  # fmt: skip
 
 

@@ -120,9 +120,7 @@ def os_errors(path: Path, flag: str = "--output-dir") -> Iterator[None]:
         if e.errno in (errno.EACCES, errno.EPERM) and not _is_beside(e.filename, path):
             raise ResourceError(f"cannot read {e.filename}: {e.strerror}", fix="mend the permissions") from e
         if e.errno == errno.ENOSPC:
-            raise ResourceError(
-                f"the disk is full: {path}", fix=f"free some room, or choose another {flag}"
-            ) from e
+            raise ResourceError(f"the disk is full: {path}", fix=f"free some room, or choose another {flag}") from e
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ResourceError(
                 f"cannot write {path}: {e.strerror}", fix=f"choose another {flag}, or mend the permissions"

@@ -103,9 +103,7 @@ def trace(name: str) -> Iterator[Trace]:
         _current.reset(token)
 
 
-def _op(
-    op: str, inputs: dict[str, Tensor | None], types: Sequence[TensorType], **attrs: Any
-) -> tuple[Tensor, ...]:
+def _op(op: str, inputs: dict[str, Tensor | None], types: Sequence[TensorType], **attrs: Any) -> tuple[Tensor, ...]:
     return _current.get().record(op, inputs, types, {k: v for k, v in attrs.items() if v is not None})
 
 

@@ -27,9 +27,7 @@ class Mapping(BaseModel):
     @model_validator(mode="after")
     def _product(self) -> Mapping:
         if self.world_size != self.tp_size * self.pp_size * self.cp_size:
-            raise ValueError(
-                f"world_size {self.world_size} is not tp_size {self.tp_size} x pp_size {self.pp_size}"
-            )
+            raise ValueError(f"world_size {self.world_size} is not tp_size {self.tp_size} x pp_size {self.pp_size}")
         return self
 
     @classmethod

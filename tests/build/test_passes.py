@@ -85,7 +85,9 @@ def test_no_buffer_is_written_while_something_in_it_is_still_to_be_read(variant)
         for node in graph.nodes:
             for name in node.inputs.values():
                 if name in graph.tensors:
-                    assert holds[plan.of[name]] == name, f"{node.op} reads {name}, overwritten by {holds[plan.of[name]]}"
+                    assert holds[plan.of[name]] == name, (
+                        f"{node.op} reads {name}, overwritten by {holds[plan.of[name]]}"
+                    )
             operands = {plan.of[n] for n in node.inputs.values() if n in graph.tensors}
             for name in node.outputs:
                 kind, buffer = graph.tensors[name], plan.buffers[plan.of[name]]

@@ -22,7 +22,12 @@ def test_auto_keeps_the_times_that_it_chose_by(tmp_path):
 
 @pytest.mark.parametrize(
     ("native", "torch", "winner"),
-    [((1, 10), (2, 20), "native"), ((2, 20), (1, 10), "torch"), ((1, 30), (2, 10), "torch"), ((1, 15), (2, 10), "native")],
+    [
+        ((1, 10), (2, 20), "native"),
+        ((2, 20), (1, 10), "torch"),
+        ((1, 30), (2, 10), "torch"),
+        ((1, 15), (2, 10), "native"),
+    ],
 )
 def test_the_faster_is_by_decode_and_prefill_alike(native, torch, winner):
     times = {"native": dict(zip(("1", "32"), native, strict=True)), "torch": dict(zip(("1", "32"), torch, strict=True))}

@@ -100,7 +100,7 @@ def test_rope_scaling(tmp_path, name):
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 @torch.inference_mode()
 def test_generation_past_the_original_length_has_the_longer_angles(tmp_path, name):
-    """transformers, fed with its cache as in generation, changes angles once a sequence outgrows the original length."""
+    """transformers, fed with its cache as in generation, changes angles once a sequence outgrows that length."""
     original = 16
     scaling = {**ROPES[name], "original_max_position_embeddings": original}
     limits = {"max_position_embeddings": original if name == "dynamic" else 4 * original}

@@ -24,9 +24,7 @@ class Attention:
         width = self.heads * self.head_dim
         qkv_width = width + 2 * self.kv_heads * self.head_dim
         self.qkv = Linear(c, rank, f"{name}.qkv", c.hidden_size, qkv_width, bias=c.attn_bias, shard="qkv")
-        self.dense = Linear(
-            c, rank, f"{name}.dense", width * tp, c.hidden_size, bias=c.dense_bias, shard="columns"
-        )
+        self.dense = Linear(c, rank, f"{name}.dense", width * tp, c.hidden_size, bias=c.dense_bias, shard="columns")
         self.q_norm = self.k_norm = None
         if c.qk_layernorm:
             self.q_norm = RmsNorm(c, f"{name}.q_layernorm", self.head_dim, self.heads)

@@ -20,9 +20,7 @@ def fuse_add_norm(graph: Graph) -> Graph:
         if reader is None or reader.op != "rms_norm" or reader.attrs.get("num_heads"):
             continue
         inputs = {"x": add.inputs["y"], "residual": add.inputs["x"], "weight": reader.inputs["weight"]}
-        fused[add.output] = Node(
-            "add_rms_norm", inputs, (reader.output, add.output), {"eps": reader.attrs["eps"]}
-        )
+        fused[add.output] = Node("add_rms_norm", inputs, (reader.output, add.output), {"eps": reader.attrs["eps"]})
         norms.add(reader.output)
     nodes = []
     for node in graph.nodes:
