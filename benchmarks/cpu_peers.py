@@ -107,7 +107,7 @@ def comparisons(peers):
     for ours in (p for p in peers if p.kind == "trtllm" and p.turns):
         for theirs in (p for p in peers if p.kind != "trtllm" and p.turns):
             alike = theirs.like == ours.like
-            if alike or (theirs.name == "transformers bf16" and "bit" in ours.like):
+            if alike or (theirs.name == "transformers bf16" and ours.like in ("8 bit", "4 bit")):
                 ratios = {w: median(ours, w) / median(theirs, w) for w in ("prefill", "decode_1", "decode_8")}
                 rows.append({"ours": ours.name, "theirs": theirs.name, "like": alike, **ratios})
     return rows

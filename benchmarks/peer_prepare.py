@@ -1,7 +1,7 @@
 """Makes what the peers read from one GGUF file, so that all run the same weights. Runs under the peers' interpreter.
 
 python peer_prepare.py snapshot MODEL.gguf OUT_DIR      a Hugging Face directory, float32
-python peer_prepare.py gguf     MODEL.gguf OUT.gguf TYPE    the same model in another GGUF type: Q8_0, BF16, F32
+python peer_prepare.py gguf     MODEL.gguf OUT.gguf TYPE    the same model in another GGUF type, such as Q8_0
 python peer_prepare.py onnx     SNAPSHOT OUT_DIR PRECISION  onnxruntime-genai's own builder
 """
 
@@ -44,7 +44,9 @@ def gguf(source, out, type_name):
         if values.ndim < 2:
             writer.add_tensor(tensor.name, values)
         else:
-            writer.add_tensor(tensor.name, quantize(values, wanted), raw_dtype=wanted)
+            head = type_name.startswith("Q4") and tensor.name in ("token_embd.weight", "output.weight")
+            to = GGMLQuantizationType.Q8_0 if head else wanted  # as llama.cpp's own quantizer has it for such a width
+            writer.add_tensor(tensor.name, quantize(values, to), raw_dtype=to)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

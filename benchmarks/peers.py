@@ -17,7 +17,7 @@ class Peer:
     name: str
     kind: str  # of peer_worker.py
     precision: str
-    like: str  # those of one class are compared
+    like: str  # its class: those of one are compared
     modules: tuple  # that its interpreter needs
     path: str = ""
     reason: str = ""  # why it is left out
@@ -33,15 +33,17 @@ class Peer:
 
 PEERS = [
     Peer("trtllm float32", "trtllm", "float32", "fp32", ()),
-    Peer("trtllm bfloat16", "trtllm", "bfloat16", "bf16", ()),
+    Peer("trtllm bfloat16", "trtllm", "bfloat16", "16 bit", ()),
     Peer("trtllm int8", "trtllm", "int8", "8 bit", ()),
     Peer("trtllm int4", "trtllm", "int4", "4 bit", ()),
     Peer("transformers fp32", "transformers", "fp32", "fp32", ("torch", "transformers", "accelerate", "gguf")),
-    Peer("transformers bf16", "transformers", "bf16", "bf16", ("torch", "transformers", "accelerate", "gguf")),
+    Peer("transformers bf16", "transformers", "bf16", "16 bit", ("torch", "transformers", "accelerate", "gguf")),
     Peer("llama.cpp F32", "llama.cpp", "F32", "fp32", ("llama_cpp", "gguf")),
-    Peer("llama.cpp BF16", "llama.cpp", "BF16", "bf16", ("llama_cpp", "gguf")),
+    Peer("llama.cpp BF16", "llama.cpp", "BF16", "16 bit", ("llama_cpp", "gguf")),
+    Peer("llama.cpp F16", "llama.cpp", "F16", "16 bit", ("llama_cpp", "gguf")),
     Peer("llama.cpp Q8_0", "llama.cpp", "Q8_0", "8 bit", ("llama_cpp", "gguf")),
     Peer("llama.cpp Q4_1", "llama.cpp", "Q4_1", "4 bit", ("llama_cpp",)),
+    Peer("llama.cpp Q4_0", "llama.cpp", "Q4_0", "4 bit", ("llama_cpp", "gguf")),
     Peer("OpenVINO GenAI Q8_0", "openvino", "Q8_0", "8 bit", ("openvino_genai", "gguf")),
     Peer("OpenVINO GenAI Q4_1", "openvino", "Q4_1", "4 bit", ("openvino_genai",)),
     Peer(
