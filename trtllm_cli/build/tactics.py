@@ -24,6 +24,7 @@ ROWS = (1, 32)  # a decode step of one request, and a prefill chunk
 MAX_OUT = 1024  # outputs that are timed of a wide layer; the time is scaled up
 REPEATS = 5
 PATIENCE = 0.05  # seconds: what takes longer is not repeated
+HOPELESS = 4.0  # times slower than ours: the rest need not be timed
 
 
 def time_linears(
@@ -32,7 +33,8 @@ def time_linears(
     """{"native": {"1": ms, "32": ms}, "torch": ...}: all linears of one step, by how many rows it has.
 
     Each distinct shape is timed with random weights, on as many threads as torch has. Ours go first: torch's threads
-    spin for a while after each call, and would take the processors from them.
+    spin for a while after each call, and would take the processors from them. Once torch is hopelessly behind, the rest
+    of its shapes are left out, and its times are what it took at least.
     """
     shapes: Counter[tuple[str, int, int]] = Counter()
     for node in graph.nodes:
@@ -48,19 +50,18 @@ def time_linears(
     }
     group_size = build_config.group_size
     with library.Library.load(image).pool(torch.get_num_threads()) as pool, torch.inference_mode():
-        ways: dict[str, Callable[[torch.Tensor, str], Callable[[torch.Tensor], Any]]] = {
-            "native": lambda weight, fmt: _native(pool, weight, fmt, group_size),
-            "torch": lambda weight, fmt: _torch(weight, fmt, group_size),
-        }
-        return {kind: _time(make, shapes, weights) for kind, make in ways.items()}
+        native = _time(lambda weight, fmt: _native(pool, weight, fmt, group_size), shapes, weights)
+        by_torch = _time(lambda weight, fmt: _torch(weight, fmt, group_size), shapes, weights, rival=native)
+    return {"native": native, "torch": by_torch}
 
 
 def _time(
     make: Callable[[torch.Tensor, str], Callable[[torch.Tensor], Any]],
     shapes: Counter[tuple[str, int, int]],
     weights: dict[tuple[str, int, int], torch.Tensor],
+    rival: dict[str, float] | None = None,
 ) -> dict[str, float]:
-    """Milliseconds of all linears, by the number of rows."""
+    """Milliseconds of all linears, by the number of rows; gives up where that is hopeless beside `rival`."""
     totals = dict.fromkeys(map(str, ROWS), 0.0)
     for shape, count in shapes.items():
         fmt, out_features, in_features = shape
@@ -68,6 +69,8 @@ def _time(
         for rows in ROWS:
             x = torch.ones(rows, in_features)
             totals[str(rows)] += _seconds(functools.partial(run, x)) * 1e3 * count * out_features / len(weights[shape])
+        if rival and all(totals[rows] > HOPELESS * rival[rows] for rows in totals):
+            break
     return {rows: round(ms, 3) for rows, ms in totals.items()}
 
 
