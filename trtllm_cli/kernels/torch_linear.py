@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trtllm_cli.kernels.quantization import dequantize_int4, unpack_nibbles
+from trtllm_cli.kernels.quantization import dequantize_int4, dequantize_int8, unpack_nibbles
 
 INT4_GROUPS = (32, 64, 128, 256)  # that torch's int4 kernel takes; another group is dequantized on loading
 
@@ -14,20 +14,40 @@ class TorchLinear:
     """A weight as torch's kernels want it.
 
     `fmt` is an engine.WeightDType. weight is [out, in]: float, int8 with scale [out], or uint4 two to a byte with scale
-    and zero [out, groups] as kernels.quantization has them.
+    and zero [out, groups] as kernels.quantization has them. With `widen` it is kept in float32: without AVX-512,
+    torch's bfloat16 and packed kernels are 10 to 100 times slower than that, so it is the default there.
     """
 
     def __init__(
-        self, fmt: str, weight: Tensor, in_features: int, scale: Tensor | None = None, zero: Tensor | None = None
+        self,
+        fmt: str,
+        weight: Tensor,
+        in_features: int,
+        scale: Tensor | None = None,
+        zero: Tensor | None = None,
+        *,
+        widen: bool | None = None,
     ) -> None:
         self.fmt, self.weight = fmt, weight
-        if fmt == "int8":
+        if widen if widen is not None else torch.backends.cpu.get_cpu_capability() != "AVX512":
+            self._widen(in_features, scale, zero)
+        elif fmt == "int8":
             assert scale is not None
             self.scale = scale.bfloat16()
         elif fmt == "int4":
             assert scale is not None
             assert zero is not None
             self._pack_int4(scale, zero, in_features)
+
+    def _widen(self, in_features: int, scale: Tensor | None, zero: Tensor | None) -> None:
+        if self.fmt == "int8":
+            assert scale is not None
+            self.weight = dequantize_int8(self.weight, scale)
+        elif self.fmt == "int4":
+            assert scale is not None
+            group_size = in_features // scale.shape[1] if in_features % scale.shape[1] == 0 else None
+            self.weight = dequantize_int4(self.weight, scale, zero, group_size, in_features)
+        self.fmt, self.weight = "float32", self.weight.float()
 
     def _pack_int4(self, scale: Tensor, zero: Tensor, in_features: int) -> None:
         """torch takes `(q - 8) * scale + minimum`, both bfloat16 [groups, out, 2]."""
