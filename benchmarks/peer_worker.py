@@ -11,8 +11,10 @@ tokens after it took.
 """
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 
@@ -84,12 +86,10 @@ class LlamaCpp:
     """llama.cpp through llama-cpp-python's bindings of its C API."""
 
     def __init__(self, path, _precision, threads):
-        import ctypes
-
         import llama_cpp
         import numpy as np
 
-        self.c, self.np, self.ctypes = llama_cpp, np, ctypes
+        self.c, self.np = llama_cpp, np
         llama_cpp.llama_log_set(_SILENT := llama_cpp.llama_log_callback(lambda *_: None), ctypes.c_void_p())
         self.silent = _SILENT
         llama_cpp.llama_backend_init()
@@ -320,6 +320,9 @@ def main():
     parser.add_argument("precision")
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
+
+    if sys.platform == "linux":  # die with the parent, even while stopped
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
     # Answers go to the real stdout; what libraries print goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
