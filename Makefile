@@ -1,11 +1,13 @@
 # `make setup` is part of every target: a fresh clone needs Python 3.11+, git and make.
 PYTHON ?= python3
+# Where the engines to compare with are installed; see benchmarks/README.md.
+PEER_PYTHON ?= $(BIN)/python
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup demo test lint format bench bench-peers bench-quality clean
+.PHONY: help setup demo test lint format bench bench-peers clean
 
 help:
 	@echo "make demo     fetch a small real model, convert, build, run it"
@@ -42,11 +44,11 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/cpu_quality.py
+	$(BIN)/python benchmarks/cpu_quality.py --peer-python $(PEER_PYTHON)
 	$(BIN)/python benchmarks/cpu_kernels.py
 
 bench-peers: $(READY)
-	$(BIN)/python benchmarks/cpu_peers.py
+	$(BIN)/python benchmarks/cpu_peers.py --peer-python $(PEER_PYTHON)
 
 clean:
 	rm -rf build/lib dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
