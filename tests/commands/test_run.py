@@ -271,18 +271,27 @@ def test_a_closed_pipe_ends_the_run(llm):
 
 
 def test_ctrl_c_ends_with_130_and_a_whole_line(engine, monkeypatch, capsys):
-    steps = []
-    forward = FakeRunner.forward
+    printed, interrupted = threading.Event(), threading.Event()
+    forward, write = FakeRunner.forward, sys.stdout.write
+
+    def telling(text):
+        if text.strip():
+            printed.set()
+        return write(text)
 
     def interrupting(self, inputs):
-        steps.append(1)
-        if len(steps) == 6:
+        # The interrupt waits for some of the answer to be on the screen, and the answer for the interrupt.
+        if printed.wait(0.5) and not interrupted.is_set():
+            interrupted.set()
             _thread.interrupt_main()
         return forward(self, inputs)
 
+    monkeypatch.setattr(sys.stdout, "write", telling)
     monkeypatch.setattr(FakeRunner, "forward", interrupting)
     assert run(engine, "hello", "--max-tokens", "30", "--ignore-eos", "--no-chat-template") == 130
-    assert capsys.readouterr().out.endswith("\n")
+    text = capsys.readouterr().out
+    assert text.strip()
+    assert text.endswith("\n")
 
 
 def test_what_a_terminal_would_obey_is_made_visible():
