@@ -203,6 +203,23 @@ def _check_apart(source: Path, output_dir: Path) -> None:
 
 
 @contextlib.contextmanager
+def locked(directory: Path, doing: str) -> Iterator[int]:
+    """Holds a directory for this process; its descriptor. Raises ResourceError when another one is `doing` it."""
+    with os_errors(directory):
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ResourceError(
+                f"another process is {doing}", fix="wait for it, or choose another --output-dir"
+            ) from None
+        yield lock
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
 def writing(output_dir: Path, *, force: bool = False, source: Path | None = None) -> Iterator[Path]:
     """Yields a fresh directory to write into, which becomes `output_dir` when the block ends without an error.
 
@@ -215,14 +232,7 @@ def writing(output_dir: Path, *, force: bool = False, source: Path | None = None
     with os_errors(output_dir):
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ResourceError(
-                f"another process is writing {output_dir}", fix="wait for it, or choose another --output-dir"
-            ) from None
+    with locked(partial, f"writing {output_dir}") as lock:
         if not partial.exists() or not os.path.samestat(os.fstat(lock), partial.stat()):
             raise ResourceError(
                 f"another process was writing {output_dir} a moment ago", fix="run the same command again"
@@ -236,8 +246,6 @@ def writing(output_dir: Path, *, force: bool = False, source: Path | None = None
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    finally:
-        os.close(lock)
 
 
 def _empty(directory: Path) -> None:

@@ -9,16 +9,14 @@ A new snapshot is collected in `.NAME.partial` beside its place, and renamed whe
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trtllm_cli.artifact import human_bytes, os_errors
+from trtllm_cli.artifact import human_bytes, locked, os_errors
 from trtllm_cli.convert.file_selection import listed, select
 from trtllm_cli.convert.hub_api import HubApi, check_repo_id, is_offline
 from trtllm_cli.convert.retry import Patience
@@ -229,7 +227,7 @@ class _Downloader:
         work = destination if old else destination.with_name(f".{destination.name}.partial")
         with os_errors(destination):
             work.mkdir(parents=True, exist_ok=True)
-        with _locked(work, destination):
+        with locked(work, f"downloading to {destination}"):
             if self.options.force:
                 _clear(work)
             self._check_space(work, wanted)
@@ -288,22 +286,6 @@ class _Downloader:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
         return {futures[f].name: f.result() for f in futures}
-
-
-@contextlib.contextmanager
-def _locked(work: Path, destination: Path) -> Iterator[None]:
-    with os_errors(work):
-        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ResourceError(
-                f"another process is downloading to {destination}", fix="wait for it, or choose another --output-dir"
-            ) from None
-        yield
-    finally:
-        os.close(lock)
 
 
 def _bytes_here(target: Path) -> int:
