@@ -6,10 +6,11 @@ import pytest
 
 from trtllm_cli.checkpoint import Checkpoint, read_sums, write_config, write_sums
 from trtllm_cli.engine import FORMAT_VERSION, BuildConfig, Engine, config_digest
-from trtllm_cli.errors import CheckpointError, EngineError
+from trtllm_cli.errors import CheckpointError, EngineError, UnsupportedError
 from trtllm_cli.mapping import Mapping
 from trtllm_cli.model_config import ModelConfig
-from trtllm_cli.quant_config import QuantConfig
+from trtllm_cli.models import trace_model
+from trtllm_cli.quant_config import LayerQuant, QuantConfig
 
 MINIMAL = {
     "architecture": "LlamaForCausalLM", "dtype": "bfloat16", "vocab_size": 100, "hidden_size": 64,
@@ -39,7 +40,7 @@ def test_optional_fields_have_tensorrt_llms_defaults():
         ({"hidden_act": "swish9"}, "field `hidden_act`"),
         ({"clip_qkv": 3.0}, "field `clip_qkv` is unknown"),
         ({"rotary_pct": 0.5}, "`rotary_pct` is 0.5, which is not supported"),
-        ({"residual_multiplier": 0.2}, "`residual_multiplier`"),
+        ({"moe": {"num_experts": 2, "top_k": 3, "intermediate_size": 8}}, "top_k 3 is more than the 2 experts"),
         ({"rotary_scaling": {"rope_type": "spiral"}}, "rope_type"),
         ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads"),
         ({"layer_types": ["full_attention"]}, "layer_types must name each"),
@@ -104,6 +105,13 @@ def test_checksums_round_trip_and_refuse_paths(tmp_path):
         read_sums(tmp_path / "S")
 
 
+@pytest.mark.parametrize(("name", "value"), [("residual_multiplier", 0.2), ("final_logit_softcapping", 30.0)])
+def test_a_setting_that_the_family_does_not_have_is_refused(tmp_path, name, value):
+    config = Checkpoint.open(checkpoint_dir(tmp_path, **{name: value})).config
+    with pytest.raises(UnsupportedError, match=f"`{name}`"):
+        trace_model(config, config.mapping.ranks[0])
+
+
 def test_rank_order_and_layers_are_tensorrt_llms():
     mapping = Mapping.of(tp_size=2, pp_size=3)
     assert [(r.pp_rank, r.tp_rank) for r in mapping.ranks] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
@@ -114,9 +122,25 @@ def test_rank_order_and_layers_are_tensorrt_llms():
 
 def test_excluded_modules_are_not_quantized():
     q = QuantConfig(quant_algo="W8A16", exclude_modules=["lm_head", "*.mlp.*"])
-    assert q.algo_of("lm_head") is None
-    assert q.algo_of("transformer.layers.3.mlp.fc") is None
-    assert q.algo_of("transformer.layers.3.attention.qkv") == "W8A16"
+    assert q.layer_quant("lm_head") is None
+    assert q.layer_quant("transformer.layers.3.mlp.fc") is None
+    assert q.layer_quant("transformer.layers.3.attention.qkv") == LayerQuant(quant_algo="W8A16")
+
+
+def test_a_mixed_checkpoint_says_how_each_layer_is_stored():
+    name, int4 = "transformer.layers.3.mlp.fc", LayerQuant(quant_algo="W4A16", group_size=32)
+    q = QuantConfig(quant_algo="MIXED_PRECISION", quantized_layers={name: int4})
+    assert q.layer_quant(name) == int4
+    assert q.layer_quant("transformer.layers.4.mlp.fc") is None
+    with pytest.raises(ValueError, match="belong together"):
+        QuantConfig(quant_algo="MIXED_PRECISION")
+
+
+def test_a_stages_layers_have_their_numbers_in_the_whole_model():
+    rank = Mapping.of(pp_size=3).ranks[1]
+    assert rank.whole_name("transformer.layers.0.mlp.fc", 8) == "transformer.layers.3.mlp.fc"
+    assert rank.whole_name("transformer.layers.2", 8) == "transformer.layers.5"
+    assert rank.whole_name("transformer.ln_f.weight", 8) == "transformer.ln_f.weight"
 
 
 ENGINE = {

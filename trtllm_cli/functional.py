@@ -128,19 +128,50 @@ def linear(
     *,
     scale: Tensor | None = None,
     zero: Tensor | None = None,
+    global_scale: Tensor | None = None,
     quant: str | None = None,
     group_size: int | None = None,
     out_dtype: str | None = None,
 ) -> Tensor:
     """`x @ weight.T + bias`, weight [out, in].
 
-    `quant` says how the weight is stored: "int8", int8 [out, in] times `scale` [out]; "int4", uint8 [out, in / 2] with
-    the even column in the low nibble, `(nibble - zero) * scale` with scale and zero [out, in / group_size] (zero 8
-    where there is none).
+    `quant` says how the weight is stored, None: as plain numbers. A weight is `value * scale`, where `scale` is [1],
+    [out], or with `group_size` [out, ceil(in / group_size)]:
+
+        "int8"  int8 [out, in]
+        "fp8"   float8_e4m3fn [out, in]
+        "int4"  uint8 [out, in / 2], the even column in the low nibble; the value is `nibble - zero`, zero as `scale`
+                is, 8 where there is none
+        "fp4"   uint8 [out, in / 2] of E2M1 nibbles; `scale` is float8_e4m3fn, times `global_scale` [1]
     """
+    assert isinstance(weight.shape[0], int)
     out = TensorType(out_dtype or x.dtype, (*x.shape[:-1], weight.shape[0]))
-    inputs = {"x": x, "weight": weight, "bias": bias, "scale": scale, "zero": zero}
+    inputs = {"x": x, "weight": weight, "bias": bias, "scale": scale, "zero": zero, "global_scale": global_scale}
     return _op("linear", inputs, [out], quant=quant, group_size=group_size)[0]
+
+
+def qdq(x: Tensor, scale: Tensor | None, fmt: str, group_size: int | None = None) -> Tensor:
+    """`x` rounded to what `fmt` ("fp8": E4M3, "int8": -127..127, or "fp4": E2M1) holds, and back: activations as a
+    quantized layer sees them.
+
+    The step is `scale` [1], or else found for each token: the row's largest magnitude over 448, 127 or 6, or that of
+    each `group_size` of its elements. fp4's group steps are rounded to E4M3 after division by `scale`.
+    """
+    return _op("qdq", {"x": x, "scale": scale}, [x.type], fmt=fmt, group_size=group_size)[0]
+
+
+def head_linear(x: Tensor, weight: Tensor, num_heads: int, *, transposed: bool = False) -> Tensor:
+    """Each head of `x` [num_tokens, num_heads * in] by its own rows of `weight` [num_heads * out, in].
+
+    With `transposed` the weight is [num_heads * in, out], and is multiplied as it stands: `x_h @ weight_h`.
+    """
+    assert isinstance(weight.shape[0], int)
+    rows = weight.shape[0] // num_heads
+    assert x.width == num_heads * (rows if transposed else weight.width)
+    width = num_heads * (weight.width if transposed else rows)
+    inputs: dict[str, Tensor | None] = {"x": x, "weight": weight}
+    return _op("head_linear", inputs, [TensorType(x.dtype, (*x.shape[:-1], width))], num_heads=num_heads,
+               transposed=transposed or None)[0]  # fmt: skip
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, num_heads: int | None = None) -> Tensor:
@@ -148,14 +179,52 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, num_heads: int | None = None
     return _op("rms_norm", {"x": x, "weight": weight}, [x.type], eps=eps, num_heads=num_heads)[0]
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, num_heads: int | None = None) -> Tensor:
+    """`(x - mean) / sqrt(var + eps) * weight + bias`, over the last dimension or each of `num_heads` parts of it.
+
+    With heads, `weight` is as wide as `x`: each head has its own.
+    """
+    assert weight.width == x.width
+    return _op("layer_norm", {"x": x, "weight": weight, "bias": bias}, [x.type], eps=eps, num_heads=num_heads)[0]
+
+
 def add(x: Tensor, y: Tensor) -> Tensor:
     """`x + y`; `y` may be one row that is added to every row of x."""
     return _op("add", {"x": x, "y": y}, [x.type])[0]
 
 
+def mul(x: Tensor, y: Tensor) -> Tensor:
+    """`x * y`; `y` is one row by which every row of x is multiplied, or as large as x."""
+    return _op("mul", {"x": x, "y": y}, [x.type])[0]
+
+
+def scale(x: Tensor, factor: float) -> Tensor:
+    """`x * factor`."""
+    return x if factor == 1.0 else _op("scale", {"x": x}, [x.type], factor=factor)[0]
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """`cap * tanh(x / cap)`."""
+    return _op("softcap", {"x": x}, [x.type], cap=cap)[0]
+
+
+def act(x: Tensor, activation: str) -> Tensor:
+    """`activation(x)`; activation is one of model_config.Activation, but for "swiglu_oai"."""
+    return _op("act", {"x": x}, [x.type], activation=activation)[0]
+
+
 def gated_act(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """`activation(gate) * up`; activation is one of model_config.Activation."""
+    """`activation(gate) * up`; activation is one of model_config.Activation.
+
+    "swiglu_oai" is gpt-oss's: `gate * sigmoid(1.702 * gate) * (up + 1)`, gate at most 7 and up within -7..7.
+    """
     return _op("gated_act", {"gate": gate, "up": up}, [gate.type], activation=activation)[0]
+
+
+def gather_columns(x: Tensor, indices: Tensor) -> Tensor:
+    """`x[:, indices]`, indices int32 [width]."""
+    assert isinstance(indices.shape[0], int)
+    return _op("gather_columns", {"x": x, "indices": indices}, [TensorType(x.dtype, (x.shape[0], indices.shape[0]))])[0]
 
 
 def split(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -183,22 +252,104 @@ def attention(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    v_head_dim: int | None = None,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    kv_quant: str | None = None,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """Writes k and v to this layer's paged KV cache, then causal attention of q over each sequence's cache.
 
-    q [num_tokens, num_heads * head_dim], k and v [num_tokens, num_kv_heads * head_dim]. With `window`, a token sees
-    itself and the `window - 1` before it. `layer` counts from this rank's first.
+    q [num_tokens, num_heads * head_dim], k [num_tokens, num_kv_heads * head_dim], v [num_tokens, num_kv_heads *
+    v_head_dim]; the output is as wide as num_heads * v_head_dim (by default head_dim). `layer` counts from this rank's
+    first. With `window`, a token sees itself and the `window - 1` before it. A score is `scale * q.k`, with `softcap`
+    then `softcap * tanh(score / softcap)`. `sinks` [num_heads] are scores of one more key whose value is zero.
+
+    With `kv_quant` ("fp8" or "int8") the cache holds k and v divided by `kv_scale` [2] (k's, then v's) in that format.
     """
     t = _current.get()
     cache: dict[str, Tensor | None] = {name: Tensor(name, STEP_INPUTS[name]) for name in _CACHE_INPUTS}
-    attrs = {
+    attrs: dict[str, Any] = {
         "layer": layer, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "scale": scale,
+        "v_head_dim": v_head_dim if v_head_dim != head_dim else None, "window": window, "softcap": softcap,
+        "kv_quant": kv_quant,
     }  # fmt: skip
-    if window is not None:
-        attrs["window"] = window
-    return t.record("attention", {"q": q, "k": k, "v": v, **cache}, [q.type], attrs)[0]
+    attrs = {name: value for name, value in attrs.items() if value is not None}
+    out = TensorType(q.dtype, (q.shape[0], num_heads * (v_head_dim or head_dim)))
+    inputs = {"q": q, "k": k, "v": v, "sinks": sinks, "kv_scale": kv_scale, **cache}
+    return t.record("attention", inputs, [out], attrs)[0]
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    scoring: str,
+    renormalize: bool,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    num_groups: int | None = None,
+    top_groups: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which experts a token goes to: (weights [num_tokens, top_k], ids int32 [num_tokens, top_k]).
+
+    `logits` [num_tokens, experts]. `scoring` "softmax" or "sigmoid" over all experts gives the scores; the `top_k`
+    largest are taken (the lower id first among equals), their weights are the scores, with `renormalize` divided by
+    their sum, times `scaling`. Mixtral's and gpt-oss's softmax over the chosen is "softmax" with `renormalize`.
+
+    DeepSeek: `bias` [experts] is added to the scores for the choice only. With `num_groups`, experts come in so many
+    equal groups, and only those of the `top_groups` best are chosen from; a group counts as its best score (softmax),
+    or as the sum of its two best, bias included (sigmoid).
+    """
+    kinds = [TensorType("float32", (logits.shape[0], top_k)), TensorType("int32", (logits.shape[0], top_k))]
+    weights, ids = _op(
+        "route", {"logits": logits, "bias": bias}, kinds, top_k=top_k, scoring=scoring, renormalize=renormalize,
+        scaling=scaling, num_groups=num_groups, top_groups=top_groups,
+    )  # fmt: skip
+    return weights, ids
+
+
+def expert_linear(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    global_scale: Tensor | None = None,
+    quant: str | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """Each token by each of its experts: [num_tokens, top_k * out].
+
+    `x` is [num_tokens, in], or [num_tokens, top_k * in] with a part for each choice; `ids` as route gives them;
+    `weight` [experts, out, in] and `bias` [experts, out]. Quantized as in `linear`, scales with the experts first.
+    """
+    (_, top_k), (_, out_features, _) = ids.shape, weight.shape
+    assert isinstance(top_k, int)
+    assert isinstance(out_features, int)
+    out = TensorType(x.dtype, (*x.shape[:-1], top_k * out_features))
+    inputs = {
+        "x": x, "ids": ids, "weight": weight, "bias": bias, "scale": scale, "zero": zero, "global_scale": global_scale,
+    }  # fmt: skip
+    return _op("expert_linear", inputs, [out], quant=quant, group_size=group_size)[0]
+
+
+def expert_gated_act(x: Tensor, top_k: int, activation: str) -> Tensor:
+    """gated_act of each of the `top_k` parts of `x`, a part being up's columns and then the gate's."""
+    assert x.width % (2 * top_k) == 0
+    out = TensorType(x.dtype, (*x.shape[:-1], x.width // 2))
+    return _op("expert_gated_act", {"x": x}, [out], top_k=top_k, activation=activation)[0]
+
+
+def combine(x: Tensor, weights: Tensor) -> Tensor:
+    """`sum over j of weights[:, j] * (part j of x)`: x [num_tokens, top_k * width], weights [num_tokens, top_k]."""
+    top_k = weights.width
+    out = TensorType(x.dtype, (*x.shape[:-1], x.width // top_k))
+    return _op("combine", {"x": x, "weights": weights}, [out])[0]
 
 
 def gather_last(x: Tensor, indices: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Dim = int | str
-# How a weight is split over the tensor-parallel ranks: its rows (outputs), its columns (inputs), its rows by heads
-# (q, k and v each), or not at all.
-Shard = Literal["rows", "columns", "qkv"]
+# How a weight is split over the tensor-parallel ranks: its rows (outputs, dim 0), its columns (inputs, dim 1), its rows
+# by heads (q, k and v each), or not at all. Of a weight [experts, out, in]: both halves of dim 1 (up and gate), all of
+# dim 1, or dim 2.
+Shard = Literal["rows", "columns", "qkv", "expert_halves", "expert_rows", "expert_columns"]
 
 
 @dataclass(frozen=True)

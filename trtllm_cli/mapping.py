@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -90,3 +91,11 @@ class Rank(BaseModel):
         base, extra = divmod(num_layers, self.mapping.pp_size)
         start = self.pp_rank * base + min(self.pp_rank, extra)
         return range(start, start + base + (self.pp_rank < extra))
+
+    def whole_name(self, name: str, num_layers: int) -> str:
+        """A module's or tensor's name in the whole model: TensorRT-LLM numbers the layers of each stage from 0."""
+        first = self.layers(num_layers).start
+        return _LAYER.sub(lambda m: str(int(m[0]) + first), name)
+
+
+_LAYER = re.compile(r"(?<=transformer\.layers\.)\d+(?=\.|$)")

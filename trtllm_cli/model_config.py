@@ -10,7 +10,7 @@ from trtllm_cli.mapping import Mapping
 from trtllm_cli.quant_config import QuantConfig
 
 DType = Literal["float32", "float16", "bfloat16"]
-Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu", "swiglu_oai"]
 LayerType = Literal["full_attention", "sliding_attention"]
 
 # Fields that TensorRT-LLM and ModelOpt write and that change nothing here, with the values that mean nothing.
@@ -22,7 +22,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "bias": (None, False),
     "residual_mlp": (None, False),
     "qwen_type": (None, "qwen2", "qwen3"),
-    "moe": (None, {}),
     "disable_weight_only_quant_plugin": (None, False),
     "remove_duplicated_kv_heads": (None, False),
     "fc_after_embed": (None, False),
@@ -30,10 +29,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "use_last_layernorm": (None, True),
     "layer_idx_offset": (None, 0),
     "use_prompt_tuning": (None, False),
-    "embedding_multiplier": (None, 1.0),
-    "attention_multiplier": (None, 1.0),
-    "residual_multiplier": (None, 1.0),
-    "output_multiplier_scale": (None, 1.0),
     "has_partial_lora_mask": (None, False),
     "mlp_output": (None, False),
     "tie_word_embeddings": (None, False, True),  # lm_head.weight is read when it is there
@@ -58,6 +53,47 @@ class RopeScaling(BaseModel):
     long_factor: list[float] | None = None  # longrope
     low_freq_factor: float | None = None  # llama3
     high_freq_factor: float | None = None  # llama3
+
+
+class MoeConfig(BaseModel):
+    """A mixture of experts: which layers have one, its shape, and how tokens find their experts (functional.route)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_experts: int = Field(ge=1)
+    top_k: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)  # of one expert
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = True  # the weights of a token's experts are divided by their sum
+    routed_scaling_factor: float = 1.0
+    num_groups: int | None = Field(default=None, ge=1)
+    top_groups: int | None = Field(default=None, ge=1)
+    correction_bias: bool = False  # DeepSeek-V3: the choice, not the weight, has a bias
+    shared_expert_intermediate_size: int = Field(default=0, ge=0)  # 0: no shared expert
+    shared_expert_gate: bool = False  # Qwen2-MoE: the shared expert is multiplied by sigmoid of a linear
+    dense_layers: list[int] = []  # layers with an ordinary MLP
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> MoeConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is more than the {self.num_experts} experts")
+        if (self.num_groups is None) != (self.top_groups is None):
+            raise ValueError("num_groups and top_groups belong together")
+        if self.num_groups and (self.num_experts % self.num_groups or self.top_groups > self.num_groups):  # type: ignore[operator]
+            raise ValueError("num_groups must divide num_experts, and top_groups be at most num_groups")
+        return self
+
+
+class MlaConfig(BaseModel):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the widths of its projections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    q_lora_rank: int | None = Field(default=None, ge=1)  # None: q comes straight from the hidden state
+    kv_lora_rank: int = Field(ge=1)
+    qk_nope_head_dim: int = Field(ge=1)
+    qk_rope_head_dim: int = Field(ge=2)
+    v_head_dim: int = Field(ge=1)
 
 
 class ModelConfig(BaseModel):
@@ -89,6 +125,18 @@ class ModelConfig(BaseModel):
     qk_layernorm: bool = False
     sliding_window: int | None = Field(default=None, ge=1)  # tokens, the present one counted in
     layer_types: list[LayerType] | None = None  # None: every layer slides if sliding_window is set
+    rope_local_base_freq: float | None = Field(default=None, gt=0)  # Gemma 3: rotary_base of sliding layers
+    norm_bias: bool = True  # layer norms have a bias
+    lm_head_bias: bool = False
+    attn_logit_softcapping: float | None = Field(default=None, gt=0)
+    final_logit_softcapping: float | None = Field(default=None, gt=0)
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None  # of attention's scores; None: head_size ** -0.5
+    residual_multiplier: float = 1.0
+    output_multiplier_scale: float = 1.0  # of the logits
+    parallel_residual: bool = False  # attention and MLP read the same residual stream
+    moe: MoeConfig | None = None
+    mla: MlaConfig | None = None
     use_parallel_embedding: bool = False
     embedding_sharding_dim: Literal[0, 1] = 0
     share_embedding_table: bool = False  # lm_head uses transformer.vocab_embedding.weight
@@ -102,6 +150,8 @@ class ModelConfig(BaseModel):
         if not isinstance(data, dict):
             return data
         data = dict(data)
+        if data.get("moe") == {}:  # TensorRT-LLM's dense models
+            data["moe"] = None
         for field, harmless in _WITHOUT_EFFECT.items():
             if field in data and (value := data.pop(field)) not in harmless:
                 raise ValueError(f"`{field}` is {value!r}, which is not supported")

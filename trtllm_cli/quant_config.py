@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 QuantAlgo = Literal[
     "NO_QUANT", "W8A16", "W4A16", "W4A16_AWQ", "W4A8_AWQ", "W8A16_GPTQ", "W4A16_GPTQ",
@@ -16,30 +16,49 @@ QuantAlgo = Literal[
 KvCacheQuantAlgo = Literal["FP8", "INT8", "NVFP4"]
 
 
-class QuantConfig(BaseModel):
-    """The `quantization` part of a checkpoint's config.json."""
+class LayerQuant(BaseModel):
+    """How one linear layer is stored and computed; models/stored.py says which tensors that makes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    quant_algo: QuantAlgo | None = None
+    quant_algo: QuantAlgo
+    group_size: int = Field(default=128, ge=1)  # inputs that share a scale, where the algorithm has groups
+    has_zero_point: bool = False
+    pre_quant_scale: bool = False  # activations are multiplied by a number per input first
+    per_group: bool = False  # W8A16: a scale per output and group of inputs, not one per output
+    act_order: bool = False  # GPTQ: inputs are sorted by their group, `perm` says how
+
+
+class QuantConfig(LayerQuant):
+    """The `quantization` part of a checkpoint's config.json: what all layers share, and where they differ."""
+
+    quant_algo: QuantAlgo | None = None  # type: ignore[assignment]  # None: nothing is quantized
     kv_cache_quant_algo: KvCacheQuantAlgo | None = None
-    group_size: int = Field(default=128, ge=1)
     smoothquant_val: float = 0.5
     clamp_val: list[float] | None = None
     use_meta_recipe: bool = False
-    has_zero_point: bool = False
-    pre_quant_scale: bool = False
-    exclude_modules: list[str] | None = None
+    exclude_modules: list[str] | None = None  # patterns of module names, for every algorithm
+    quantized_layers: dict[str, LayerQuant] | None = None  # MIXED_PRECISION: whole-model module name -> how
+
+    @model_validator(mode="after")
+    def _mixed(self) -> QuantConfig:
+        if (self.quant_algo == "MIXED_PRECISION") != (self.quantized_layers is not None):
+            raise ValueError("quant_algo MIXED_PRECISION and quantized_layers belong together")
+        return self
 
     @property
     def is_quantized(self) -> bool:
         """Whether any weight is quantized."""
         return self.quant_algo not in (None, "NO_QUANT")
 
-    def algo_of(self, module: str) -> QuantAlgo | None:
-        """The algorithm for a linear layer (its name without `.weight`), or None when it is left as it is."""
-        if not self.is_quantized:
+    def layer_quant(self, module: str) -> LayerQuant | None:
+        """How a linear layer is quantized, or None when it is left as it is.
+
+        `module` is its name in the whole model without `.weight`, such as `transformer.layers.3.mlp.fc`.
+        """
+        if not self.is_quantized or any(fnmatch(module, pattern) for pattern in self.exclude_modules or ()):
             return None
-        if any(fnmatch(module, pattern) for pattern in self.exclude_modules or ()):
-            return None
-        return self.quant_algo
+        if self.quantized_layers is not None:
+            found = self.quantized_layers.get(module)
+            return None if found is None or found.quant_algo == "NO_QUANT" else found
+        return LayerQuant.model_validate({name: getattr(self, name) for name in LayerQuant.model_fields})

@@ -1,7 +1,7 @@
-"""Weight quantization as pure tensor functions, and what undoes each.
+"""Weight quantization as pure tensor functions, and what undoes each; functional.linear says how weights are stored.
 
-A quantized weight keeps the checkpoint's layout: int8 [out, in] with a scale per output, or uint4 two to a byte
-[out, in / 2], the even column in the low nibble, with a scale and a zero per output and group of inputs.
+A quantized weight keeps the checkpoint's layout: int8 or fp8 [out, in], or four bits two to a byte [out, in / 2], the
+even column in the low nibble; with one scale, a scale per output, or a scale per output and group of inputs.
 """
 
 from __future__ import annotations
@@ -80,3 +80,70 @@ def _grouped(values: torch.Tensor, group_size: int) -> torch.Tensor:
     if missing:
         values = torch.cat([values, values[:, -1:].expand(-1, missing)], dim=1)
     return values.unflatten(1, (-1, group_size))
+
+
+FP8_MAX = 448.0  # E4M3
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1, without the sign that is the nibble's top bit
+LARGEST = {"fp8": FP8_MAX, "int8": 127.0, "fp4": 6.0}
+
+
+def dequantize(
+    weight: torch.Tensor,
+    quant: str | None,
+    scale: torch.Tensor | None = None,
+    zero: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """float32 [..., out, in] of a weight as functional.linear takes it, any leading dimensions before it."""
+    if quant is None:
+        return weight.float()
+    assert scale is not None
+    if quant in ("int4", "fp4"):
+        nibbles = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
+        values = nibbles.float() if quant == "int4" else fp4_values(nibbles)
+    else:
+        values = weight.float()
+    factors = scale.float()
+    if global_scale is not None:
+        factors = factors * global_scale.float()[..., None]
+    if group_size is None:
+        return values * (factors[..., None] if factors.ndim == values.ndim - 1 else factors)
+    width = values.shape[-1]
+    factors = factors.repeat_interleave(group_size, dim=-1)[..., :width]
+    if quant == "int4":
+        values = values - (8.0 if zero is None else zero.float().repeat_interleave(group_size, dim=-1)[..., :width])
+    return values * factors
+
+
+def fp4_values(nibbles: torch.Tensor) -> torch.Tensor:
+    """float32 of E2M1 numbers, uint8 below 16 each."""
+    values = torch.tensor(FP4_VALUES)
+    return torch.cat([values, -values])[nibbles.long()]
+
+
+def round_to(x: torch.Tensor, fmt: str) -> torch.Tensor:
+    """float32 `x` rounded to the nearest number of "fp8", "int8" or "fp4", what is larger to the largest."""
+    largest = LARGEST[fmt]
+    x = x.clamp(-largest, largest)
+    match fmt:
+        case "int8":
+            return x.round()
+        case "fp8":
+            return x.to(torch.float8_e4m3fn).float()
+    # To even mantissas at ties: 0.25 -> 0, 0.75 -> 1, 1.25 -> 1, 1.75 -> 2, 2.5 -> 2, 3.5 -> 4, 5 -> 4.
+    size = x.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return (size / step).round() * step * x.sign()
+
+
+def qdq(x: torch.Tensor, scale: torch.Tensor | None, fmt: str, group_size: int | None = None) -> torch.Tensor:
+    """functional.qdq, on float32 [rows, width]."""
+    if scale is not None and fmt != "fp4":
+        return round_to(x / scale, fmt) * scale
+    parts = _grouped(x, group_size or x.shape[-1])
+    steps = parts.abs().amax(dim=-1, keepdim=True) / LARGEST[fmt]
+    if scale is not None:
+        steps = round_to(steps / scale, "fp8") * scale
+    steps = steps.clamp_min(1e-30)
+    return (round_to(parts / steps, fmt) * steps).flatten(-2)[..., : x.shape[-1]]

@@ -13,7 +13,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from trtllm_cli.graph import Graph, Node
-from trtllm_cli.kernels.quantization import dequantize_int4, dequantize_int8
+from trtllm_cli.kernels.quantization import dequantize, qdq, round_to
 from trtllm_cli.kernels.rope import cos_sin_table
 from trtllm_cli.kernels.rope_spec import RopeSpec
 
@@ -74,12 +74,13 @@ class Reference:
         """One node's outputs."""
         return _OPS[node.op](self, node, {role: values[name] for role, name in node.inputs.items()})
 
-    def cache(self, layer: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, float32 [num_slots, num_kv_heads, head_dim] each."""
-        if layer not in self.caches:
-            shape = (self.num_slots, num_kv_heads, head_dim)
-            self.caches[layer] = (torch.full(shape, torch.nan), torch.full(shape, torch.nan))
-        return self.caches[layer]
+    def cache(self, node: Node) -> tuple[Tensor, Tensor]:
+        """Keys [num_slots, num_kv_heads, head_dim] and values of an attention node's layer, float32."""
+        a = node.attrs
+        if a["layer"] not in self.caches:
+            shapes = [(self.num_slots, a["num_kv_heads"], d) for d in (a["head_dim"], v_head_dim(a))]
+            self.caches[a["layer"]] = (torch.full(shapes[0], torch.nan), torch.full(shapes[1], torch.nan))
+        return self.caches[a["layer"]]
 
     def rope_table(self, spec: dict[str, Any], length: int) -> Tensor:
         """The table of `kernels.rope.cos_sin_table`, grown to `length` positions."""
@@ -87,6 +88,11 @@ class Reference:
         if key not in self.tables or len(self.tables[key]) < length:
             self.tables[key] = cos_sin_table(RopeSpec.model_validate(spec), length)
         return self.tables[key]
+
+
+def v_head_dim(attrs: Mapping[str, Any]) -> int:
+    """The width of a value, of an attention node's attributes."""
+    return int(attrs.get("v_head_dim", attrs["head_dim"]))
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -110,24 +116,62 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, num_heads: int | None = None
     return y.flatten(-2) if num_heads else y
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    zero: Tensor | None = None,
-    quant: str | None = None,
-    group_size: int | None = None,
-) -> Tensor:
-    """functional.linear."""
-    if quant == "int8":
-        assert scale is not None
-        weight = dequantize_int8(weight, scale)
-    elif quant == "int4":
-        assert scale is not None
-        assert group_size is not None
-        weight = dequantize_int4(weight, scale, zero if zero is not None else torch.full_like(scale, 8.0))
-    return nnf.linear(x, weight, bias)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, num_heads: int | None = None) -> Tensor:
+    """functional.layer_norm."""
+    parts = x.unflatten(-1, (num_heads or 1, -1))
+    centered = parts - parts.mean(-1, keepdim=True)
+    y = (centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight
+    return y if bias is None else y + bias
+
+
+def gated_act(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """functional.gated_act."""
+    if activation != "swiglu_oai":
+        return activate(gate, activation) * up
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    *,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    scaling: float,
+    num_groups: int | None = None,
+    top_groups: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """functional.route."""
+    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    choice = scores if bias is None else scores + bias
+    if num_groups is not None and top_groups is not None:
+        groups = choice.unflatten(-1, (num_groups, -1))
+        best = groups.amax(-1) if scoring == "softmax" else groups.topk(2, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(best).scatter(1, _top(best, top_groups), 1.0).bool()
+        choice = groups.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
+    ids = _top(choice, top_k)
+    weights = scores.gather(1, ids)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+    return weights * scaling, ids.int()
+
+
+def _top(scores: Tensor, count: int) -> Tensor:
+    """The `count` largest of each row, the first among equals."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def expert_linear(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """functional.expert_linear, of a weight that is dequantized already."""
+    top_k = ids.shape[1]
+    parts = x.unflatten(-1, (-1, weight.shape[2])).expand(-1, top_k, -1)  # [num_tokens, top_k, in]
+    out = x.new_empty(*ids.shape, weight.shape[1])
+    for expert in ids.unique().tolist():
+        chosen = ids == expert
+        out[chosen] = nnf.linear(parts[chosen], weight[expert], None if bias is None else bias[expert])
+    return out.flatten(-2)
 
 
 def rope(x: Tensor, positions: Tensor, table: Tensor, num_heads: int, layout: str) -> Tensor:
@@ -149,9 +193,12 @@ def rope(x: Tensor, positions: Tensor, table: Tensor, num_heads: int, layout: st
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, inputs: Inputs, attrs: Mapping[str, Any], block_size: int
 ) -> Tensor:
-    """Causal attention of q [num_tokens, num_heads * head_dim] over each sequence's slots of the caches."""
+    """Causal attention of q [num_tokens, num_heads * head_dim] over each sequence's slots of the caches.
+
+    `inputs` are the step's, and `sinks` where the op has them.
+    """
     num_heads, num_kv_heads, window = attrs["num_heads"], attrs["num_kv_heads"], attrs.get("window")
-    out = torch.empty_like(q)
+    out = q.new_empty(len(q), num_heads * v_cache.shape[2])
     starts = inputs["query_start"].tolist()
     for s, length in enumerate(inputs["seq_lens"].tolist()):
         start, end = starts[s], starts[s + 1]
@@ -163,9 +210,16 @@ def paged_attention(
         values = v_cache[slots].float().repeat_interleave(repeats, dim=1)
         queries = q[start:end].unflatten(-1, (num_heads, -1))
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * attrs["scale"]
+        if cap := attrs.get("softcap"):
+            scores = cap * torch.tanh(scores / cap)
         distance = (length - (end - start) + torch.arange(end - start)).unsqueeze(1) - positions
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if "sinks" in inputs:
+            sinks = inputs["sinks"][:, None, None].expand(-1, end - start, 1)
+            weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
         out[start:end] = torch.einsum("hqk,khd->qhd", weights, values).flatten(1)
     return out
 
@@ -180,9 +234,69 @@ def _embedding(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
     return [t["weight"][rows.where(known, 0)] * known.unsqueeze(-1)]
 
 
-def _linear(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+def _plain(node: Node, t: dict[str, Tensor]) -> Tensor:
+    """The weight of a linear or expert_linear, float32."""
     quant, group_size = node.attrs.get("quant"), node.attrs.get("group_size")
-    return [linear(t["x"], t["weight"], t.get("bias"), t.get("scale"), t.get("zero"), quant, group_size)]
+    return dequantize(t["weight"], quant, t.get("scale"), t.get("zero"), t.get("global_scale"), group_size)
+
+
+def _linear(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    return [nnf.linear(t["x"], _plain(node, t), t.get("bias"))]
+
+
+def _expert_linear(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    return [expert_linear(t["x"], t["ids"], _plain(node, t), t.get("bias"))]
+
+
+def _head_linear(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    heads = node.attrs["num_heads"]
+    weight = t["weight"].unflatten(0, (heads, -1))
+    if node.attrs.get("transposed"):
+        weight = weight.transpose(1, 2)
+    return [torch.einsum("thi,hoi->tho", t["x"].unflatten(-1, (heads, -1)), weight).flatten(1)]
+
+
+def _qdq(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    return [qdq(t["x"], t.get("scale"), node.attrs["fmt"], node.attrs.get("group_size"))]
+
+
+def _gather_columns(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    return [t["x"][:, t["indices"].long()]]
+
+
+def _layer_norm(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    return [layer_norm(t["x"], t["weight"], t.get("bias"), node.attrs["eps"], node.attrs.get("num_heads"))]
+
+
+def _mul(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    return [t["x"] * t["y"]]
+
+
+def _scale(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    return [t["x"] * node.attrs["factor"]]
+
+
+def _softcap(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    return [node.attrs["cap"] * torch.tanh(t["x"] / node.attrs["cap"])]
+
+
+def _act(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    return [activate(t["x"], node.attrs["activation"])]
+
+
+def _route(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    return list(route(t["logits"], t.get("bias"), **node.attrs))
+
+
+def _expert_gated_act(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    parts = t["x"].unflatten(-1, (node.attrs["top_k"], -1))
+    up, gate = parts.chunk(2, dim=-1)
+    return [gated_act(gate, up, node.attrs["activation"]).flatten(-2)]
+
+
+def _combine(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    weights = t["weights"]
+    return [(t["x"].unflatten(-1, (weights.shape[1], -1)) * weights.unsqueeze(-1)).sum(1)]
 
 
 def _rms_norm(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
@@ -200,7 +314,7 @@ def _add(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
 
 def _gated_act(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
     gate, up = t["x"].chunk(2, dim=-1) if "x" in t else (t["gate"], t["up"])
-    return [activate(gate, node.attrs["activation"]) * up]
+    return [gated_act(gate, up, node.attrs["activation"])]
 
 
 def _split(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
@@ -219,11 +333,12 @@ def _attention(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _append(r: Reference, node: Node, t: dict[str, Tensor], k: Tensor, v: Tensor) -> None:
-    a = node.attrs
-    k_cache, v_cache = r.cache(a["layer"], a["num_kv_heads"], a["head_dim"])
     slots = t["slot_mapping"].long()
-    k_cache[slots] = k.unflatten(-1, (a["num_kv_heads"], -1)).to(k_cache.dtype)
-    v_cache[slots] = v.unflatten(-1, (a["num_kv_heads"], -1)).to(v_cache.dtype)
+    for i, (cache, new) in enumerate(zip(r.cache(node), (k, v), strict=True)):
+        rows = new.unflatten(-1, (node.attrs["num_kv_heads"], -1))
+        if fmt := node.attrs.get("kv_quant"):
+            rows = round_to(rows / t["kv_scale"][i], fmt) * t["kv_scale"][i]
+        cache[slots] = rows.to(cache.dtype)
 
 
 def _rope_append(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
@@ -240,9 +355,8 @@ def _rope_append(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]
 
 
 def _paged_attention(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
-    a = node.attrs
-    k_cache, v_cache = r.cache(a["layer"], a["num_kv_heads"], a["head_dim"])
-    return [paged_attention(t["q"], k_cache, v_cache, t, a, r.block_size)]
+    k_cache, v_cache = r.cache(node)
+    return [paged_attention(t["q"], k_cache, v_cache, t, node.attrs, r.block_size)]
 
 
 def _gather_last(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
@@ -275,9 +389,21 @@ def _recv(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
 _OPS: dict[str, Callable[[Reference, Node, dict[str, Tensor]], list[Tensor]]] = {
     "embedding": _embedding,
     "linear": _linear,
+    "head_linear": _head_linear,
+    "qdq": _qdq,
+    "gather_columns": _gather_columns,
     "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
     "add_rms_norm": _add_rms_norm,
     "add": _add,
+    "mul": _mul,
+    "scale": _scale,
+    "softcap": _softcap,
+    "act": _act,
+    "route": _route,
+    "expert_linear": _expert_linear,
+    "expert_gated_act": _expert_gated_act,
+    "combine": _combine,
     "gated_act": _gated_act,
     "split": _split,
     "rope": _rope,

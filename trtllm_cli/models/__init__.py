@@ -38,9 +38,32 @@ def trace_model(config: ModelConfig, rank: Rank, define: Define | None = None) -
                 where="config.json: architecture",
                 fix=f"supported: {', '.join(MODELS)}; or define it yourself and pass --model-file",
             )
-        define = importlib.import_module(f"trtllm_cli.models.{MODELS[config.architecture]}").define
+        module = importlib.import_module(f"trtllm_cli.models.{MODELS[config.architecture]}")
+        _refuse_unhonoured(config, module.HONOURS)
+        define = module.define
     with trace(f"{config.architecture}.rank{rank.rank}") as t:
         return define(t, config, rank)
+
+
+# Settings that change what a model computes and that not every family has: a family's module names those that it reads
+# in HONOURS, and a checkpoint that sets another is refused.
+_SETTINGS = (
+    "rope_local_base_freq", "norm_bias", "lm_head_bias", "attn_logit_softcapping", "final_logit_softcapping",
+    "embedding_multiplier", "attention_multiplier", "residual_multiplier", "output_multiplier_scale",
+    "parallel_residual", "moe", "mla", "qk_layernorm", "attn_bias", "dense_bias", "mlp_bias", "sliding_window",
+    "rotary_scaling",
+)  # fmt: skip
+
+
+def _refuse_unhonoured(config: ModelConfig, honours: frozenset[str]) -> None:
+    for name in _SETTINGS:
+        value = getattr(config, name)
+        if name not in honours and value != type(config).model_fields[name].default:
+            raise UnsupportedError(
+                f"`{name}` is {value!r}, which {config.architecture} does not have here",
+                where=f"config.json: {name}",
+                fix="see that the config belongs to the model, or define the model yourself and pass --model-file",
+            )
 
 
 def load_model_file(path: Path) -> Define:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trtllm_cli import functional as F
-from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import Tensor
 from trtllm_cli.graph import Shard
+from trtllm_cli.models.stored import declare
 
 if TYPE_CHECKING:
     from trtllm_cli.mapping import Rank
@@ -39,58 +39,20 @@ class Linear:
         rows, columns = out_features, in_features
         if shard == "columns":
             columns //= tp
-        self.quant: str | None = None
-        self.group_size: int | None = None
-        self.scale: Tensor | None = None
-        self.zero: Tensor | None = None
-        algo = config.quantization.algo_of(name) if weight_name is None else None  # a shared table is as it is
-        weight_name = weight_name or f"{name}.weight"
-        match algo:
-            case None | "NO_QUANT":
-                self.weight = F.weight(weight_name, (rows, columns), config.dtype, shard)
-            case "W8A16":
-                self.quant = "int8"
-                self.weight = F.weight(weight_name, (rows, columns), "int8", shard)
-                row_shard = None if shard == "columns" else shard
-                self.scale = F.weight(f"{name}.per_channel_scale", (rows,), "float32", row_shard)
-            case "W4A16":
-                self.quant, self.group_size = "int4", config.quantization.group_size
-                self.weight = F.weight(weight_name, (rows, columns // 2), "uint8", shard)
-                groups = (rows, columns // self.group_size)
-                self.scale = F.weight(f"{name}.weights_scaling_factor", groups, "float32", shard)
-                if config.quantization.has_zero_point:
-                    self.zero = F.weight(f"{name}.zero", groups, "float32", shard)
-            case _:
-                raise _unsupported(algo)
+        self.stored = declare(config, rank, name, rows, columns, shard, weight_name=weight_name)
         bias_shard = None if shard == "columns" else shard
         self.bias = F.weight(f"{name}.bias", (rows,), config.dtype, bias_shard) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` [num_tokens, in] to [num_tokens, out]; a "columns" layer's result is the same on every rank."""
         split = self.shard == "columns" and self.config.mapping.tp_size > 1
-        y = F.linear(
-            x,
-            self.weight,
-            None if split else self.bias,
-            scale=self.scale,
-            zero=self.zero,
-            quant=self.quant,
-            group_size=self.group_size,
-            out_dtype=self.out_dtype,
-        )
+        bias = None if split else self.bias
+        y = F.linear(self.stored.prepare(x), self.stored.weight, bias, out_dtype=self.out_dtype, **self.stored.op_args)
         if split:
             y = F.all_reduce(y, self.rank.tp_group)
             if self.bias is not None:
                 y = F.add(y, self.bias)
         return y
-
-
-def _unsupported(algo: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"checkpoints quantized as {algo} are not supported yet",
-        where="config.json: quantization.quant_algo",
-        fix="convert again with --qformat int8_wo or int4_wo, or without quantization",
-    )
 
 
 class RmsNorm:
@@ -103,6 +65,19 @@ class RmsNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """The same shape as `x`."""
         return F.rms_norm(x, self.weight, self.eps, self.num_heads)
+
+
+class LayerNorm:
+    """Layer norm with a weight and perhaps a bias, over the whole width."""
+
+    def __init__(self, config: ModelConfig, name: str, width: int, *, bias: bool = True) -> None:
+        self.weight = F.weight(f"{name}.weight", (width,), config.dtype)
+        self.bias = F.weight(f"{name}.bias", (width,), config.dtype) if bias else None
+        self.eps = config.norm_epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The same shape as `x`."""
+        return F.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class Embedding:

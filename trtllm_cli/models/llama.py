@@ -13,6 +13,10 @@ from trtllm_cli.mapping import Rank
 from trtllm_cli.model_config import ModelConfig
 from trtllm_cli.models.layers import Embedding, Linear, LmHead, RmsNorm
 
+HONOURS = frozenset(
+    {"qk_layernorm", "attn_bias", "dense_bias", "mlp_bias", "sliding_window", "rotary_scaling"}
+)  # what models/__init__.py asks for
+
 
 class Attention:
     """Grouped-query attention with rotary positions over the paged KV cache."""
