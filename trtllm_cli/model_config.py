@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from trtllm_cli.mapping import Mapping
 from trtllm_cli.quant_config import QuantConfig
@@ -33,6 +33,12 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "mlp_output": (None, False),
     "tie_word_embeddings": (None, False, True),  # lm_head.weight is read when it is there
 }
+
+
+_OF_FEW = {
+    "norm_bias", "lm_head_bias", "embedding_multiplier", "residual_multiplier", "output_multiplier_scale",
+    "parallel_residual",
+}  # fmt: skip
 
 
 class RopeScaling(BaseModel):
@@ -143,6 +149,12 @@ class ModelConfig(BaseModel):
     mapping: Mapping = Mapping()
     quantization: QuantConfig = QuantConfig()
     runtime_defaults: dict[str, Any] | None = None
+
+    @model_serializer(mode="wrap")
+    def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what only a few families have, so that the others' files are as TensorRT-LLM writes them."""
+        fields = type(self).model_fields
+        return {k: v for k, v in serialize(self).items() if k not in _OF_FEW or v != fields[k].default}
 
     @model_validator(mode="before")
     @classmethod

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 QuantAlgo = Literal[
     "NO_QUANT", "W8A16", "W4A16", "W4A16_AWQ", "W4A8_AWQ", "W8A16_GPTQ", "W4A16_GPTQ",
@@ -27,6 +27,11 @@ class LayerQuant(BaseModel):
     pre_quant_scale: bool = False  # activations are multiplied by a number per input first
     per_group: bool = False  # W8A16: a scale per output and group of inputs, not one per output
     act_order: bool = False  # GPTQ: inputs are sorted by their group, `perm` says how
+
+    @model_serializer(mode="wrap")
+    def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what TensorRT-LLM's files do not have."""
+        return {k: v for k, v in serialize(self).items() if k not in ("per_group", "act_order") or v}
 
 
 class QuantConfig(LayerQuant):

@@ -5,13 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from trtllm_cli.convert.families.family import Source
+from trtllm_cli.convert.plan import source_shapes
 from trtllm_cli.convert.reader import Reader
 from trtllm_cli.errors import SnapshotError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
 
+    from trtllm_cli.model_config import ModelConfig
+
 CHUNK = 1 << 20  # elements looked at or cast at once, so that nothing temporary grows with the tensor
+
+
+def load_source(
+    reader: Reader, source: Source, shape: tuple[int, ...], config: ModelConfig, dtype: str
+) -> torch.Tensor:
+    """What `source` makes, whole: `shape`, as `dtype`."""
+    import torch
+
+    shapes = [allowed[0] for allowed in source_shapes(source, shape, config)]
+    stacked = (sum(s[0] for s in shapes), *shapes[0][1:]) if len(source.names) > 1 else shapes[0]
+    if not source.plus and not source.transposed and source.rows is None:
+        return load(reader, source.names, stacked, dtype).reshape(shape)
+    stack = load(reader, source.names, stacked, "float32" if source.plus else dtype)
+    if source.transposed:
+        stack = stack.transpose(-1, -2).reshape(-1, shape[-1])
+    if source.rows is not None:
+        stack = stack.reshape(-1, *(shape[-1:] if len(shape) > 1 else ()))[source.rows(config)]
+    return (stack + source.plus if source.plus else stack).to(getattr(torch, dtype)).reshape(shape).contiguous()
 
 
 def load(reader: Reader, names: Sequence[str], shape: Sequence[int], dtype: str) -> torch.Tensor:

@@ -19,12 +19,12 @@ from pydantic import ValidationError
 
 from trtllm_cli.artifact import check_output, describe, human_bytes, sha256, validate, writing
 from trtllm_cli.checkpoint import SUMS, TOKENIZER, write_config, write_sums
-from trtllm_cli.convert.cast import load
+from trtllm_cli.convert.cast import load_source
 from trtllm_cli.convert.families import family_of
 from trtllm_cli.convert.families.family import Family
 from trtllm_cli.convert.families.fields import Fields
 from trtllm_cli.convert.plan import Job, Stage, make_plan
-from trtllm_cli.convert.reader import Reader, open_reader
+from trtllm_cli.convert.reader import Reader, RenamedReader, open_reader
 from trtllm_cli.convert.shard import split
 from trtllm_cli.convert.tokenizer_files import check_tokenizer
 from trtllm_cli.convert.verify import verify_aside
@@ -119,6 +119,8 @@ def convert(
     try:
         decided = read_config(reader, options)
         config, notes = decided.config, decided.notes
+        if decided.family.renames:
+            reader = RenamedReader(reader, decided.family.renames)
         stages = make_plan(reader, decided.family, config, tied=decided.tied)
         sizes = [total_bytes(stage.tensors(rank).values()) for stage in stages for rank in stage.ranks]
         _check_space(output_dir, sum(sizes))
@@ -249,12 +251,13 @@ def _run(job: Job, reader: Reader, config: ModelConfig, writers: dict[Any, Tenso
     wholes: dict[str, torch.Tensor]
     if quantized:
         # straight from the source's numbers: no rounding in between
-        dtypes = {reader.tensors[name].dtype for name in job.sources}
-        whole = load(reader, job.sources, job.shape, dtypes.pop() if len(dtypes) == 1 else "float32")
+        dtypes = {reader.tensors[name].dtype for name in job.source.names}
+        dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+        whole = load_source(reader, job.source, job.shape, config, dtype)
         wholes = {f"{module}.{part}": tensor for part, tensor in quantize(whole, config.quantization).items()}
         del whole
     else:
-        wholes = {job.name: load(reader, job.sources, job.shape, config.dtype)}
+        wholes = {job.name: load_source(reader, job.source, job.shape, config, _dtype_of(job))}
     written = []
     for rank, weights in job.parts.items():
         # the rank's names differ from the whole's in the layer's number only
@@ -263,6 +266,11 @@ def _run(job: Job, reader: Reader, config: ModelConfig, writers: dict[Any, Tenso
             writers[rank].write(name, data)
             written.append(len(data))
     return written
+
+
+def _dtype_of(job: Job) -> str:
+    """The dtype that the model's graph gives a plain weight."""
+    return next(weight.dtype for weights in job.parts.values() for weight in weights.values())
 
 
 def _in_order(weights: dict[str, Any], wholes: dict[str, Any]) -> list[str]:
@@ -280,7 +288,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 def _num_parameters(stages: list[Stage]) -> int:
     import math
 
-    wholes = {job.sources: math.prod(job.shape) for stage in stages for job in stage.jobs}
+    wholes = {job.source.names: math.prod(job.shape) for stage in stages for job in stage.jobs}
     return sum(wholes.values())
 
 

@@ -5,12 +5,12 @@ The model's own graph says what a rank needs. Every tensor of the source has to 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-from trtllm_cli.convert.families.family import Family
+from trtllm_cli.convert.families.family import Family, Source
 from trtllm_cli.convert.reader import Reader
 from trtllm_cli.errors import SnapshotError, UnsupportedError
 from trtllm_cli.graph import Weight
@@ -21,7 +21,6 @@ from trtllm_cli.quant_config import QuantConfig
 from trtllm_cli.tensor_file import TensorInfo
 
 EMBEDDING, HEAD = "transformer.vocab_embedding.weight", "lm_head.weight"
-_SOURCE_EMBEDDING, _SOURCE_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 # A quantized weight's companions: made with it, named like it.
 _COMPANION = re.compile(r"\.(per_channel_scale|weights_scaling_factor|zero)$")
@@ -33,7 +32,7 @@ class Job:
     """One whole weight: what it is made of, and what each rank of a stage takes of it."""
 
     name: str  # in the whole model
-    sources: tuple[str, ...]
+    source: Source
     shape: tuple[int, ...]  # of the whole
     parts: dict[Rank, dict[str, Weight]]  # by the name in the rank's file; several where it is quantized
 
@@ -53,10 +52,10 @@ class Stage:
 def make_plan(reader: Reader, family: Family, config: ModelConfig, *, tied: bool) -> list[Stage]:
     """The jobs of every stage. Raises SnapshotError for a tensor that is missing, left over or of the wrong shape."""
     whole = whole_weights(config)
-    sources = {name: _sources(family, name, tied=tied) for name in whole}
+    sources = {name: _source(family, name, config, tied=tied) for name in whole}
     for name, weight in whole.items():
         _check_sources(reader, sources[name], weight, name, config)
-    _check_leftovers(reader, family, {s for names in sources.values() for s in names}, tied=tied)
+    _check_leftovers(reader, family, {name for source in sources.values() for name in source.names}, tied=tied)
     return [_stage(config, pp_rank, whole, sources) for pp_rank in range(config.mapping.pp_size)]
 
 
@@ -66,14 +65,15 @@ def whole_weights(config: ModelConfig) -> dict[str, Weight]:
     return trace_model(alone, alone.mapping.ranks[0]).weights
 
 
-def _sources(family: Family, name: str, *, tied: bool) -> tuple[str, ...]:
+def _source(family: Family, name: str, config: ModelConfig, *, tied: bool) -> Source:
     if name == HEAD and tied:
-        return (_SOURCE_EMBEDDING,)
+        return Source((family.embedding,))
     layer = _LAYER.search(name)
-    return family.sources(_LAYER.sub("{i}", name), int(layer[0]) if layer else None)
+    num_experts = config.moe.num_experts if config.moe else 0
+    return family.source(_LAYER.sub("{i}", name), int(layer[0]) if layer else None, num_experts)
 
 
-def _stage(config: ModelConfig, pp_rank: int, whole: dict[str, Weight], sources: dict[str, tuple[str, ...]]) -> Stage:
+def _stage(config: ModelConfig, pp_rank: int, whole: dict[str, Weight], sources: dict[str, Source]) -> Stage:
     ranks = tuple(rank for rank in config.mapping.ranks if rank.pp_rank == pp_rank)
     first = ranks[0].layers(config.num_hidden_layers).start
     parts: dict[str, dict[Rank, dict[str, Weight]]] = {}
@@ -85,12 +85,8 @@ def _stage(config: ModelConfig, pp_rank: int, whole: dict[str, Weight], sources:
     return Stage(ranks, tuple(Job(name, sources[name], whole[name].shape, parts[name]) for name in parts))
 
 
-def _check_sources(reader: Reader, names: Sequence[str], weight: Weight, ours: str, config: ModelConfig) -> None:
-    rows = [weight.shape[0]]
-    if len(names) == 3:  # q, k, v
-        kv = config.num_key_value_heads * config.head_size
-        rows = [config.num_attention_heads * config.head_size, kv, kv]
-    for name, count in zip(names, rows, strict=True):
+def _check_sources(reader: Reader, source: Source, weight: Weight, ours: str, config: ModelConfig) -> None:
+    for name, expected in zip(source.names, source_shapes(source, weight.shape, config), strict=True):
         info = reader.tensors.get(name)
         if info is None:
             raise SnapshotError(
@@ -98,10 +94,9 @@ def _check_sources(reader: Reader, names: Sequence[str], weight: Weight, ours: s
                 where=str(reader.path),
                 fix="fetch the snapshot again, and see that its config.json belongs to its weights",
             )
-        expected = (count, *weight.shape[1:])
-        if info.shape != expected:
+        if info.shape not in expected:
             raise SnapshotError(
-                f"tensor `{name}` is {list(info.shape)}, but by the config it should be {list(expected)}",
+                f"tensor `{name}` is {list(info.shape)}, but by the config it should be {list(expected[0])}",
                 where=str(reader.path),
                 fix="fetch the snapshot again, and see that its config.json belongs to its weights",
             )
@@ -113,13 +108,31 @@ def _check_sources(reader: Reader, names: Sequence[str], weight: Weight, ours: s
             )
 
 
+def source_shapes(source: Source, shape: tuple[int, ...], config: ModelConfig) -> list[tuple[tuple[int, ...], ...]]:
+    """The shapes that each of a source's tensors may have, to make a weight of this shape."""
+    rows, rest = math.prod(shape[:-1]) if len(shape) > 1 else shape[0], shape[1:] if len(shape) < 3 else shape[2:]
+    count = len(source.names)
+    if source.transposed:
+        return [((*shape[:-2], shape[-1], shape[-2]),)]
+    if source.heights is not None:
+        heights = source.heights(config) * (count // len(source.heights(config)))
+    elif source.rows is None and count == 3 and len(shape) < 3:  # q, k, v
+        kv = config.num_key_value_heads * config.head_size
+        heights = (config.num_attention_heads * config.head_size, kv, kv)
+    else:
+        heights = (rows // count,) * count
+    if count == 1 and len(shape) > 2:
+        return [(shape, (rows, *rest))]
+    return [((height, *rest),) for height in heights]
+
+
 def _check_leftovers(reader: Reader, family: Family, used: set[str], *, tied: bool) -> None:
     left = [
         name
         for name in reader.tensors
         if name not in used
         and not any(fnmatch(name, pattern) for pattern in family.leftovers)
-        and not (tied and name == _SOURCE_HEAD)
+        and not (tied and name == family.head)
     ]
     if left:
         more = f", and {len(left) - 3} more" if len(left) > 3 else ""
@@ -128,19 +141,19 @@ def _check_leftovers(reader: Reader, family: Family, used: set[str], *, tied: bo
             where=str(reader.path),
             fix="see that the snapshot's config.json belongs to its weights",
         )
-    if tied and _SOURCE_HEAD in reader.tensors:
-        _check_tied(reader)
+    if tied and family.head in reader.tensors:
+        _check_tied(reader, family)
 
 
-def _check_tied(reader: Reader) -> None:
+def _check_tied(reader: Reader, family: Family) -> None:
     """A head that is stored although it is tied must be the embedding."""
     import torch
 
-    head, embedding = reader.tensors[_SOURCE_HEAD], reader.tensors[_SOURCE_EMBEDDING]
-    pairs = zip(reader.blocks(_SOURCE_HEAD), reader.blocks(_SOURCE_EMBEDDING), strict=False)
+    head, embedding = reader.tensors[family.head], reader.tensors[family.embedding]
+    pairs = zip(reader.blocks(family.head), reader.blocks(family.embedding), strict=False)
     if head.shape != embedding.shape or not all(torch.equal(a, b) for a, b in pairs):
         raise UnsupportedError(
-            "tie_word_embeddings is true, but lm_head.weight is not the embedding",
+            f"tie_word_embeddings is true, but {family.head} is not the embedding",
             where=str(reader.path),
             fix="if the head is meant, set tie_word_embeddings to false in config.json",
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trtllm_cli.errors import SnapshotError
 from trtllm_cli.tensor_file import TensorInfo
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class Reader(Protocol):
 def open_reader(source: Path) -> Reader:
     """The reader for a snapshot directory, a .gguf file or a directory with just one. Raises SnapshotError."""
     from trtllm_cli.artifact import detect
-    from trtllm_cli.errors import ArtifactError, SnapshotError
+    from trtllm_cli.errors import ArtifactError
 
     if source.is_dir() and not (source / "config.json").is_file() and len(ggufs := list(source.glob("*.gguf"))) == 1:
         source = ggufs[0]
@@ -57,3 +59,37 @@ def open_reader(source: Path) -> Reader:
         where=str(source),
         fix="give the Hugging Face directory or the .gguf file it was made from",
     )
+
+
+class RenamedReader:
+    """A reader under other names: those that a family's table has, where its publishers write several."""
+
+    def __init__(self, reader: Reader, renames: Sequence[tuple[str, str]]) -> None:
+        self._reader = reader
+        self.path, self.config_path, self.config = reader.path, reader.config_path, reader.config
+        self._names = {_rename(name, renames): name for name in reader.tensors}
+        self.tensors = {name: reader.tensors[theirs] for name, theirs in self._names.items()}
+        if len(self._names) != len(reader.tensors):
+            raise SnapshotError("two tensors stand for the same one", where=str(reader.path))
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """See Reader."""
+        return self._reader.blocks(self._names[name])
+
+    def write_tokenizer(self, directory: Path) -> list[str]:
+        """See Reader."""
+        return self._reader.write_tokenizer(directory)
+
+    def default_dtype(self) -> str:
+        """See Reader."""
+        return self._reader.default_dtype()
+
+    def close(self) -> None:
+        """See Reader."""
+        self._reader.close()
+
+
+def _rename(name: str, renames: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -23,8 +23,14 @@ def split(whole: torch.Tensor, weight: Weight, config: ModelConfig, rank: Rank) 
     elif weight.shard == "columns":
         width = weight.shape[1]
         part = whole[:, tp_rank * width : (tp_rank + 1) * width]
-    else:
+    elif weight.shard == "qkv":
         part = _qkv(whole, config, tp_rank)
+    elif weight.shard == "expert_columns":
+        part = whole[:, :, tp_rank * weight.shape[2] : (tp_rank + 1) * weight.shape[2]]
+    elif weight.shard == "expert_rows":
+        part = whole[:, tp_rank * weight.shape[1] : (tp_rank + 1) * weight.shape[1]]
+    else:
+        part = _expert_halves(whole, tp_rank, weight.shape[1] // 2)
     assert tuple(part.shape) == weight.shape, f"{weight.parts}: {tuple(part.shape)} made, {weight.shape} declared"
     return part.contiguous()
 
@@ -37,6 +43,14 @@ def _rows(whole: torch.Tensor, start: int, count: int) -> torch.Tensor:
 
         part = torch.cat([part, part.new_zeros(missing, *whole.shape[1:])])
     return part
+
+
+def _expert_halves(whole: torch.Tensor, tp_rank: int, height: int) -> torch.Tensor:
+    """The rank's rows of each half of dim 1: up's, then the gate's."""
+    import torch
+
+    start = tp_rank * height
+    return torch.cat([half[:, start : start + height] for half in whole.chunk(2, dim=1)], dim=1)
 
 
 def _qkv(whole: torch.Tensor, config: ModelConfig, tp_rank: int) -> torch.Tensor:

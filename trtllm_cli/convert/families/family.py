@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from trtllm_cli.convert.families.fields import Fields
 from trtllm_cli.convert.families.rope import read_rope
 from trtllm_cli.errors import UnsupportedError
 
+if TYPE_CHECKING:
+    import torch
+
+    from trtllm_cli.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """How one of our tensors is made of theirs: stacked on dim 0, then some small steps.
+
+    `names` are their tensors; {i} is the layer, and a name with {e} stands for one tensor of each expert: all names of
+    expert 0 first, then all of expert 1. What they stack to is seen as rows [..., width]: an expert stack that is one
+    tensor already, [experts, out, in], counts as experts * out rows.
+    """
+
+    names: tuple[str, ...]
+    # Which rows of the stack are ours, in our order: int64 [our rows]. None: all, as they are.
+    rows: Callable[[ModelConfig], torch.Tensor] | None = None
+    # Rows of each of `names`, where they are neither one, nor q, k and v, nor equal parts.
+    heights: Callable[[ModelConfig], tuple[int, ...]] | None = None
+    transposed: bool = False  # theirs is [..., in, out] (GPT-2's Conv1D, gpt-oss's experts); one name only
+    plus: float = 0.0  # added to each number: Gemma's norms store w - 1
+
+
+TensorTable = Mapping[str, tuple[str, ...] | Source]
 # Our name -> Hugging Face's names, stacked on dim 0 in this order; {i} is the layer. Biases are looked for only where
 # the model has them.
-DECODER_TENSORS: dict[str, tuple[str, ...]] = {
+DECODER_TENSORS: dict[str, tuple[str, ...] | Source] = {
     "transformer.vocab_embedding.weight": ("model.embed_tokens.weight",),
     "transformer.layers.{i}.input_layernorm.weight": ("model.layers.{i}.input_layernorm.weight",),
     "transformer.layers.{i}.attention.qkv.weight": (
@@ -101,14 +126,21 @@ _ACTIVATIONS = {
 class Family:
     """One architecture: `read` takes a config's fields and gives ModelConfig's, without dtype and mapping.
 
-    `tensors` is as DECODER_TENSORS; `leftovers` are patterns of tensors that a snapshot may hold and nothing needs.
+    `tensors` is as DECODER_TENSORS, a tuple standing for a Source of these names; `embedding` and `head` are their
+    tensors that are one where the model is tied. `leftovers` are patterns of tensors that a snapshot may hold and that
+    nothing needs.
     """
 
     architecture: str
     model_type: str
     read: Callable[[Fields], dict[str, Any]]
-    tensors: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: DECODER_TENSORS)
+    tensors: TensorTable = field(default_factory=lambda: DECODER_TENSORS)
     leftovers: tuple[str, ...] = COMPUTED_BUFFERS
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    # Names that are stored under others: (pattern, replacement) of `re.sub`, tried in order on each of a snapshot's
+    # names, such as a prefix that only some publishers write.
+    renames: tuple[tuple[str, str], ...] = ()
 
     def config_fields(self, fields: Fields) -> dict[str, Any]:
         """ModelConfig's fields; anything in the file that cannot be honoured is an UnsupportedError."""
@@ -122,9 +154,14 @@ class Family:
         fields.refuse_unread(WITHOUT_EFFECT, NEUTRAL)
         return out
 
-    def sources(self, name: str, layer: int | None) -> tuple[str, ...]:
-        """The snapshot's tensors that make our tensor `name`, whose layer number is written {i}."""
-        return tuple(source.replace("{i}", str(layer)) for source in self.tensors[name])
+    def source(self, name: str, layer: int | None, num_experts: int) -> Source:
+        """How our tensor `name`, whose layer number is written {i}, is made, with every number filled in."""
+        found = self.tensors[name]
+        source = Source(found) if isinstance(found, tuple) else found
+        names = [n.replace("{i}", str(layer)) for n in source.names]
+        if any("{e}" in n for n in names):
+            names = [n.replace("{e}", str(e)) for e in range(num_experts) for n in names]
+        return replace(source, names=tuple(names))
 
 
 def read_decoder(fields: Fields, *, num_kv_heads: int | None, max_positions: int) -> dict[str, Any]:
