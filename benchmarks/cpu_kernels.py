@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trtllm_cli.kernels.cpu import compiler, library
+from trtllm_cli.kernels.cpu import attention_steps, compiler, library, row_steps
 from trtllm_cli.kernels.cpu.pack import pack_linear
 from trtllm_cli.run.model_inputs import ModelInputs
 
@@ -130,30 +130,30 @@ class Model:
         self.norm, self.rope = torch.ones(HIDDEN), torch.ones(max_len, HEAD_DIM)
         self.table = torch.randn(VOCAB, HIDDEN).bfloat16()
         blocks = max_seqs * -(-max_len // BLOCK_SIZE)
-        block = library.kv_bytes_per_block(KV_HEADS, HEAD_DIM, BLOCK_SIZE, cache_dtype)
+        block = attention_steps.kv_bytes_per_block(KV_HEADS, HEAD_DIM, BLOCK_SIZE, cache_dtype)
         self.caches = [torch.zeros(blocks * block, dtype=torch.uint8) for _ in range(LAYERS)]
         self.steps = self._steps()
 
     def _steps(self):
         b = {name: address(t) for name, t in self.buffers.items()}
         norm = address(self.norm)
-        steps = [library.embedding_step(b["h"], address(self.table), vocab_size=VOCAB, hidden_size=HIDDEN,
+        steps = [row_steps.embedding_step(b["h"], address(self.table), vocab_size=VOCAB, hidden_size=HIDDEN,
                                         dtype="bfloat16")]  # fmt: skip
         for (qkv, o, gate_up, down), cache in zip(self.layers, self.caches, strict=True):
             steps += [
-                library.rms_norm_step(b["h"], b["n"], norm, width=HIDDEN, eps=1e-5),
+                row_steps.rms_norm_step(b["h"], b["n"], norm, width=HIDDEN, eps=1e-5),
                 qkv.step(self.buffers["n"], self.buffers["qkv"]),
-                library.rope_append_step(b["qkv"], b["q"], address(cache), address(self.rope), **self.shape),
-                library.paged_attention_step(b["q"], b["a"], address(cache), scale=0.125, **self.shape),
+                attention_steps.rope_append_step(b["qkv"], b["q"], address(cache), address(self.rope), **self.shape),
+                attention_steps.paged_attention_step(b["q"], b["a"], address(cache), scale=0.125, **self.shape),
                 o.step(self.buffers["a"], self.buffers["h"], accumulate=True),
-                library.rms_norm_step(b["h"], b["n"], norm, width=HIDDEN, eps=1e-5),
+                row_steps.rms_norm_step(b["h"], b["n"], norm, width=HIDDEN, eps=1e-5),
                 gate_up.step(self.buffers["n"], self.buffers["gu"]),
-                library.gated_act_step(b["gu"], b["g"], intermediate_size=INTERMEDIATE, activation="silu"),
+                row_steps.gated_act_step(b["gu"], b["g"], intermediate_size=INTERMEDIATE, activation="silu"),
                 down.step(self.buffers["g"], self.buffers["h"], accumulate=True),
             ]
         steps += [
-            library.gather_rows_step(b["h"], address(self.logits_in), width=HIDDEN),
-            library.rms_norm_step(address(self.logits_in), address(self.logits_in), norm, width=HIDDEN, eps=1e-5,
+            row_steps.gather_rows_step(b["h"], address(self.logits_in), width=HIDDEN),
+            row_steps.rms_norm_step(address(self.logits_in), address(self.logits_in), norm, width=HIDDEN, eps=1e-5,
                                   rows="num_logits"),
             self.head.step(self.logits_in, self.logits, rows="num_logits"),
         ]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 from harness import address, as_torch, ints, run
 
-from trtllm_cli.kernels.cpu import library
+from trtllm_cli.kernels.cpu import attention_steps
 from trtllm_cli.run.model_inputs import ModelInputs
 
 
@@ -58,7 +58,7 @@ class Layer:
         self.tables = np.zeros((len(lengths), max(counts)), np.int32)
         for s, n in enumerate(counts):
             self.tables[s, :n], ids = ids[:n], ids[n:]
-        self.block_bytes = library.kv_bytes_per_block(case.num_kv_heads, case.head_dim, case.block_size,
+        self.block_bytes = attention_steps.kv_bytes_per_block(case.num_kv_heads, case.head_dim, case.block_size,
                                                       case.cache_dtype)  # fmt: skip
         self.cache = np.zeros(sum(counts) * self.block_bytes, np.uint8)
 
@@ -86,12 +86,12 @@ class Layer:
         shape = {"num_heads": c.num_heads, "num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim,
                  "block_size": c.block_size, "cache_dtype": c.cache_dtype}  # fmt: skip
         steps = [
-            library.rope_append_step(
+            attention_steps.rope_append_step(
                 address(qkv), address(q), address(self.cache), address(self.table), **shape,
                 rotary_dim=self.rotary_dim, layout=c.layout, q_norm=address(self.q_norm), k_norm=address(self.k_norm),
                 eps=1e-6,
             ),
-            library.paged_attention_step(
+            attention_steps.paged_attention_step(
                 address(q), address(out), address(self.cache), **shape, scale=c.head_dim**-0.5, window=c.window
             ),
         ]  # fmt: skip
@@ -175,7 +175,7 @@ def test_a_copied_block_serves_as_the_first(pool):
     layer.cache = np.concatenate([layer.cache, np.zeros_like(layer.cache)])
     layer.tables = used + used.size
     for source, destination in zip(used.flat, layer.tables.flat, strict=True):
-        library.copy_block(address(layer.cache), layer.block_bytes, int(source), int(destination))
+        attention_steps.copy_block(address(layer.cache), layer.block_bytes, int(source), int(destination))
     assert layer.step(pool, {0: (39, 40)})[0].tobytes() == first[39:].tobytes()
 
 

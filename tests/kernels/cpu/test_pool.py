@@ -8,13 +8,13 @@ import pytest
 from harness import address, rows_batch, run
 
 from trtllm_cli.errors import EngineError, ResourceError
-from trtllm_cli.kernels.cpu import library
+from trtllm_cli.kernels.cpu import library, row_steps
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
 def test_steps_see_what_the_steps_before_them_wrote(kernels, num_threads):
     x, one = np.zeros((16, 512), np.float32), np.ones((16, 512), np.float32)
-    small, step = np.zeros((16, 4), np.float32), library.add_step
+    small, step = np.zeros((16, 4), np.float32), row_steps.add_step
     wide = [step(address(x), address(one), address(x), width=512)] * 5
     narrow = [step(address(small), address(one), address(small), width=4)] * 2
     with kernels.pool(num_threads) as pool:
@@ -30,7 +30,7 @@ def test_threads_that_sleep_wake_up(kernels):
     with kernels.pool(3) as pool:
         for _ in range(20):
             time.sleep(0.003)
-            run(pool, [library.add_step(address(x), address(one), address(x), width=512)] * 3, rows_batch(64))
+            run(pool, [row_steps.add_step(address(x), address(one), address(x), width=512)] * 3, rows_batch(64))
     assert (x == 60).all()
 
 
@@ -38,7 +38,7 @@ def test_two_pools_at_once(kernels):
     def work(x, one):
         with kernels.pool(2) as pool:
             for _ in range(100):
-                run(pool, [library.add_step(address(x), address(one), address(x), width=512)] * 4, rows_batch(32))
+                run(pool, [row_steps.add_step(address(x), address(one), address(x), width=512)] * 4, rows_batch(32))
 
     arrays = [np.zeros((32, 512), np.float32) for _ in range(2)]
     threads = [threading.Thread(target=work, args=(x, np.ones_like(x))) for x in arrays]

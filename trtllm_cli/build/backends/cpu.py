@@ -10,7 +10,7 @@ from trtllm_cli.build.lowered import Lowered, Memory
 from trtllm_cli.build.tactics import faster, time_linears
 from trtllm_cli.graph import Graph
 from trtllm_cli.kernels.cpu import compiler
-from trtllm_cli.kernels.cpu.library import kv_bytes_per_block
+from trtllm_cli.kernels.cpu.attention_steps import kv_bytes_per_block
 from trtllm_cli.tensor_file import total_bytes
 
 if TYPE_CHECKING:

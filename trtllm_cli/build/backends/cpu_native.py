@@ -1,7 +1,6 @@
 """Lowering to our C++ kernels: each node of the graph becomes one step.
 
-A native plan is the list of `kernels.cpu.library` steps by name and argument. Arguments that are addresses at run time
-are strings here: "b:N" a buffer, "w:NAME" a tensor of the engine, "kv:N" a layer's KV cache.
+cpu_native_steps.py says what a native plan is.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ from typing import Any
 
 import torch
 
-from trtllm_cli.build.backends.cpu_weights import FLOAT_BYTES, Lowering
+from trtllm_cli.build.backends.cpu_native_attention import AttentionSteps
+from trtllm_cli.build.backends.cpu_native_rows import RowSteps
+from trtllm_cli.build.backends.cpu_weights import FLOAT_BYTES
 from trtllm_cli.build.lowered import Packing, ReadWeight
-from trtllm_cli.build.passes.plan_buffers import BufferPlan, plan_buffers
+from trtllm_cli.build.passes.plan_buffers import plan_buffers
 from trtllm_cli.engine import KERNELS
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import NUM_LOGITS, NUM_TOKENS
@@ -22,13 +23,12 @@ from trtllm_cli.kernels.cpu import compiler, pack
 from trtllm_cli.tensor_file import TensorInfo
 
 
-class NativeLowering(Lowering):
+class NativeLowering(RowSteps, AttentionSteps):
     """Each node as one step of the compiled library."""
 
     def lower(self) -> None:
         """Fills the steps and the packings."""
-        self.buffers: BufferPlan = plan_buffers(self.graph)
-        self.steps: list[dict[str, Any]] = []
+        self.buffers = plan_buffers(self.graph)
         features = compiler.host_features()
         image = compiler.compile_library(features)
         self.features = features
@@ -68,89 +68,6 @@ class NativeLowering(Lowering):
         sizes = {NUM_TOKENS: self.build_config.max_num_tokens, NUM_LOGITS: self.build_config.max_batch_size}
         return self.buffers.elements(sizes) * FLOAT_BYTES
 
-    def _buffer(self, tensor: str) -> str:
-        return f"b:{self.buffers.of[tensor]}"
-
-    def _operand(self, name: str) -> str:
-        """An activation, or a vector among the weights."""
-        return self.add_vector(name) if name in self.graph.weights else self._buffer(name)
-
-    def _step(self, op: str, **args: Any) -> None:
-        self.steps.append({"op": op, "args": {k: v for k, v in args.items() if v is not None}})
-
-    def _rows(self, tensor: str) -> str:
-        return str(self.graph.type_of(tensor).shape[0])
-
-    def _width(self, tensor: str) -> int:
-        width = self.graph.type_of(tensor).shape[-1]
-        assert isinstance(width, int)
-        return width
-
-    def _embedding(self, node: Node) -> None:
-        table, dtype = self.add_table(node.inputs["weight"])
-        rows, width = self.graph.weights[node.inputs["weight"]].shape
-        self._step(
-            "embedding",
-            out=self._buffer(node.output),
-            table=table,
-            vocab_size=rows,
-            hidden_size=width,
-            dtype=dtype,
-            vocab_start=node.attrs["vocab_start"],
-        )
-
-    def _rms_norm(self, node: Node) -> None:
-        self._step(
-            "rms_norm",
-            x=self._buffer(node.inputs["x"]),
-            out=self._buffer(node.output),
-            weight=self.add_vector(node.inputs["weight"]),
-            width=self._width(node.output),
-            eps=node.attrs["eps"],
-            num_heads=node.attrs.get("num_heads"),
-            rows=self._rows(node.output),
-        )
-
-    def _add_rms_norm(self, node: Node) -> None:
-        norm, total = node.outputs
-        self._into(node.inputs["residual"], total)
-        self._step(
-            "add_rms_norm",
-            x=self._buffer(node.inputs["x"]),
-            residual=self._buffer(total),
-            out=self._buffer(norm),
-            weight=self.add_vector(node.inputs["weight"]),
-            width=self._width(norm),
-            eps=node.attrs["eps"],
-            rows=self._rows(norm),
-        )
-
-    def _into(self, tensor: str, destination: str) -> None:
-        """Copies `tensor` where the plan could not give `destination` its buffer."""
-        if self._buffer(tensor) != self._buffer(destination):
-            width = self._width(tensor)
-            self._step(
-                "copy_rows",
-                x=self._buffer(tensor),
-                out=self._buffer(destination),
-                width=width,
-                x_stride=width,
-                out_stride=width,
-                rows=self._rows(tensor),
-            )
-
-    def _add(self, node: Node) -> None:
-        y = node.inputs["y"]
-        self._step(
-            "add",
-            x=self._buffer(node.inputs["x"]),
-            y=self._operand(y),
-            out=self._buffer(node.output),
-            width=self._width(node.output),
-            broadcast=len(self.graph.type_of(y).shape) == 1,
-            rows=self._rows(node.output),
-        )
-
     def _linear(self, node: Node) -> None:
         fmt = self.format_of(node)
         weight, group_size = node.inputs["weight"], None
@@ -181,55 +98,6 @@ class NativeLowering(Lowering):
             group_size=group_size,
             rows=self._rows(node.output),
         )
-
-    def _gated_act(self, node: Node) -> None:
-        self._step(
-            "gated_act",
-            x=self._buffer(node.inputs["x"]),
-            out=self._buffer(node.output),
-            intermediate_size=self._width(node.output),
-            activation=node.attrs["activation"],
-            rows=self._rows(node.output),
-        )
-
-    def _rope_append(self, node: Node) -> None:
-        table, spec = self.add_rope_table(node.attrs["rope"])
-        norms = {role: self.add_vector(node.inputs[role]) for role in ("q_norm", "k_norm") if role in node.inputs}
-        self._step(
-            "rope_append",
-            qkv=self._buffer(node.inputs["qkv"]),
-            q_out=self._buffer(node.output),
-            cache=f"kv:{node.attrs['layer']}",
-            table=table,
-            rotary_dim=spec.dim,
-            layout=spec.layout,
-            eps=node.attrs.get("eps"),
-            **norms,
-            **self._heads(node),
-        )
-
-    def _paged_attention(self, node: Node) -> None:
-        self._step(
-            "paged_attention",
-            q=self._buffer(node.inputs["q"]),
-            out=self._buffer(node.output),
-            cache=f"kv:{node.attrs['layer']}",
-            scale=node.attrs["scale"],
-            window=node.attrs.get("window"),
-            **self._heads(node),
-        )
-
-    def _heads(self, node: Node) -> dict[str, Any]:
-        names = ("num_heads", "num_kv_heads", "head_dim")
-        return {
-            **{name: node.attrs[name] for name in names},
-            "block_size": self.build_config.tokens_per_block,
-            "cache_dtype": self.build_config.kv_cache_dtype,
-        }
-
-    def _gather_last(self, node: Node) -> None:
-        x, out = self._buffer(node.inputs["x"]), self._buffer(node.output)
-        self._step("gather_rows", x=x, out=out, width=self._width(node.output))
 
     def _all_reduce(self, node: Node) -> None:
         self._into(node.inputs["x"], node.output)

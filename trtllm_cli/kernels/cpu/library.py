@@ -1,16 +1,12 @@
 """Loads the compiled kernels, and describes the steps that they run. Needs neither torch nor a compiler.
 
-A plan is an array of `TlStep`, one per op, whose pointers are resolved addresses. `Pool.run` computes all of them in
-one call into C++. Activations are float32, row-major `[rows, width]`; `rows` is the batch's `num_tokens` or its
-`num_logits`, so one plan serves every batch. Addresses are plain integers (`array.ctypes.data`); whoever builds a plan
-keeps the memory alive. Buffers should begin at a multiple of 64 bytes.
+A plan is an array of `TlStep`, one per op, whose pointers are resolved addresses; steps.py lists what makes them.
+`Pool.run` computes all of them in one call into C++. Activations are float32, row-major `[rows, width]`; `rows` is the
+batch's `num_tokens` or its `num_logits`, so one plan serves every batch. Addresses are plain integers
+(`array.ctypes.data`); whoever builds a plan keeps the memory alive. Buffers should begin at a multiple of 64 bytes.
 
 A row's result is the same bits whatever other rows are in the batch, however its prompt was cut into steps, and
 whatever the number of threads.
-
-The paged KV cache of a layer is `num_blocks * kv_bytes_per_block(...)` bytes of zeros, block after block. A block has,
-per KV head, the keys transposed `[head_dim, block_size]` and then the values `[block_size, head_dim]`, with both
-dimensions rounded up to 16.
 """
 
 from __future__ import annotations
@@ -33,15 +29,11 @@ TILE = 16  # outputs of a linear layer that lie side by side
 
 Rows = Literal["num_tokens", "num_logits"]
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
-CacheDType = Literal["float32", "bfloat16"]
-TableDType = Literal["float32", "bfloat16"]
 ActivationName = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
-RopeLayout = Literal["neox", "gptj"]
 
-_ROWS: dict[Rows, int] = {"num_tokens": 0, "num_logits": 1}
-_FORMATS: dict[WeightFormat, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-_ACTIVATIONS: dict[ActivationName, int] = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
-_LAYOUTS: dict[RopeLayout, int] = {"neox": 0, "gptj": 1}
+ROWS: dict[Rows, int] = {"num_tokens": 0, "num_logits": 1}
+FORMATS: dict[WeightFormat, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+ACTIVATIONS: dict[ActivationName, int] = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
 
 
 class Op(IntEnum):
@@ -60,7 +52,7 @@ class Op(IntEnum):
 
 
 class TlStep(ctypes.Structure):
-    """One op with its parameters; made by the functions below, never by hand."""
+    """One op with its parameters; made by the functions of steps.py, never by hand."""
 
     _fields_ = (
         ("op", ctypes.c_int32),
@@ -105,40 +97,13 @@ class TlBatch(ctypes.Structure):
         )
 
 
-def _step(op: Op, ints: Sequence[int], floats: Sequence[float], pointers: Sequence[int | None]) -> TlStep:
+def make_step(op: Op, ints: Sequence[int], floats: Sequence[float], pointers: Sequence[int | None]) -> TlStep:
+    """A step of these parameters, in steps.h's places."""
     step = TlStep(op=op)
     step.i[: len(ints)] = list(ints)
     step.f[: len(floats)] = list(floats)
     step.p[: len(pointers)] = [p or None for p in pointers]
     return step
-
-
-def embedding_step(
-    out: int, table: int, *, vocab_size: int, hidden_size: int, dtype: TableDType = "float32", vocab_start: int = 0
-) -> TlStep:
-    """out [num_tokens, hidden] = the rows of `table` [vocab_size, hidden] (row-major, not packed) that input_ids name.
-
-    Row 0 of the table is the id `vocab_start`; ids outside the table give zeros.
-    """
-    return _step(Op.EMBEDDING, (0, hidden_size, vocab_size, vocab_start, _FORMATS[dtype]), (), (out, table))
-
-
-def rms_norm_step(
-    x: int, out: int, weight: int, *, width: int, eps: float, num_heads: int = 1, rows: Rows = "num_tokens"
-) -> TlStep:
-    """out = `x / sqrt(mean(x^2) + eps) * weight`, over each row of `width`, or over each of `num_heads` parts of it.
-
-    weight is float32 [width / num_heads]. `out` may be `x`.
-    """
-    assert width % num_heads == 0
-    return _step(Op.RMS_NORM, (_ROWS[rows], width, num_heads), (eps,), (x, out, weight))
-
-
-def add_rms_norm_step(
-    x: int, residual: int, out: int, weight: int, *, width: int, eps: float, rows: Rows = "num_tokens"
-) -> TlStep:
-    """residual += x, then out = the norm of residual; weight float32 [width]. `out` may be `x`."""
-    return _step(Op.ADD_RMS_NORM, (_ROWS[rows], width), (eps,), (x, out, weight, residual))
 
 
 def linear_step(
@@ -166,106 +131,10 @@ def linear_step(
     assert (scale is not None) == (fmt in ("int8", "int4"))
     assert (group_size is not None) == (fmt == "int4")
     ints = (
-        _ROWS[rows], in_features, out_features, _FORMATS[fmt], group_size or in_features, int(accumulate),
+        ROWS[rows], in_features, out_features, FORMATS[fmt], group_size or in_features, int(accumulate),
         x_stride or in_features, out_stride or out_features,
     )  # fmt: skip
-    return _step(Op.LINEAR, ints, (), (x, out, weight, scale, bias))
-
-
-def gated_act_step(
-    x: int, out: int, *, intermediate_size: int, activation: ActivationName, rows: Rows = "num_tokens"
-) -> TlStep:
-    """out [rows, I] = activation(gate) * up, where x [rows, 2 * I] has the gate columns and then the up columns."""
-    return _step(Op.GATED_ACT, (_ROWS[rows], intermediate_size, _ACTIVATIONS[activation]), (), (x, out))
-
-
-def add_step(x: int, y: int, out: int, *, width: int, broadcast: bool = False, rows: Rows = "num_tokens") -> TlStep:
-    """out = x + y; y is one row [width] with `broadcast`. `out` may be `x` or `y`."""
-    return _step(Op.ADD, (_ROWS[rows], width, int(broadcast)), (), (x, out, y))
-
-
-def rope_append_step(
-    qkv: int,
-    q_out: int,
-    cache: int,
-    table: int | None,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    cache_dtype: CacheDType,
-    rotary_dim: int | None = None,
-    layout: RopeLayout = "neox",
-    q_norm: int | None = None,
-    k_norm: int | None = None,
-    eps: float = 0.0,
-    qkv_stride: int | None = None,
-) -> TlStep:
-    """Normalizes (where there is a weight) and rotates q and k, and writes k and v to the layer's cache.
-
-    qkv is [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; q goes to q_out [num_tokens, num_heads * head_dim],
-    k and v to `cache` at slot_mapping. `table` is kernels.rope.cos_sin_table's, float32 [max_positions, rotary_dim]
-    indexed by positions; None rotates nothing. Elements of a head past `rotary_dim` (default head_dim) pass through.
-    q_norm and k_norm are float32 [head_dim].
-    """
-    assert head_dim <= 1024, "rope.cpp's kMaxHeadDim"
-    rotary_dim = 0 if table is None else rotary_dim or head_dim
-    width = (num_heads + 2 * num_kv_heads) * head_dim
-    ints = (
-        0, num_heads, num_kv_heads, head_dim, block_size, _FORMATS[cache_dtype], rotary_dim, _LAYOUTS[layout],
-        qkv_stride or width,
-    )  # fmt: skip
-    return _step(Op.ROPE_APPEND, ints, (eps,), (qkv, q_out, cache, table, q_norm, k_norm))
-
-
-def paged_attention_step(
-    q: int,
-    out: int,
-    cache: int,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    cache_dtype: CacheDType,
-    scale: float,
-    window: int | None = None,
-) -> TlStep:
-    """out [num_tokens, num_heads * head_dim]: causal attention of q over each sequence's part of the layer's cache.
-
-    Scores are multiplied by `scale`. With `window`, a token sees itself and the `window - 1` before it.
-    """
-    assert num_heads % num_kv_heads == 0
-    ints = (0, num_heads, num_kv_heads, head_dim, block_size, _FORMATS[cache_dtype], window or 0)
-    return _step(Op.PAGED_ATTENTION, ints, (scale,), (q, out, cache))
-
-
-def gather_rows_step(x: int, out: int, *, width: int) -> TlStep:
-    """out [num_logits, width] = the rows of x [num_tokens, width] that logits_indices name."""
-    return _step(Op.GATHER_ROWS, (1, width), (), (x, out))
-
-
-def copy_rows_step(
-    x: int, out: int, *, width: int, x_stride: int, out_stride: int, rows: Rows = "num_tokens"
-) -> TlStep:
-    """out[:, :width] = x[:, :width] between row strides given in elements: a split or a concatenation of columns."""
-    return _step(Op.COPY_ROWS, (_ROWS[rows], width, x_stride, out_stride), (), (x, out))
-
-
-def kv_bytes_per_block(num_kv_heads: int, head_dim: int, block_size: int, dtype: CacheDType) -> int:
-    """Bytes that one block of one layer's KV cache takes, keys and values together."""
-    elements = 2 * num_kv_heads * _round_up(head_dim) * _round_up(block_size)
-    return elements * (4 if dtype == "float32" else 2)
-
-
-def copy_block(cache: int, bytes_per_block: int, source: int, destination: int) -> None:
-    """Copies one whole block of one layer's cache."""
-    ctypes.memmove(cache + destination * bytes_per_block, cache + source * bytes_per_block, bytes_per_block)
-
-
-def _round_up(n: int) -> int:
-    return -(-n // TILE) * TILE
+    return make_step(Op.LINEAR, ints, (), (x, out, weight, scale, bias))
 
 
 class Library:

@@ -17,6 +17,8 @@ from trtllm_cli.artifact import human_bytes
 from trtllm_cli.engine import KERNELS
 from trtllm_cli.errors import EngineError, ResourceError
 from trtllm_cli.kernels.cpu import compiler, library
+from trtllm_cli.kernels.cpu.attention_steps import copy_block, kv_bytes_per_block
+from trtllm_cli.kernels.cpu.steps import STEPS
 from trtllm_cli.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ class CpuRunner:
         """See Runner."""
         for layer, size in enumerate(self._kv_layer_bytes):
             for source, destination in pairs:
-                library.copy_block(self._cache(layer), size, source, destination)
+                copy_block(self._cache(layer), size, source, destination)
 
     def forward(self, inputs: ModelInputs) -> npt.NDArray[np.float32] | None:
         """See Runner."""
@@ -153,7 +155,7 @@ class CpuRunner:
         for step in self._plan["steps"]:
             if step["op"] == "paged_attention":
                 a = step["args"]
-                sizes[int(a["cache"][3:])] = library.kv_bytes_per_block(
+                sizes[int(a["cache"][3:])] = kv_bytes_per_block(
                     a["num_kv_heads"], a["head_dim"], a["block_size"], a["cache_dtype"]
                 )
         return [sizes[layer] for layer in range(len(sizes))]
@@ -174,8 +176,7 @@ class CpuRunner:
                     run = []
                 program.append(_Segment(None, step))
             else:
-                make = getattr(library, f"{step['op']}_step")
-                run.append(make(**{k: self._address(v) for k, v in step["args"].items()}))
+                run.append(STEPS[step["op"]](**{k: self._address(v) for k, v in step["args"].items()}))
         if run:
             program.append(_Segment(library.plan(run), {}))
         return program
