@@ -217,17 +217,17 @@ class _Declaration:
         return stored
 
     def nvfp4(self) -> StoredWeight:
-        """E2M1 in groups of 16 with E4M3 scales, and one float32 scale over all of them."""
+        """E2M1 in groups of 16 with E4M3 scales, and one float32 scale over all of them; ModelOpt's names."""
         shape = (self.rows, self.num_groups(FP4_GROUP))
         return StoredWeight(
             self.weight("uint8", 2),
             "fp4",
             FP4_GROUP,
             {
-                "scale": self.add("weights_block_scaling_factor", "float8_e4m3fn", shape, self.shard),
-                "global_scale": self.scalar("weights_global_scaling_factor"),
+                "scale": self.add("weights_scaling_factor", "float8_e4m3fn", shape, self.shard),
+                "global_scale": self.scalar("weights_scaling_factor_2"),
             },
             act_format="fp4",
             act_group=FP4_GROUP,
-            act_scale=self.scalar("activation_global_scaling_factor"),
+            act_scale=self.scalar("activation_scaling_factor"),
         )
