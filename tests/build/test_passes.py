@@ -94,7 +94,7 @@ def test_no_buffer_is_written_while_something_in_it_is_still_to_be_read(variant)
                 assert buffer.rows == kind.shape[0]
                 assert buffer.width >= kind.shape[-1]
                 if plan.of[name] in operands:  # in place: only sums may, over their own residual
-                    assert node.op in ("add", "add_rms_norm")
+                    assert node.op in ("add", "add_rms_norm", "gated_act")
                 holds[plan.of[name]] = name
         for name in graph.outputs:
             assert holds[plan.of[name]] == name

@@ -308,6 +308,11 @@ def _add_rms_norm(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor
     return [rms_norm(residual, t["weight"], node.attrs["eps"]), residual]
 
 
+def _add_layer_norm(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    residual = t["residual"] + t["x"]
+    return [layer_norm(residual, t["weight"], t.get("bias"), node.attrs["eps"]), residual]
+
+
 def _add(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
     return [t["x"] + t["y"]]
 
@@ -395,6 +400,7 @@ _OPS: dict[str, Callable[[Reference, Node, dict[str, Tensor]], list[Tensor]]] = 
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "add_rms_norm": _add_rms_norm,
+    "add_layer_norm": _add_layer_norm,
     "add": _add,
     "mul": _mul,
     "scale": _scale,

@@ -46,8 +46,6 @@ class NativeLowering(RowSteps, AttentionSteps):
         for node in self.graph.nodes:
             if not hasattr(self, f"_{node.op}"):
                 return f"`{node.op}` in this place of the graph"
-            if node.op == "gated_act" and "x" not in node.inputs:
-                return "`gated_act` of two tensors that could not be merged into one linear"
         return ""
 
     def plan(self) -> dict[str, Any]:

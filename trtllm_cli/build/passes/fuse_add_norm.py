@@ -6,7 +6,7 @@ from trtllm_cli.graph import Graph, Node
 
 
 def fuse_add_norm(graph: Graph) -> Graph:
-    """`s = add(a, b); n = rms_norm(s)` becomes `n, s = add_rms_norm(x=b, residual=a)`.
+    """`s = add(a, b); n = rms_norm(s)` becomes `n, s = add_rms_norm(x=b, residual=a)`; and so for layer_norm.
 
     The norm must come right after the add, or after nodes that do not read the sum; a bias (one row) is no residual.
     """
@@ -17,10 +17,12 @@ def fuse_add_norm(graph: Graph) -> Graph:
         if add.op != "add" or len(graph.type_of(add.inputs["y"]).shape) != 2:
             continue
         reader = next(iter(consumers.get(add.output, ())), None)
-        if reader is None or reader.op != "rms_norm" or reader.attrs.get("num_heads"):
+        if reader is None or reader.op not in ("rms_norm", "layer_norm") or reader.attrs.get("num_heads"):
             continue
-        inputs = {"x": add.inputs["y"], "residual": add.inputs["x"], "weight": reader.inputs["weight"]}
-        fused[add.output] = Node("add_rms_norm", inputs, (reader.output, add.output), {"eps": reader.attrs["eps"]})
+        weights = {role: name for role, name in reader.inputs.items() if role != "x"}
+        inputs = {"x": add.inputs["y"], "residual": add.inputs["x"], **weights}
+        outputs = (reader.output, add.output)
+        fused[add.output] = Node(f"add_{reader.op}", inputs, outputs, {"eps": reader.attrs["eps"]})
         norms.add(reader.output)
     nodes = []
     for node in graph.nodes:

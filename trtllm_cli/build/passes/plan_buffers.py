@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from trtllm_cli.functional import NUM_LOGITS, NUM_TOKENS
 from trtllm_cli.graph import Graph
 
+_IN_PLACE = {"add", "mul", "scale", "softcap", "act"}
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -31,7 +33,8 @@ class BufferPlan:
 def plan_buffers(graph: Graph) -> BufferPlan:
     """Gives each node output a buffer: the best fitting one that is free, widened if need be, or a new one.
 
-    An `add_rms_norm`'s or `add`'s sum takes its residual's buffer over when that is read for the last time there.
+    A sum takes its residual's buffer over when that is read for the last time there, as does what is made of each
+    element by itself.
     """
     last_read = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs.values()}
     last_read |= dict.fromkeys(graph.outputs, len(graph.nodes))
@@ -65,6 +68,8 @@ def plan_buffers(graph: Graph) -> BufferPlan:
 
 def _inherited(op: str, inputs: dict[str, str], outputs: tuple[str, ...], name: str) -> str:
     """The operand whose buffer the output may take over, or nothing."""
-    if op == "add_rms_norm" and name == outputs[1]:
-        return inputs["residual"]
-    return inputs["x"] if op == "add" else ""
+    if op in ("add_rms_norm", "add_layer_norm"):
+        return inputs["residual"] if name == outputs[1] else ""
+    if op == "gated_act":
+        return inputs.get("gate", "")
+    return inputs["x"] if op in _IN_PLACE else ""

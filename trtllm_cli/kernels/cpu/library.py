@@ -24,16 +24,16 @@ from trtllm_cli.errors import EngineError, ResourceError
 if TYPE_CHECKING:
     from trtllm_cli.run.model_inputs import ModelInputs
 
-ABI_VERSION = 1  # of the structures below; steps.h has the same
+ABI_VERSION = 2  # of the structures below; steps.h has the same
 TILE = 16  # outputs of a linear layer that lie side by side
 
 Rows = Literal["num_tokens", "num_logits"]
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
-ActivationName = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
+ActivationName = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu", "swiglu_oai"]
 
 ROWS: dict[Rows, int] = {"num_tokens": 0, "num_logits": 1}
 FORMATS: dict[WeightFormat, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-ACTIVATIONS: dict[ActivationName, int] = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
+ACTIVATIONS: dict[ActivationName, int] = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "swiglu_oai": 4}
 
 
 class Op(IntEnum):
@@ -49,6 +49,14 @@ class Op(IntEnum):
     PAGED_ATTENTION = 7
     GATHER_ROWS = 8
     COPY_ROWS = 9
+    LAYER_NORM = 10
+    ADD_LAYER_NORM = 11
+    ACT = 12
+    MUL = 13
+    SCALE = 14
+    SOFTCAP = 15
+    ROPE = 16
+    KV_APPEND = 17
 
 
 class TlStep(ctypes.Structure):

@@ -45,5 +45,11 @@ void run_piece(const Context& c, bool prepares) {
         case kPagedAttention: return paged_attention(c);
         case kGatherRows: return gather_rows(c);
         case kCopyRows: return copy_rows(c);
+        case kLayerNorm: return layer_norm(c);
+        case kAddLayerNorm: return add_layer_norm(c);
+        case kAct: return act(c);
+        case kMul: return mul(c);
+        case kScale: return scale(c);
+        case kSoftcap: return softcap(c);
     }
 }

@@ -14,12 +14,22 @@ void run_piece(const Context& c, bool prepares);
 
 // rows.cpp
 void embedding(const Context& c);
-void rms_norm(const Context& c);
-void add_rms_norm(const Context& c);
-void gated_act(const Context& c);
-void add(const Context& c);
 void gather_rows(const Context& c);
 void copy_rows(const Context& c);
+
+// norms.cpp
+void rms_norm(const Context& c);
+void layer_norm(const Context& c);
+void add_rms_norm(const Context& c);
+void add_layer_norm(const Context& c);
+
+// activations.cpp
+void act(const Context& c);
+void scale(const Context& c);
+void softcap(const Context& c);
+void add(const Context& c);
+void mul(const Context& c);
+void gated_act(const Context& c);
 
 // rope.cpp
 void rope_append(const Context& c);

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 constexpr int kTile = 16;  // outputs of a linear layer, or keys of a cache strip, that lie side by side
 
 struct tl_step {
@@ -21,9 +21,10 @@ struct tl_batch {
 
 enum Op {
     kEmbedding, kRmsNorm, kAddRmsNorm, kLinear, kGatedAct, kAdd, kRopeAppend, kPagedAttention, kGatherRows, kCopyRows,
+    kLayerNorm, kAddLayerNorm, kAct, kMul, kScale, kSoftcap, kRope, kKvAppend,
 };
 enum Format { kFloat32, kBfloat16, kInt8, kInt4 };
-enum Activation { kSilu, kGelu, kGeluTanh, kRelu };
+enum Activation { kSilu, kGelu, kGeluTanh, kRelu, kSwigluOai };
 enum RopeLayout { kNeox, kGptj };
 
 // i[0] of every step.

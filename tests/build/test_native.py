@@ -1,0 +1,86 @@
+"""Graphs of every op that the native kernels compute, through native and torch engines, against the reference."""
+
+import numpy as np
+import pytest
+
+from tests.batches import Sequences, as_torch
+from tests.engines import STEPS, build_engine, runner_logits, save_checkpoint
+from tests.tiny_configs import config, random_weights
+from trtllm_cli import functional as F
+from trtllm_cli.functional import trace
+from trtllm_cli.kernels.reference import Reference
+from trtllm_cli.models import load_model_file
+
+HEADER = """
+from trtllm_cli import functional as F
+
+def linear(x, name, out):
+    return F.linear(x, F.weight(f"{name}.weight", (out, x.width), "float32"))
+
+def vector(name, width):
+    return F.weight(name, (width,), "float32")
+
+def define(t, config, rank):
+    positions = t.input("positions")
+    x = F.embedding(t.input("input_ids"), F.weight("table.weight", (96, 32), "float32"))
+    x = body(t, x, positions)
+    x = F.gather_last(x, t.input("logits_indices"))
+    return t.finish(linear(x, "lm_head", 96))
+"""
+BODIES = {
+    "rows": """
+def body(t, x, positions):
+    x = F.add(x, F.embedding(positions, F.weight("positions.weight", (66, 32), "float32"), -2))
+    y = F.layer_norm(x, vector("a.norm", 32), vector("a.bias", 32), 1e-5)
+    y = F.act(linear(y, "fc", 48), "gelu")
+    x = F.add(x, linear(y, "proj", 32))
+    y = F.layer_norm(F.scale(x, 0.5), vector("b.norm", 32), None, 1e-5, num_heads=4)
+    gate, up, rest = F.split(linear(y, "gate_up", 72), [24, 24, 24])
+    y = F.gated_act(gate, up, "swiglu_oai")
+    y = F.mul(F.add(y, rest), F.act(up, "relu"))
+    y = F.softcap(F.mul(y, vector("c.norm", 24)), 3.0)
+    x = F.add(x, linear(y, "down", 32))
+    return F.layer_norm(x, vector("d.norm", 32), vector("d.bias", 32), 1e-5)
+""",
+}  # fmt: skip
+
+
+def relative(got, want):
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def reference_logits(graph, weights):
+    program = Reference(graph, weights, num_slots=256, block_size=4)
+    batch = Sequences()
+    return [program.step(as_torch(batch.step(new)))[0].numpy() for new in STEPS]
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_native_and_torch_engines_compute_what_the_reference_does(tmp_path, name):
+    model_file = tmp_path / "model.py"
+    model_file.write_text(BODIES[name] + HEADER)
+    c = config("llama")
+    with trace("g") as t:
+        graph = load_model_file(model_file)(t, c, c.mapping.ranks[0])
+    weights = random_weights(graph)
+    checkpoint = save_checkpoint(tmp_path / "ckpt", c, graph, weights)
+    expected = reference_logits(graph, weights)
+    assert all(np.isfinite(e).all() for e in expected)
+    for kernels in ("native", "torch"):
+        engine = build_engine(
+            checkpoint, tmp_path / kernels, kernels=kernels, weight_dtype="float32", model_file=model_file
+        )
+        for got, want in zip(runner_logits(engine), expected, strict=True):
+            assert relative(got, want) < 2e-5, kernels
+
+
+def test_a_residual_sum_and_its_layer_norm_become_one_node():
+    from trtllm_cli.build.passes.fuse_add_norm import fuse_add_norm
+
+    with trace("g") as t:
+        x = F.embedding(t.input("input_ids"), F.weight("table", (10, 8), "float32"))
+        x = F.add(x, F.act(x, "silu"))
+        y = F.layer_norm(x, F.weight("norm", (8,), "float32"), F.weight("bias", (8,), "float32"), 1e-5)
+        graph = fuse_add_norm(t.finish(F.add(x, y)))
+    assert [n.op for n in graph.nodes] == ["embedding", "act", "add_layer_norm", "add"]
+    assert graph.nodes[2].inputs.keys() == {"x", "residual", "weight", "bias"}
