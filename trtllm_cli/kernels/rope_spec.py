@@ -24,14 +24,18 @@ class RopeSpec(BaseModel):
     scaling: RopeScaling | None = None
 
     @classmethod
-    def of(cls, config: ModelConfig) -> RopeSpec:
-        """The model's."""
+    def of(cls, config: ModelConfig, layer: int | None = None) -> RopeSpec:
+        """The model's, or that of one of its layers: sliding ones may have a base of their own, without scaling."""
+        base, scaling = config.rotary_base, config.rotary_scaling
+        local = config.rope_local_base_freq
+        if local is not None and layer is not None and config.window_of(layer) is not None:
+            base, scaling = local, None
         return cls(
             dim=config.rotary_embedding_dim,
-            base=config.rotary_base,
+            base=base,
             layout="gptj" if config.position_embedding_type == "rope_gptj" else "neox",
             max_position_embeddings=config.max_position_embeddings,
-            scaling=config.rotary_scaling,
+            scaling=scaling,
         )
 
     @property

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trtllm_cli import functional as F
-from trtllm_cli.functional import Tensor
-from trtllm_cli.graph import Shard
+from trtllm_cli.functional import Tensor, Trace
+from trtllm_cli.graph import Graph, Shard
 from trtllm_cli.models.stored import declare
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ class Linear:
 class RmsNorm:
     """Root-mean-square norm with a weight, over the whole width or over each head."""
 
+    dtype: str | None = None  # of the weight; None: the model's
+
     def __init__(self, config: ModelConfig, name: str, width: int, num_heads: int | None = None) -> None:
-        self.weight = F.weight(f"{name}.weight", (width,), config.dtype)
+        self.weight = F.weight(f"{name}.weight", (width,), self.dtype or config.dtype)
         self.eps, self.num_heads = config.norm_epsilon, num_heads
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -129,3 +132,42 @@ class LmHead:
         """`x` [num_logits, hidden_size] to [num_logits, padded vocab_size]."""
         logits = self.linear(x)
         return F.all_gather(logits, self.rank.tp_group) if self.split else logits
+
+
+# What a family's layer is to `decoder`: made of (config, rank, layer, name in the checkpoint), called with the hidden
+# states [num_tokens, hidden_size] and the positions.
+MakeLayer = Callable[["ModelConfig", "Rank", int, str], Callable[[Tensor, Tensor], Tensor]]
+MakeNorm = Callable[["ModelConfig", str, int], Callable[[Tensor], Tensor]]
+
+
+def decoder(
+    t: Trace,
+    config: ModelConfig,
+    rank: Rank,
+    make_layer: MakeLayer,
+    make_norm: MakeNorm = RmsNorm,
+    *,
+    embedding_multiplier: float | None = None,
+) -> Graph:
+    """This rank's part of a decoder: the first stage embeds, the last gives logits, each hands hidden states on.
+
+    The config's multipliers and soft cap of the logits apply; `embedding_multiplier` stands for the config's.
+    """
+    positions = t.input("positions")
+    if rank.is_first_stage:
+        multiplier = config.embedding_multiplier if embedding_multiplier is None else embedding_multiplier
+        x = F.scale(Embedding(config, rank)(t.input("input_ids")), multiplier)
+    else:
+        x = F.recv(positions, config.hidden_size, config.dtype, rank.prev_stage)
+    for i, layer in enumerate(rank.layers(config.num_hidden_layers)):
+        # TensorRT-LLM numbers the layers of each stage from 0.
+        x = make_layer(config, rank, layer, f"transformer.layers.{i}")(x, positions)
+    if not rank.is_last_stage:
+        F.send(x, rank.next_stage)
+        return t.finish()
+    x = F.gather_last(x, t.input("logits_indices"))
+    x = make_norm(config, "transformer.ln_f", config.hidden_size)(x)
+    logits = F.scale(LmHead(config, rank)(x), config.output_multiplier_scale)
+    if config.final_logit_softcapping is not None:
+        logits = F.softcap(logits, config.final_logit_softcapping)
+    return t.finish(logits)

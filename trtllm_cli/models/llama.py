@@ -11,7 +11,7 @@ from trtllm_cli.graph import Graph
 from trtllm_cli.kernels.rope_spec import RopeSpec
 from trtllm_cli.mapping import Rank
 from trtllm_cli.model_config import ModelConfig
-from trtllm_cli.models.layers import Embedding, Linear, LmHead, RmsNorm
+from trtllm_cli.models.layers import Linear, RmsNorm, decoder
 
 HONOURS = frozenset(
     {"qk_layernorm", "attn_bias", "dense_bias", "mlp_bias", "sliding_window", "rotary_scaling"}
@@ -20,6 +20,8 @@ HONOURS = frozenset(
 
 class Attention:
     """Grouped-query attention with rotary positions over the paged KV cache."""
+
+    norm = RmsNorm  # of each head of q and k
 
     def __init__(self, config: ModelConfig, rank: Rank, name: str, layer: int) -> None:
         c, tp = config, config.mapping.tp_size
@@ -31,9 +33,11 @@ class Attention:
         self.dense = Linear(c, rank, f"{name}.dense", width * tp, c.hidden_size, bias=c.dense_bias, shard="columns")
         self.q_norm = self.k_norm = None
         if c.qk_layernorm:
-            self.q_norm = RmsNorm(c, f"{name}.q_layernorm", self.head_dim, self.heads)
-            self.k_norm = RmsNorm(c, f"{name}.k_layernorm", self.head_dim, self.kv_heads)
-        self.rope = RopeSpec.of(c).model_dump(mode="json", exclude_none=True)
+            self.q_norm = self.norm(c, f"{name}.q_layernorm", self.head_dim, self.heads)
+            self.k_norm = self.norm(c, f"{name}.k_layernorm", self.head_dim, self.kv_heads)
+        self.rope = RopeSpec.of(c, layer).model_dump(mode="json", exclude_none=True)
+        self.scale = self.head_dim**-0.5 if c.attention_multiplier is None else c.attention_multiplier
+        self.softcap = c.attn_logit_softcapping
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """`x` [num_tokens, hidden_size] to the same."""
@@ -51,8 +55,9 @@ class Attention:
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             head_dim=self.head_dim,
-            scale=self.head_dim**-0.5,
+            scale=self.scale,
             window=self.window,
+            softcap=self.softcap,
         )
         return self.dense(y)
 
@@ -91,18 +96,5 @@ class DecoderLayer:
 
 
 def define(t: Trace, config: ModelConfig, rank: Rank) -> Graph:
-    """This rank's part: the first stage embeds, the last one gives logits, the others hand hidden states on."""
-    positions = t.input("positions")
-    if rank.is_first_stage:
-        x = Embedding(config, rank)(t.input("input_ids"))
-    else:
-        x = F.recv(positions, config.hidden_size, config.dtype, rank.prev_stage)
-    for i, layer in enumerate(rank.layers(config.num_hidden_layers)):
-        # TensorRT-LLM numbers the layers of each stage from 0.
-        x = DecoderLayer(config, rank, layer, f"transformer.layers.{i}")(x, positions)
-    if not rank.is_last_stage:
-        F.send(x, rank.next_stage)
-        return t.finish()
-    x = F.gather_last(x, t.input("logits_indices"))
-    x = RmsNorm(config, "transformer.ln_f", config.hidden_size)(x)
-    return t.finish(LmHead(config, rank)(x))
+    """This rank's graph."""
+    return decoder(t, config, rank, DecoderLayer)
