@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 T = TypeVar("T")
 PATIENCE = 60  # seconds that a rank waits for another
@@ -51,6 +52,29 @@ class ThreadRank:
 
     def all_gather(self, x: np.ndarray, group: Sequence[int]) -> np.ndarray:
         return np.concatenate(self._exchange(x, group), axis=-1)
+
+
+class TensorRank:
+    """One rank's end as kernels.reference.Reference wants it."""
+
+    def __init__(self, rank: ThreadRank) -> None:
+        self._rank = rank
+
+    def all_reduce(self, x: torch.Tensor, group: Sequence[int]) -> torch.Tensor:
+        out = x.numpy().copy()
+        self._rank.all_reduce(out, group)
+        return torch.from_numpy(out)
+
+    def all_gather(self, x: torch.Tensor, group: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(self._rank.all_gather(x.numpy(), group))
+
+    def send(self, x: torch.Tensor, to: int) -> None:
+        self._rank.send(x.numpy(), to)
+
+    def recv(self, shape: Sequence[int], source: int) -> torch.Tensor:
+        out = np.empty(tuple(shape), dtype=np.float32)
+        self._rank.recv(out, source)
+        return torch.from_numpy(out)
 
 
 def thread_ranks(world_size: int) -> list[ThreadRank]:
