@@ -7,7 +7,9 @@ import re
 import torch
 
 from trtllm_cli.checkpoint import Checkpoint
+from trtllm_cli.graph import Shard
 from trtllm_cli.model_config import ModelConfig
+from trtllm_cli.models import trace_model
 
 RENAMED = {
     "model.embed_tokens": "transformer.vocab_embedding", "model.norm": "transformer.ln_f", "lm_head": "lm_head",
@@ -43,45 +45,48 @@ def read_checkpoint(checkpoint: Checkpoint) -> list[dict[str, torch.Tensor]]:
 
 
 def join_ranks(config: ModelConfig, ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The whole model of its ranks' tensors, layers numbered through."""
+    """The whole model of its ranks' tensors, layers numbered through, each joined as its model's graph splits it."""
     out: dict[str, torch.Tensor] = {}
-    tp, first_layer = config.mapping.tp_size, 0
+    tp = config.mapping.tp_size
     for stage in range(config.mapping.pp_size):
         shards = ranks[stage * tp : (stage + 1) * tp]
-        layers = set()
-        for name in shards[0]:
-            assert all(set(shard) == set(shards[0]) for shard in shards)
-            key = name
-            if found := re.match(r"transformer\.layers\.(\d+)\.", name):
-                layers.add(int(found[1]))
-                key = name.replace(f".{found[1]}.", f".{int(found[1]) + first_layer}.", 1)
+        rank = config.mapping.ranks[stage * tp]
+        weights = trace_model(config, rank).weights
+        assert all(set(shard) == set(weights) for shard in shards)
+        for name, weight in weights.items():
+            key = rank.whole_name(name, config.num_hidden_layers)
             assert key not in out
-            out[key] = join(config, name, [shard[name] for shard in shards])
-        assert layers == set(range(len(layers)))
-        first_layer += len(layers)
-    assert first_layer == config.num_hidden_layers
+            out[key] = join(config, weight.shard, [shard[name] for shard in shards])
+    assert {int(m[1]) for key in out if (m := re.match(r"transformer\.layers\.(\d+)\.", key))} == set(
+        range(config.num_hidden_layers)
+    )
     return out
 
 
-def join(config: ModelConfig, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
+def join(config: ModelConfig, shard: Shard | None, parts: list[torch.Tensor]) -> torch.Tensor:
     """One tensor of the ranks of a stage."""
-    module, kind = name.rsplit(".", 1)
-    if module.endswith(".qkv"):
-        size, kv = config.head_size, config.kv_heads_per_rank
-        q, k, v = [], {}, {}
-        for rank, part in enumerate(parts):
-            heads = part.unflatten(0, (-1, size))
-            q.append(heads[: -2 * kv])
-            for i in range(kv):
-                index = rank * config.num_key_value_heads // len(parts) + i
-                for table, head in ((k, heads[-2 * kv + i]), (v, heads[-kv + i])):
-                    assert index not in table or torch.equal(table[index], head)
-                    table[index] = head
-        whole = torch.cat([*q, torch.stack([k[i] for i in sorted(k)]), torch.stack([v[i] for i in sorted(v)])])
-        return whole.flatten(0, 1)
-    if module.endswith((".fc", ".gate")) or module == "lm_head":
-        return torch.cat(parts)
-    if module.endswith((".dense", ".proj")) and kind in ("weight", "weights_scaling_factor", "zero"):
-        return torch.cat(parts, dim=1)
-    assert all(torch.equal(part, parts[0]) for part in parts)
-    return parts[0]
+    match shard:
+        case None:
+            assert all(torch.equal(part, parts[0]) for part in parts)
+            return parts[0]
+        case "qkv":
+            return join_qkv(config, parts)
+        case "expert_halves":
+            return torch.cat([half for i in (0, 1) for half in (part.chunk(2, dim=1)[i] for part in parts)], dim=1)
+    return torch.cat(parts, dim={"rows": 0, "columns": 1, "expert_rows": 1, "expert_columns": 2}[shard])
+
+
+def join_qkv(config: ModelConfig, parts: list[torch.Tensor]) -> torch.Tensor:
+    """All heads of q, of k and of v; where ranks hold the same KV head, it must be the same."""
+    size, kv = config.head_size, config.kv_heads_per_rank
+    q, k, v = [], {}, {}
+    for rank, part in enumerate(parts):
+        heads = part.unflatten(0, (-1, size))
+        q.append(heads[: -2 * kv])
+        for i in range(kv):
+            index = rank * config.num_key_value_heads // len(parts) + i
+            for table, head in ((k, heads[-2 * kv + i]), (v, heads[-kv + i])):
+                assert index not in table or torch.equal(table[index], head)
+                table[index] = head
+    whole = torch.cat([*q, torch.stack([k[i] for i in sorted(k)]), torch.stack([v[i] for i in sorted(v)])])
+    return whole.flatten(0, 1)
