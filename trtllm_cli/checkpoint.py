@@ -7,17 +7,19 @@ have none, and are read all the same.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trtllm_cli.artifact import read_json, sha256, validate, write_json
 from trtllm_cli.errors import CheckpointError
+from trtllm_cli.foreign_layout import ForeignTensors, has_pre_quant_scales
 from trtllm_cli.mapping import Rank
 from trtllm_cli.model_config import ModelConfig
 from trtllm_cli.tensor_file import TensorFile
 
 SUMS = "SHA256SUMS"
 TOKENIZER = "tokenizer"
+PRODUCER = "trtllm-cli"  # config.json's producer.name in what we write
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,27 @@ class Checkpoint:
                     where=str(path),
                     fix="convert again",
                 )
-        return checkpoint
+        return checkpoint._with_pre_quant_scale()
+
+    def _with_pre_quant_scale(self) -> Checkpoint:
+        """ModelOpt's config does not say that SmoothQuant scales activations; its tensors do."""
+        quantization = self.config.quantization
+        if not (quantization.quant_algo or "").startswith("W8A8_SQ") or quantization.pre_quant_scale:
+            return self
+        if not has_pre_quant_scales(self.rank_file(self.config.mapping.ranks[0]), CheckpointError):
+            return self
+        said = quantization.model_copy(update={"pre_quant_scale": True})
+        return replace(self, config=self.config.model_copy(update={"quantization": said}))
 
     def rank_file(self, rank: Rank) -> Path:
         """Where the rank's tensors are."""
         return self.path / f"rank{rank.rank}.safetensors"
 
     def tensors(self, rank: Rank) -> TensorFile:
-        """The rank's tensors, open for reading."""
-        return TensorFile(self.rank_file(rank), CheckpointError)
+        """The rank's tensors, open for reading, in our layout."""
+        if (self.config.producer or {}).get("name") == PRODUCER or not self.config.quantization.is_quantized:
+            return TensorFile(self.rank_file(rank), CheckpointError)
+        return ForeignTensors(self.rank_file(rank), CheckpointError, self.config.quantization)
 
     def verify(self) -> None:
         """Raises CheckpointError when a rank file is not what convert wrote. Reads them all; nothing without sums."""

@@ -41,6 +41,31 @@ _OF_FEW = {
 }  # fmt: skip
 
 
+def _moe_of_tensorrt_llm(moe: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:
+    """`moe` with our names, where it has those of TensorRT-LLM's MoeConfig; None for its dense models."""
+    if not moe.get("num_experts"):
+        return None
+    if "normalization_mode" not in moe:
+        return moe
+    rest = dict(moe)
+    for name, harmless in _MOE_WITHOUT_EFFECT.items():
+        if name in rest and (value := rest.pop(name)) not in harmless:
+            raise ValueError(f"`moe.{name}` is {value!r}, which is not supported")
+    # 0: the scores of all experts; 1: of the chosen ones alone
+    rest["renormalize"] = rest.pop("normalization_mode") == 1
+    return {"intermediate_size": config.get("moe_intermediate_size") or config.get("intermediate_size"), **rest}
+
+
+_MOE_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "sparse_mixer_epsilon": (0.01, None),
+    "tp_mode": (0, 1, 2),
+    "device_limited_n_group": (0, None),
+    "device_limited_topk_group": (0, None),
+    "device_limited_routed_scaling_factor": (0.0, 1.0, None),
+    "use_all_reduce": (None, True, False),
+}
+
+
 class RopeScaling(BaseModel):
     """Rotary position scaling, with transformers' field names (its `rope_utils`), all types that it has for Llama."""
 
@@ -59,6 +84,14 @@ class RopeScaling(BaseModel):
     long_factor: list[float] | None = None  # longrope
     low_freq_factor: float | None = None  # llama3
     high_freq_factor: float | None = None  # llama3
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, data: Any) -> Any:
+        """`type` is what TensorRT-LLM, and transformers of old, call it."""
+        if isinstance(data, dict) and "type" in data and data.get("rope_type") in (None, data["type"]):
+            return {**{k: v for k, v in data.items() if k != "type"}, "rope_type": data["type"]}
+        return data
 
 
 class MoeConfig(BaseModel):
@@ -162,8 +195,8 @@ class ModelConfig(BaseModel):
         if not isinstance(data, dict):
             return data
         data = dict(data)
-        if data.get("moe") == {}:  # TensorRT-LLM's dense models
-            data["moe"] = None
+        if isinstance(moe := data.get("moe"), dict):
+            data["moe"] = _moe_of_tensorrt_llm(moe, data)
         for field, harmless in _WITHOUT_EFFECT.items():
             if field in data and (value := data.pop(field)) not in harmless:
                 raise ValueError(f"`{field}` is {value!r}, which is not supported")

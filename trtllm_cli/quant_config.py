@@ -45,6 +45,14 @@ class QuantConfig(LayerQuant):
     exclude_modules: list[str] | None = None  # patterns of module names, for every algorithm
     quantized_layers: dict[str, LayerQuant] | None = None  # MIXED_PRECISION: whole-model module name -> how
 
+    @model_validator(mode="before")
+    @classmethod
+    def _modelopt_names(cls, data: Any) -> Any:
+        """ModelOpt's name for FP8 weights in blocks."""
+        if isinstance(data, dict) and data.get("quant_algo") == "fp8_pb_wo":
+            return {**data, "quant_algo": "FP8_BLOCK_SCALES"}
+        return data
+
     @model_validator(mode="after")
     def _mixed(self) -> QuantConfig:
         if (self.quant_algo == "MIXED_PRECISION") != (self.quantized_layers is not None):

@@ -240,6 +240,9 @@ def _check_limits(config: ModelConfig, options: BuildOptions) -> None:
         )
 
 
+_FLOATS = {"float32", "float16", "bfloat16"}  # read as each other
+
+
 def check_tensors(graph: Graph, file: TensorFile) -> None:
     """Raises CheckpointError unless the file holds just the tensors that the traced graph needs, as it needs them."""
     for weight in graph.weights.values():
@@ -247,7 +250,8 @@ def check_tensors(graph: Graph, file: TensorFile) -> None:
         found = file.tensors.get(name)
         if found is None:
             raise CheckpointError(f"tensor `{name}` is missing", where=str(file.path), fix="convert again")
-        if found.shape != weight.shape or found.dtype != weight.dtype:
+        alike = found.dtype == weight.dtype or {found.dtype, weight.dtype} <= _FLOATS
+        if found.shape != weight.shape or not alike:
             raise CheckpointError(
                 f"tensor `{name}` is {found.dtype} {list(found.shape)}, "
                 f"the config makes it {weight.dtype} {list(weight.shape)}",
@@ -357,12 +361,12 @@ def _read(source: TensorFile, graph: Graph, name: str) -> torch.Tensor:
     import torch
 
     weight = graph.weights[name]
-    dtype = getattr(torch, weight.dtype)
     parts = []
     for part in weight.parts:
-        shape = source.tensors[part].shape
-        data = source.read(part)
-        parts.append(torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype))
+        info, data = source.tensors[part], source.read(part)
+        dtype = getattr(torch, info.dtype)
+        tensor = torch.frombuffer(data, dtype=dtype).view(info.shape) if data else torch.empty(info.shape, dtype=dtype)
+        parts.append(tensor.to(getattr(torch, weight.dtype)))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pydantic import ValidationError
 
 from trtllm_cli.artifact import check_output, describe, human_bytes, sha256, validate, writing
-from trtllm_cli.checkpoint import SUMS, TOKENIZER, write_config, write_sums
+from trtllm_cli.checkpoint import PRODUCER, SUMS, TOKENIZER, write_config, write_sums
 from trtllm_cli.convert.cast import load_source
 from trtllm_cli.convert.families import family_of
 from trtllm_cli.convert.families.family import Family
@@ -182,7 +182,7 @@ def read_config(reader: Reader, options: ConvertOptions) -> Decided:
     if "auto_map" in reader.config:
         notes.append(f"config.json names code of its own; it was not run, and the model read as {family.architecture}")
     fields["dtype"] = reader.default_dtype() if options.dtype == "auto" else options.dtype
-    fields["producer"] = {"name": "trtllm-cli", "version": __version__}
+    fields["producer"] = {"name": PRODUCER, "version": __version__}
     base = validate(ModelConfig, fields, reader.config_path, SnapshotError)
     tied, mapping = base.share_embedding_table, Mapping.of(options.tp_size, options.pp_size)
     fields |= {
