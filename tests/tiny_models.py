@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 NUM_BYTES = 256
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = NUM_BYTES + len(SPECIAL)  # odd: the vocabulary is padded for tensor parallelism
@@ -24,12 +23,19 @@ _SHAPE: dict[str, Any] = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
     "bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 256, "tie_word_embeddings": False,
 }  # fmt: skip
-_OF_FAMILY: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": False, "mlp_bias": False},
-    "mistral": {"sliding_window": 16, "head_dim": 8},
-    "qwen2": {"use_sliding_window": False},
-    "qwen3": {"head_dim": 16, "attention_bias": False},
-}
+_SLIDING: dict[str, Any] = {"head_dim": 16, "sliding_window": 6}
+# Each family's config class, and what it has beyond _SHAPE.
+_OF_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"attention_bias": False, "mlp_bias": False}),
+    "mistral": ("MistralConfig", {"sliding_window": 16, "head_dim": 8}),
+    "qwen2": ("Qwen2Config", {"use_sliding_window": False}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16, "attention_bias": False}),
+    "gemma2": ("Gemma2Config", {**_SLIDING, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
+                                "final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
+    "gemma3": ("Gemma3TextConfig", {**_SLIDING, "query_pre_attn_scalar": 24, "tie_word_embeddings": True,
+                                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+}  # fmt: skip
+FAMILIES = tuple(_OF_FAMILY)
 
 
 def real_model_gguf() -> Path | None:
@@ -44,8 +50,8 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     """The transformers config of a tiny model."""
     import transformers
 
-    kinds = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
-    return getattr(transformers, kinds[family])(**{**_SHAPE, **_OF_FAMILY[family], **overrides})
+    kind, settings = _OF_FAMILY[family]
+    return getattr(transformers, kind)(**{**_SHAPE, **settings, **overrides})
 
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from trtllm_cli.checkpoint import Checkpoint
+from trtllm_cli.convert.families import family_of
+from trtllm_cli.convert.families.fields import Fields
 from trtllm_cli.graph import Shard
 from trtllm_cli.model_config import ModelConfig
 from trtllm_cli.models import trace_model
@@ -18,6 +22,12 @@ RENAMED = {
     "self_attn.k_norm": "attention.k_layernorm",
     "mlp.gate_proj": "mlp.fc", "mlp.up_proj": "mlp.gate", "mlp.down_proj": "mlp.proj",
 }  # fmt: skip
+
+
+def read_config(config: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig of a config.json with these fields."""
+    path = Path("config.json")
+    return ModelConfig(**family_of(config, path).config_fields(Fields(config, path)), dtype="bfloat16")
 
 
 def stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -22,6 +22,8 @@ Define = Callable[[Trace, "ModelConfig", "Rank"], Graph]
 
 # Architecture (a checkpoint's `architecture`) -> module that defines it.
 MODELS = {
+    "Gemma2ForCausalLM": "gemma",
+    "Gemma3ForCausalLM": "gemma",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "llama",

@@ -11,6 +11,8 @@ from trtllm_cli.errors import SnapshotError, UnsupportedError
 
 # Architecture (an entry of config.json's `architectures`) -> module here that holds its FAMILY.
 FAMILIES = {
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",

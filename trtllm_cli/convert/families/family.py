@@ -164,8 +164,22 @@ class Family:
         return replace(source, names=tuple(names))
 
 
-def read_decoder(fields: Fields, *, num_kv_heads: int | None, max_positions: int) -> dict[str, Any]:
-    """What the Llama-like families share. `num_kv_heads` and `max_positions` are the family's defaults."""
+ReadRope = Callable[[Fields, int, int], dict[str, Any]]
+
+
+def read_decoder(
+    fields: Fields,
+    *,
+    num_kv_heads: int | None,
+    max_positions: int,
+    activation: str = "hidden_act",
+    norm_epsilon: str = "rms_norm_eps",
+    rope: ReadRope = read_rope,
+) -> dict[str, Any]:
+    """What the Llama-like families share. `num_kv_heads` and `max_positions` are the family's defaults.
+
+    `activation` and `norm_epsilon` are the names of two fields. `rope` takes (fields, head_dim, max_positions).
+    """
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     if "num_key_value_heads" in fields.data:
         num_kv_heads = heads  # what null means
@@ -183,20 +197,20 @@ def read_decoder(fields: Fields, *, num_kv_heads: int | None, max_positions: int
         "num_key_value_heads": fields.integer("num_key_value_heads", heads if num_kv_heads is None else num_kv_heads),
         "head_size": head_dim,
         "intermediate_size": fields.integer("intermediate_size"),
-        "hidden_act": read_activation(fields),
-        "norm_epsilon": fields.number("rms_norm_eps", 1e-6),
+        "hidden_act": read_activation(fields, activation),
+        "norm_epsilon": fields.number(norm_epsilon, 1e-6),
         "max_position_embeddings": max_positions,
         "position_embedding_type": "rope_gpt_neox",
         "share_embedding_table": fields.flag("tie_word_embeddings", False),
-        **read_rope(fields, head_dim, max_positions),
+        **rope(fields, head_dim, max_positions),
     }
 
 
-def read_activation(fields: Fields) -> str:
-    """`hidden_act` in our words."""
-    name = fields.text("hidden_act", "silu")
+def read_activation(fields: Fields, field: str = "hidden_act") -> str:
+    """`hidden_act`, or what the family calls it, in our words."""
+    name = fields.text(field, "silu")
     if name not in _ACTIVATIONS:
-        raise fields.unsupported("hidden_act", f"the activations known here are {', '.join(_ACTIVATIONS)}")
+        raise fields.unsupported(field, f"the activations known here are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
@@ -208,6 +222,15 @@ def read_layer_types(fields: Fields, num_layers: int, default: list[str]) -> lis
     if unknown := set(types) - {"full_attention", "sliding_attention"}:
         raise fields.unsupported("layer_types", f"{sorted(unknown)[0]!r} is not supported")
     return types
+
+
+def read_windows(fields: Fields, num_layers: int, pattern: int) -> dict[str, Any]:
+    """`sliding_window` and `layer_types` of a family in which, by default, every `pattern`-th layer does not slide."""
+    default = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(num_layers)]
+    window, types = fields.integer("sliding_window", None), read_layer_types(fields, num_layers, default)
+    if window is None and "sliding_attention" in types:
+        raise fields.wrong("sliding_window", "an integer, as there are layers that slide")
+    return window_fields(window, types)
 
 
 def window_fields(window: int | None, types: list[str]) -> dict[str, Any]:

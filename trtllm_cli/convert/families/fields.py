@@ -19,6 +19,10 @@ class Fields:
         self.data, self.path, self.prefix = data, path, prefix
         self._read: set[str] = set()
 
+    def fill(self, defaults: Mapping[str, Any]) -> None:
+        """Gives fields that are missing, but not those that are null, the values that the family's class has."""
+        self.data = {**defaults, **self.data}
+
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
         return self.data.get(name) is not None

@@ -28,6 +28,36 @@ def read_rope(fields: Fields, head_dim: int, max_positions: int) -> dict[str, An
     return {"rotary_base": theta, "rotary_scaling": scaling}
 
 
+def read_layered_rope(fields: Fields, head_dim: int, max_positions: int) -> dict[str, Any]:
+    """ModelConfig's rotary fields where sliding layers have a base of their own, and only the others are scaled.
+
+    Of old, `rope_theta` and `rope_scaling` are those of full attention, and `rope_local_base_freq` is the sliding
+    layers'; transformers 5 has a table for each type of layer in `rope_parameters`. The defaults must be filled in.
+    """
+    theta, local = fields.number("rope_theta"), fields.number("rope_local_base_freq")
+    tables, scaling = fields.table("rope_parameters"), fields.table("rope_scaling")
+    full = sliding = None
+    if tables is not None:
+        full, sliding = tables.table("full_attention"), tables.table("sliding_attention")
+        tables.refuse_unread(set(), {})
+    if scaling is not None and scaling.data:
+        if full is not None and set(full.data) - {"rope_type", "rope_theta"}:
+            raise fields.unsupported("rope_scaling", "rope_parameters is there too")
+        theta = theta if full is None else full.number("rope_theta", theta)
+        full = scaling
+    out = {"rotary_base": theta, "rope_local_base_freq": local}
+    if sliding is not None:
+        if sliding.text("rope_type", "default") != "default":
+            raise sliding.unsupported("rope_type", "rotary scaling of sliding layers is not supported")
+        out["rope_local_base_freq"] = sliding.number("rope_theta", local)
+        sliding.refuse_unread(_WITHOUT_EFFECT, _NEUTRAL)
+    if full is not None:
+        out["rotary_base"] = full.number("rope_theta", theta)
+        out["rotary_scaling"] = _scaling(full, None, head_dim, max_positions)
+        full.refuse_unread(_WITHOUT_EFFECT, _NEUTRAL)
+    return out
+
+
 def _table(fields: Fields) -> Fields | None:
     old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
     table = old or new
