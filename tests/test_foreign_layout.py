@@ -36,7 +36,8 @@ def write(path, config, tensors, quantization):
     """A checkpoint of another producer."""
     path.mkdir()
     extra = {
-        "producer": {"name": "modelopt", "version": "0.47.0"}, "rotary_pct": 1.0, "decoder": "llama", "rmsnorm": True,
+        "producer": {"name": "modelopt", "version": "0.47.0"}, "rank": 0, "lm_head_bias": False,
+        "rotary_pct": 1.0, "decoder": "llama", "rmsnorm": True,
         "bias": False, "residual_mlp": False, "moe": {"num_experts": 0, "top_k": 0, "normalization_mode": 1},
         "quantization": {"kv_cache_quant_algo": None, "exclude_modules": ["lm_head"], **quantization},
     }  # fmt: skip

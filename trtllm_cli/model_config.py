@@ -13,15 +13,15 @@ DType = Literal["float32", "float16", "bfloat16"]
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu", "swiglu_oai"]
 LayerType = Literal["full_attention", "sliding_attention"]
 
+# What they write about the file, or about the architecture a second time.
+_LABELS = {"rank", "decoder", "qwen_type"}
 # Fields that TensorRT-LLM and ModelOpt write and that change nothing here, with the values that mean nothing.
 # Any other value is refused: it would mean something that we do not do.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "rotary_pct": (None, 1.0),
-    "decoder": (None, "llama", "qwen", "mistral"),
     "rmsnorm": (None, True),
     "bias": (None, False),
     "residual_mlp": (None, False),
-    "qwen_type": (None, "qwen2", "qwen3"),
     "disable_weight_only_quant_plugin": (None, False),
     "remove_duplicated_kv_heads": (None, False),
     "fc_after_embed": (None, False),
@@ -194,7 +194,7 @@ class ModelConfig(BaseModel):
     def _drop_without_effect(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        data = dict(data)
+        data = {name: value for name, value in data.items() if name not in _LABELS}
         if isinstance(moe := data.get("moe"), dict):
             data["moe"] = _moe_of_tensorrt_llm(moe, data)
         for field, harmless in _WITHOUT_EFFECT.items():
