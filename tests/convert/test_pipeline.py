@@ -21,7 +21,7 @@ from trtllm_cli.checkpoint import Checkpoint, read_sums
 from trtllm_cli.convert import pipeline
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.errors import OutputExistsError, ResourceError, SnapshotError, UnsupportedError, UsageError
-from trtllm_cli.kernels.quantization import dequantize_int4, dequantize_int8
+from trtllm_cli.kernels.quantization import dequantize as kernels_dequantize
 from trtllm_cli.mapping import Mapping
 from trtllm_cli.models import trace_model
 from trtllm_cli.tensor_file import TensorFileWriter, TensorInfo
@@ -110,7 +110,15 @@ def test_sources_that_are_none(snapshot, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"dtype": "int8"}, {"qformat": "fp8"}, {"group_size": 0}, {"embedding_sharding_dim": 2}]
+    "options",
+    [
+        {"dtype": "int8"},
+        {"qformat": "fp8"},
+        {"qformat": "x"},
+        {"kv_cache": "fp8"},
+        {"group_size": 0},
+        {"embedding_sharding_dim": 2},
+    ],
 )
 def test_wrong_options(snapshot, tmp_path, options):
     with pytest.raises(UsageError):
@@ -136,9 +144,10 @@ def test_remote_code_is_not_run(snapshot, tmp_path):
 
 def dequantize(tensors, module):
     weight = tensors[f"{module}.weight"]
-    if weight.dtype == torch.int8:
-        return dequantize_int8(weight, tensors[f"{module}.per_channel_scale"])
-    return dequantize_int4(weight, tensors[f"{module}.weights_scaling_factor"], tensors[f"{module}.zero"])
+    if f"{module}.per_channel_scale" in tensors:
+        return kernels_dequantize(weight, "int8", tensors[f"{module}.per_channel_scale"])
+    scale, zero = tensors[f"{module}.weights_scaling_factor"], tensors.get(f"{module}.zero")
+    return kernels_dequantize(weight, "int8" if zero is None else "int4", scale, zero, group_size=16)
 
 
 @pytest.mark.parametrize(("qformat", "algo", "most"), [("int8_wo", "W8A16", 0.01), ("int4_wo", "W4A16", 0.1)])

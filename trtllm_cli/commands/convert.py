@@ -25,9 +25,15 @@ def convert(
     tp_size: Annotated[int, typer.Option(help="Tensor-parallel ranks: each layer is split over them.")] = 1,
     pp_size: Annotated[int, typer.Option(help="Pipeline stages: the layers are divided among them.")] = 1,
     qformat: Annotated[
-        str | None, typer.Option(help="Weight-only quantization: int8_wo or int4_wo.", show_default="none")
+        str | None,
+        typer.Option(
+            help="Quantize: int8_wo, int4_wo, fp8_pc_pt, fp8_block; `trtllm quantize` has those that need calibration.",
+            show_default="none",
+        ),
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Inputs that share a scale, for int4_wo.")] = 32,
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale: 32 for int4_wo, 64 for int8_wo.", show_default="auto")
+    ] = None,
     use_parallel_embedding: Annotated[
         bool, typer.Option("--use-parallel-embedding", help="Split the embedding table over the tensor-parallel ranks.")
     ] = False,

@@ -23,15 +23,17 @@ from trtllm_cli.convert.cast import load_source
 from trtllm_cli.convert.families import family_of
 from trtllm_cli.convert.families.family import Family
 from trtllm_cli.convert.families.fields import Fields
-from trtllm_cli.convert.plan import Job, Stage, make_plan
+from trtllm_cli.convert.plan import KV_SCALES, Job, Stage, make_plan, source_of, whole_weights
+from trtllm_cli.convert.quantize.formats import CALIBRATED, KvCache, QFormat, qformat_named, quant_config
+from trtllm_cli.convert.quantize.rows import Quantized, row_quantizer
 from trtllm_cli.convert.reader import Reader, RenamedReader, open_reader
 from trtllm_cli.convert.shard import split
 from trtllm_cli.convert.tokenizer_files import check_tokenizer
 from trtllm_cli.convert.verify import verify_aside
-from trtllm_cli.convert.weight_only import QFormat, quant_config, quantize
 from trtllm_cli.errors import ResourceError, SnapshotError, UnsupportedError, UsageError
 from trtllm_cli.mapping import Mapping
 from trtllm_cli.model_config import DType, ModelConfig
+from trtllm_cli.quant_config import QuantConfig
 from trtllm_cli.tensor_file import TensorFileWriter, total_bytes
 from trtllm_cli.version import __version__
 
@@ -54,23 +56,28 @@ class ConvertOptions:
     use_parallel_embedding: bool = False
     embedding_sharding_dim: Literal[0, 1] = 0
     qformat: QFormat | None = None
-    group_size: int = 32
+    group_size: int | None = None  # None: the format's own
+    exclude: tuple[str, ...] = ()  # patterns of layers that stay as they are
+    quantize_lm_head: bool = False
+    kv_cache: KvCache | None = None
     force: bool = False
 
     def check(self) -> None:
         """Raises UsageError for a value that no flag has."""
         for flag, value, allowed in (
             ("--dtype", self.dtype, ("auto", *get_args(DType))),
-            ("--qformat", self.qformat, (None, *get_args(QFormat))),
+            ("--kv-cache-dtype", self.kv_cache, (None, *get_args(KvCache))),
             ("--embedding-sharding-dim", self.embedding_sharding_dim, (0, 1)),
         ):
             if value not in allowed:
                 choices = ", ".join(str(a) for a in allowed if a is not None)
                 raise UsageError(f"{flag} is {value!r}", where=flag, fix=f"choose one of {choices}")
+        if self.qformat is not None:
+            qformat_named(self.qformat)
         for flag, number in (
             ("--tp-size", self.tp_size), ("--pp-size", self.pp_size), ("--group-size", self.group_size)
         ):  # fmt: skip
-            if number < 1:
+            if number is not None and number < 1:
                 raise UsageError(f"{flag} is {number}", where=flag, fix="give 1 or more")
 
 
@@ -98,10 +105,22 @@ class ConvertReport:
         return asdict(self)
 
 
+Check = Callable[[Path, ModelConfig], None]
+
+
 def convert(
-    source: Path, output_dir: Path, options: ConvertOptions | None = None, progress: Progress | None = None
+    source: Path,
+    output_dir: Path,
+    options: ConvertOptions | None = None,
+    progress: Progress | None = None,
+    *,
+    quantization: Quantized | None = None,
+    check: Check | None = None,
 ) -> ConvertReport:
     """Writes the checkpoint of `source`, a snapshot directory or .gguf file, to `output_dir`.
+
+    `quantization` is how, where that took calibration; `check` is called with the finished directory before it gets
+    its name, which it never does if that raises.
 
     Raises SnapshotError for a damaged source, UnsupportedError for what cannot be honoured exactly, UsageError for
     options that do not fit the model, ResourceError for lack of disk, OutputExistsError.
@@ -117,7 +136,7 @@ def convert(
         verified.result()  # if the file was altered, this says so, and is the better explanation
         raise
     try:
-        decided = read_config(reader, options)
+        decided = read_config(reader, options, quantization)
         config, notes = decided.config, decided.notes
         if decided.family.renames:
             reader = RenamedReader(reader, decided.family.renames)
@@ -125,10 +144,12 @@ def convert(
         sizes = [total_bytes(stage.tensors(rank).values()) for stage in stages for rank in stage.ranks]
         _check_space(output_dir, sum(sizes))
         with writing(output_dir, force=options.force, source=source) as directory, _one_thread():
-            _write_ranks(directory, reader, config, stages, progress)
+            _write_ranks(directory, reader, config, stages, quantization or Quantized(config.quantization), progress)
             files = _write_tokenizer(directory, reader, config)
             verified.result()
             write_config(directory, config)
+            if check is not None:
+                check(directory, config)
     finally:
         reader.close()
     if not files:
@@ -138,7 +159,7 @@ def convert(
         architecture=config.architecture,
         dtype=config.dtype,
         quant_algo=config.quantization.quant_algo,
-        group_size=config.quantization.group_size if config.quantization.quant_algo == "W4A16" else None,
+        group_size=_group_size(config),
         tp_size=config.mapping.tp_size,
         pp_size=config.mapping.pp_size,
         num_parameters=_num_parameters(stages),
@@ -149,6 +170,12 @@ def convert(
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         notes=notes,
     )
+
+
+def _group_size(config: ModelConfig) -> int | None:
+    """Inputs that share a scale, where the format leaves a choice."""
+    q = config.quantization
+    return q.group_size if q.per_group or (q.quant_algo or "").startswith(("W4A16", "W4A8")) else None
 
 
 @contextmanager
@@ -174,7 +201,7 @@ class Decided:
     notes: list[str]  # what the user should know
 
 
-def read_config(reader: Reader, options: ConvertOptions) -> Decided:
+def read_config(reader: Reader, options: ConvertOptions, quantization: Quantized | None = None) -> Decided:
     """The config of the checkpoint that the source would make. Raises SnapshotError, UnsupportedError, UsageError."""
     notes = []
     family = family_of(reader.config, reader.config_path)
@@ -187,16 +214,26 @@ def read_config(reader: Reader, options: ConvertOptions) -> Decided:
     tied, mapping = base.share_embedding_table, Mapping.of(options.tp_size, options.pp_size)
     fields |= {
         "mapping": mapping,
-        "share_embedding_table": tied and mapping.world_size == 1,
+        "share_embedding_table": tied and mapping.world_size == 1 and not options.quantize_lm_head,
         "use_parallel_embedding": options.use_parallel_embedding,
         "embedding_sharding_dim": options.embedding_sharding_dim,
     }
     config = _with_mapping(fields)
-    quantization = quant_config(options.qformat, options.group_size, config)
-    if options.qformat == "int4_wo" and quantization.group_size != options.group_size:
-        notes.append(f"groups of {options.group_size} do not divide every layer: {quantization.group_size} was taken")
-    config = config.model_copy(update={"quantization": quantization})
+    if quantization is not None:
+        decided = quantization.config
+    else:
+        decided, said = _decide(options, config)
+        notes += said
+    config = config.model_copy(update={"quantization": decided})
     return Decided(config, family, tied, notes)
+
+
+def _decide(options: ConvertOptions, config: ModelConfig) -> tuple[QuantConfig, list[str]]:
+    qformat = None if options.qformat is None else qformat_named(options.qformat)
+    if qformat in CALIBRATED or options.kv_cache is not None:
+        what = f"--qformat {qformat}" if qformat in CALIBRATED else f"--kv-cache-dtype {options.kv_cache}"
+        raise UsageError(f"{what} takes calibration", where=what.split()[0], fix="trtllm quantize does that")
+    return quant_config(qformat, options.group_size, config, options.exclude, options.quantize_lm_head)
 
 
 def _with_mapping(fields: dict[str, Any]) -> ModelConfig:
@@ -223,7 +260,12 @@ def _check_space(output_dir: Path, size: int) -> None:
 
 
 def _write_ranks(
-    directory: Path, reader: Reader, config: ModelConfig, stages: list[Stage], progress: Progress | None
+    directory: Path,
+    reader: Reader,
+    config: ModelConfig,
+    stages: list[Stage],
+    quantization: Quantized,
+    progress: Progress | None,
 ) -> None:
     total = sum(total_bytes(stage.tensors(rank).values()) for stage in stages for rank in stage.ranks)
     done = 0
@@ -236,7 +278,7 @@ def _write_ranks(
                 for rank, path in files.items()
             }
             for job in stage.jobs:
-                for written in _run(job, reader, config, writers):
+                for written in _run(job, reader, config, writers, quantization):
                     done += written
                 if progress is not None:
                     progress(job.name, done, total)
@@ -244,20 +286,24 @@ def _write_ranks(
     write_sums(directory / SUMS, sums)
 
 
-def _run(job: Job, reader: Reader, config: ModelConfig, writers: dict[Any, TensorFileWriter]) -> list[int]:
+def _run(
+    job: Job, reader: Reader, config: ModelConfig, writers: dict[Any, TensorFileWriter], quantization: Quantized
+) -> list[int]:
     """Reads one whole weight, and gives each rank its part; bytes written."""
     module = job.name.removesuffix(".weight")
-    quantized = any(w.dtype in ("int8", "uint8") for w in next(iter(job.parts.values())).values())
-    wholes: dict[str, torch.Tensor]
-    if quantized:
+    names = {name.rpartition(".")[2] for weights in job.parts.values() for name in weights}
+    wholes: dict[str, torch.Tensor] = {}
+    if KV_SCALES in names:
+        wholes[f"{module}.{KV_SCALES}"] = _kv_scales(module, quantization)
+    if names - {"weight", "bias", KV_SCALES}:
         # straight from the source's numbers: no rounding in between
         dtypes = {reader.tensors[name].dtype for name in job.source.names}
         dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
         whole = load_source(reader, job.source, job.shape, config, dtype)
-        wholes = {f"{module}.{part}": tensor for part, tensor in quantize(whole, config.quantization).items()}
+        wholes |= {f"{module}.{part}": t for part, t in _quantized(whole, module, quantization).items()}
         del whole
     else:
-        wholes = {job.name: load_source(reader, job.source, job.shape, config, _dtype_of(job))}
+        wholes[job.name] = load_source(reader, job.source, job.shape, config, _dtype_of(job))
     written = []
     for rank, weights in job.parts.items():
         # the rank's names differ from the whole's in the layer's number only
@@ -266,6 +312,29 @@ def _run(job: Job, reader: Reader, config: ModelConfig, writers: dict[Any, Tenso
             writers[rank].write(name, data)
             written.append(len(data))
     return written
+
+
+def _quantized(whole: torch.Tensor, module: str, quantization: Quantized) -> dict[str, torch.Tensor]:
+    """The stored parts of a whole weight."""
+    layer = quantization.config.layer_quant(module)
+    assert layer is not None
+    quantizer = row_quantizer(layer, tuple(whole.shape), quantization.calibration.layers.get(module))
+    made = quantizer(whole.flatten(0, -2))
+    return quantizer.fixed | {name: part.unflatten(0, whole.shape[:-1]) for name, part in made.items()}
+
+
+def _kv_scales(module: str, quantization: Quantized) -> torch.Tensor:
+    """float32 [2] of the attention that the linear `module` belongs to: k's step and v's."""
+    import torch
+
+    return torch.tensor(quantization.calibration.kv_scales[module.rpartition(".")[0]], dtype=torch.float32)
+
+
+def whole_tensor(reader: Reader, decided: Decided, name: str) -> torch.Tensor:
+    """A weight of the whole model, not quantized, by our name, in the dtype of the checkpoint."""
+    weight = whole_weights(decided.config)[name]
+    source = source_of(decided.family, name, decided.config, tied=decided.tied)
+    return load_source(reader, source, weight.shape, decided.config, weight.dtype)
 
 
 def _dtype_of(job: Job) -> str:

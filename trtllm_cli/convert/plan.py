@@ -22,8 +22,11 @@ from trtllm_cli.tensor_file import TensorInfo
 
 EMBEDDING, HEAD = "transformer.vocab_embedding.weight", "lm_head.weight"
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
+KV_SCALES = "kv_cache_scaling_factor"
 # A quantized weight's companions: made with it, named like it.
-_COMPANION = re.compile(r"\.(per_channel_scale|weights_scaling_factor|zero)$")
+_COMPANION = re.compile(
+    r"\.(per_channel_scale|weights_scaling_factor(_2)?|zero|activation_scaling_factor|prequant_scaling_factor)$"
+)
 _LAYER = re.compile(r"(?<=transformer\.layers\.)\d+(?=\.)")
 
 
@@ -52,7 +55,7 @@ class Stage:
 def make_plan(reader: Reader, family: Family, config: ModelConfig, *, tied: bool) -> list[Stage]:
     """The jobs of every stage. Raises SnapshotError for a tensor that is missing, left over or of the wrong shape."""
     whole = whole_weights(config)
-    sources = {name: _source(family, name, config, tied=tied) for name in whole}
+    sources = {name: source_of(family, name, config, tied=tied) for name in whole}
     for name, weight in whole.items():
         _check_sources(reader, sources[name], weight, name, config)
     _check_leftovers(reader, family, {name for source in sources.values() for name in source.names}, tied=tied)
@@ -65,7 +68,13 @@ def whole_weights(config: ModelConfig) -> dict[str, Weight]:
     return trace_model(alone, alone.mapping.ranks[0]).weights
 
 
-def _source(family: Family, name: str, config: ModelConfig, *, tied: bool) -> Source:
+def _weight_of(name: str) -> str:
+    """The weight that a tensor of a checkpoint is made with; the cache's scales go with those of k and v."""
+    return _COMPANION.sub(".weight", name).replace(f".{KV_SCALES}", ".qkv.weight")
+
+
+def source_of(family: Family, name: str, config: ModelConfig, *, tied: bool) -> Source:
+    """What makes the weight `name` of the whole model."""
     if name == HEAD and tied:
         return Source((family.embedding,))
     layer = _LAYER.search(name)
@@ -80,7 +89,7 @@ def _stage(config: ModelConfig, pp_rank: int, whole: dict[str, Weight], sources:
     for rank in ranks:
         for name, weight in trace_model(config, rank).weights.items():
             # TensorRT-LLM numbers the layers of each stage from 0.
-            whole_name = _LAYER.sub(lambda m: str(int(m[0]) + first), _COMPANION.sub(".weight", name))
+            whole_name = _LAYER.sub(lambda m: str(int(m[0]) + first), _weight_of(name))
             parts.setdefault(whole_name, {}).setdefault(rank, {})[name] = weight
     return Stage(ranks, tuple(Job(name, sources[name], whole[name].shape, parts[name]) for name in parts))
 

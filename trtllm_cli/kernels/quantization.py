@@ -6,6 +6,8 @@ even column in the low nibble; with one scale, a scale per output, or a scale pe
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 DEFAULT_GROUP_SIZE = 32
@@ -33,7 +35,7 @@ def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, 
     (GGUF's Q4_1) come back as they were. `zero` is in levels and not rounded: w = (q - zero) * scale. A last group may
     be short.
     """
-    groups = _grouped(weight.float(), group_size)
+    groups = grouped(weight.float(), group_size)
     low, high = groups.aminmax(dim=2)
     scale = ((high - low) / 15.0).clamp_min(1e-30)
     # One level, and no weight at all: a group of equal weights is level 1 of a scale as large as the weight.
@@ -57,7 +59,7 @@ def dequantize_int4(
     """
     in_features = in_features or 2 * weight.shape[1]
     group_size = group_size or in_features // scale.shape[1]
-    q = _grouped(unpack_nibbles(weight, in_features).float(), group_size)
+    q = grouped(unpack_nibbles(weight, in_features).float(), group_size)
     offset = 8.0 if zero is None else zero.float()[..., None]
     return ((q - offset) * scale.float()[..., None]).flatten(1)[:, :in_features]
 
@@ -74,7 +76,7 @@ def unpack_nibbles(packed: torch.Tensor, in_features: int) -> torch.Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)[:, :in_features]
 
 
-def _grouped(values: torch.Tensor, group_size: int) -> torch.Tensor:
+def grouped(values: torch.Tensor, group_size: int) -> torch.Tensor:
     """[out, in] -> [out, groups, group_size]; a short last group repeats its last column."""
     missing = -values.shape[1] % group_size
     if missing:
@@ -122,6 +124,13 @@ def fp4_values(nibbles: torch.Tensor) -> torch.Tensor:
     return torch.cat([values, -values])[nibbles.long()]
 
 
+def fp4_codes(values: torch.Tensor) -> torch.Tensor:
+    """uint8 below 16: the nearest E2M1 number's code, its sign in bit 3; what undoes fp4_values."""
+    rounded = round_to(values, "fp4")
+    midpoints = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(FP4_VALUES)])
+    return (torch.bucketize(rounded.abs(), midpoints) + 8 * torch.signbit(values)).to(torch.uint8)
+
+
 def round_to(x: torch.Tensor, fmt: str) -> torch.Tensor:
     """float32 `x` rounded to the nearest number of "fp8", "int8" or "fp4", what is larger to the largest."""
     largest = LARGEST[fmt]
@@ -141,7 +150,7 @@ def qdq(x: torch.Tensor, scale: torch.Tensor | None, fmt: str, group_size: int |
     """functional.qdq, on float32 [rows, width]."""
     if scale is not None and fmt != "fp4":
         return round_to(x / scale, fmt) * scale
-    parts = _grouped(x, group_size or x.shape[-1])
+    parts = grouped(x, group_size or x.shape[-1])
     steps = parts.abs().amax(dim=-1, keepdim=True) / LARGEST[fmt]
     if scale is not None:
         steps = round_to(steps / scale, "fp8") * scale
