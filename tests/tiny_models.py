@@ -23,6 +23,8 @@ _SHAPE: dict[str, Any] = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
     "bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 256, "tie_word_embeddings": False,
 }  # fmt: skip
+_ABSENT = object()  # what the family's config class does not have
+_NO_SHAPE = dict.fromkeys(("intermediate_size", "num_key_value_heads", "rms_norm_eps"), _ABSENT)
 _SLIDING: dict[str, Any] = {"head_dim": 16, "sliding_window": 6}
 # Each family's config class, and what it has beyond _SHAPE.
 _OF_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,6 +36,7 @@ _OF_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
                                 "final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
     "gemma3": ("Gemma3TextConfig", {**_SLIDING, "query_pre_attn_scalar": 24, "tie_word_embeddings": True,
                                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gpt2": ("GPT2Config", {**_NO_SHAPE, "layer_norm_epsilon": 1e-3, "tie_word_embeddings": True}),
 }  # fmt: skip
 FAMILIES = tuple(_OF_FAMILY)
 
@@ -51,7 +54,8 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     import transformers
 
     kind, settings = _OF_FAMILY[family]
-    return getattr(transformers, kind)(**{**_SHAPE, **settings, **overrides})
+    fields = {**_SHAPE, **settings, **overrides}
+    return getattr(transformers, kind)(**{name: value for name, value in fields.items() if value is not _ABSENT})
 
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
@@ -63,10 +67,13 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.copy_(1 + 0.1 * torch.randn_like(parameter))
+            noise = torch.randn_like(parameter)
+            if name.endswith("bias"):
+                parameter.copy_(0.1 * noise)
+            elif "norm" in name or "ln_" in name:
+                parameter.copy_(1 + 0.1 * noise)
             else:
-                parameter.copy_(torch.randn_like(parameter) * (0.1 if name.endswith("bias") else 0.08))
+                parameter.copy_(0.08 * noise)
     return model
 
 

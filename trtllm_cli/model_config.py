@@ -37,7 +37,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 
 _OF_FEW = {
     "norm_bias", "lm_head_bias", "embedding_multiplier", "residual_multiplier", "output_multiplier_scale",
-    "parallel_residual",
+    "parallel_residual", "scale_attn_by_inverse_layer_idx",
 }  # fmt: skip
 
 
@@ -171,6 +171,7 @@ class ModelConfig(BaseModel):
     final_logit_softcapping: float | None = Field(default=None, gt=0)
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None  # of attention's scores; None: head_size ** -0.5
+    scale_attn_by_inverse_layer_idx: bool = False  # GPT-2: scores of layer i are also divided by i + 1
     residual_multiplier: float = 1.0
     output_multiplier_scale: float = 1.0  # of the logits
     parallel_residual: bool = False  # attention and MLP read the same residual stream

@@ -59,7 +59,7 @@ def test_defaults_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("hidden_act", "gelu_new"),
+        ("hidden_act", "quick_gelu"),
         ("partial_rotary_factor", 0.5),
         ("quantization_config", {"quant_method": "fp8"}),
         ("attn_logit_softcapping", 30.0),
@@ -115,7 +115,7 @@ def test_wrong_fields_are_named(field, value, says):
 def test_without_architectures_the_model_type_tells():
     assert read(llama(architectures="absent")).architecture == "LlamaForCausalLM"
     with pytest.raises(SnapshotError, match="architectures"):
-        read(llama(architectures="absent", model_type="gpt2"))
+        read(llama(architectures="absent", model_type="bert"))
 
 
 def test_neutral_values_pass():

@@ -34,6 +34,9 @@ SETTINGS = {
             }
         },
     ),
+    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 80}),
+    "gpt2-scaled": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    "gpt2-unscaled": ("gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
 }
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 3.0},

@@ -24,6 +24,7 @@ Define = Callable[[Trace, "ModelConfig", "Rank"], Graph]
 MODELS = {
     "Gemma2ForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma",
+    "GPT2LMHeadModel": "gpt2",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "llama",
@@ -53,7 +54,7 @@ _SETTINGS = (
     "rope_local_base_freq", "norm_bias", "lm_head_bias", "attn_logit_softcapping", "final_logit_softcapping",
     "embedding_multiplier", "attention_multiplier", "residual_multiplier", "output_multiplier_scale",
     "parallel_residual", "moe", "mla", "qk_layernorm", "attn_bias", "dense_bias", "mlp_bias", "sliding_window",
-    "rotary_scaling",
+    "rotary_scaling", "scale_attn_by_inverse_layer_idx",
 )  # fmt: skip
 
 

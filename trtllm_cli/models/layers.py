@@ -83,6 +83,22 @@ class LayerNorm:
         return F.layer_norm(x, self.weight, self.bias, self.eps)
 
 
+class Mlp:
+    """`proj(act(fc(x)))`."""
+
+    def __init__(self, config: ModelConfig, rank: Rank, name: str) -> None:
+        c, inner = config, config.intermediate_size
+        self.activation = c.hidden_act
+        self.fc = Linear(
+            c, rank, f"{name}.fc", c.hidden_size, inner // c.mapping.tp_size, bias=c.mlp_bias, shard="rows"
+        )
+        self.proj = Linear(c, rank, f"{name}.proj", inner, c.hidden_size, bias=c.mlp_bias, shard="columns")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` [num_tokens, hidden_size] to the same."""
+        return self.proj(F.act(self.fc(x), self.activation))
+
+
 class Embedding:
     """The token table, whole on each rank, or split by `use_parallel_embedding`."""
 
@@ -110,6 +126,18 @@ class Embedding:
         return F.all_gather(F.embedding(ids, self.weight), self.rank.tp_group)
 
 
+class PositionEmbedding:
+    """The table of learned positions, whole on each rank."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        shape = (config.max_position_embeddings, config.hidden_size)
+        self.weight = F.weight("transformer.position_embedding.weight", shape, config.dtype)
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """`positions` [num_tokens] to [num_tokens, hidden_size]."""
+        return F.embedding(positions, self.weight)
+
+
 class LmHead:
     """Hidden states to logits over the whole vocabulary, float32."""
 
@@ -124,6 +152,7 @@ class LmHead:
             config.hidden_size,
             config.padded_vocab_size // config.mapping.tp_size,
             shard=None if shared else "rows",
+            bias=config.lm_head_bias,
             weight_name=f"{Embedding.NAME}.weight" if shared else None,
             out_dtype="float32",
         )
@@ -148,6 +177,7 @@ def decoder(
     make_norm: MakeNorm = RmsNorm,
     *,
     embedding_multiplier: float | None = None,
+    learned_positions: bool = False,
 ) -> Graph:
     """This rank's part of a decoder: the first stage embeds, the last gives logits, each hands hidden states on.
 
@@ -157,6 +187,8 @@ def decoder(
     if rank.is_first_stage:
         multiplier = config.embedding_multiplier if embedding_multiplier is None else embedding_multiplier
         x = F.scale(Embedding(config, rank)(t.input("input_ids")), multiplier)
+        if learned_positions:
+            x = F.add(x, PositionEmbedding(config)(positions))
     else:
         x = F.recv(positions, config.hidden_size, config.dtype, rank.prev_stage)
     for i, layer in enumerate(rank.layers(config.num_hidden_layers)):

@@ -22,6 +22,7 @@ class Attention:
     """Grouped-query attention with rotary positions over the paged KV cache."""
 
     norm = RmsNorm  # of each head of q and k
+    rotary = True
 
     def __init__(self, config: ModelConfig, rank: Rank, name: str, layer: int) -> None:
         c, tp = config, config.mapping.tp_size
@@ -45,8 +46,9 @@ class Attention:
         q, k, v = F.split(self.qkv(x), [self.heads * self.head_dim, kv_width, kv_width])
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = F.rope(q, positions, self.heads, self.rope)
-        k = F.rope(k, positions, self.kv_heads, self.rope)
+        if self.rotary:
+            q = F.rope(q, positions, self.heads, self.rope)
+            k = F.rope(k, positions, self.kv_heads, self.rope)
         y = F.attention(
             q,
             k,

@@ -56,7 +56,7 @@ def test_gemma3_rope():
         (GEMMA3, "rope_parameters", {"full_attention": {"rope_type": "proportional"}}),
         (GEMMA, "query_pre_attn_scalar", 0),
         (GEMMA, "sliding_window", None),
-        (GEMMA, "hidden_activation", "gelu_new"),
+        (GEMMA, "hidden_activation", "quick_gelu"),
     ],
 )
 def test_gemma_refuses_by_name(config, field, value):

@@ -117,9 +117,28 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
     "relu": "relu",
 }
+
+
+def module_tensors(
+    ours: str,
+    theirs: str,
+    modules: Mapping[str, str],
+    *,
+    rows: Callable[[ModelConfig], torch.Tensor] | None = None,
+    transposed: bool = False,
+) -> dict[str, Source]:
+    """The weight and the bias of each of `modules`, from our name to theirs, under the prefixes `ours` and `theirs`."""
+    table = {}
+    for our_name, their_name in modules.items():
+        weight, bias = (f"{theirs}.{their_name}.{kind}" for kind in ("weight", "bias"))
+        table[f"{ours}.{our_name}.weight"] = Source((weight,), rows=rows, transposed=transposed)
+        table[f"{ours}.{our_name}.bias"] = Source((bias,), rows=rows)
+    return table
 
 
 @dataclass(frozen=True)
@@ -141,6 +160,7 @@ class Family:
     # Names that are stored under others: (pattern, replacement) of `re.sub`, tried in order on each of a snapshot's
     # names, such as a prefix that only some publishers write.
     renames: tuple[tuple[str, str], ...] = ()
+    without_effect: frozenset[str] = frozenset()  # fields that change nothing in this family
 
     def config_fields(self, fields: Fields) -> dict[str, Any]:
         """ModelConfig's fields; anything in the file that cannot be honoured is an UnsupportedError."""
@@ -151,7 +171,7 @@ class Family:
                 fix="convert the unquantized model; --qformat quantizes it",
             )
         out = {"architecture": self.architecture, **self.read(fields)}
-        fields.refuse_unread(WITHOUT_EFFECT, NEUTRAL)
+        fields.refuse_unread(WITHOUT_EFFECT | self.without_effect, NEUTRAL)
         return out
 
     def source(self, name: str, layer: int | None, num_experts: int) -> Source:
