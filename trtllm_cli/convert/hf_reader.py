@@ -160,7 +160,7 @@ class _BinFile:
                 where=str(path),
                 fix="use the model's safetensors files; a .bin file that needs more may run code",
             ) from None
-        except (RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError, AttributeError) as e:
+        except Exception as e:  # a damaged pickle makes torch's unpickler raise anything at all
             raise SnapshotError(
                 f"{path.name} is damaged: {str(e).splitlines()[0] if str(e) else type(e).__name__}",
                 where=str(path),

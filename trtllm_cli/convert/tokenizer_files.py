@@ -43,6 +43,8 @@ def copy_tokenizer(source: Path, directory: Path, config: Mapping[str, Any]) -> 
         return []
     for name in _COPIED:
         if (source / name).is_file():
+            if name.endswith(".json"):
+                read_json(source / name, SnapshotError)
             shutil.copyfile(source / name, directory / name)
     if (source / _MORE_TEMPLATES).is_dir():
         (directory / _MORE_TEMPLATES).mkdir()
