@@ -27,10 +27,11 @@ from trtllm_cli.engine import (
     program_digest,
     write_config,
 )
-from trtllm_cli.errors import CheckpointError, ResourceError, TrtllmError, UnsupportedError, UsageError
+from trtllm_cli.errors import ResourceError, TrtllmError, UnsupportedError, UsageError
 from trtllm_cli.graph import Graph
 from trtllm_cli.kernels.rope_spec import RopeSpec
 from trtllm_cli.models import Define, load_model_file, model_file_error, trace_model
+from trtllm_cli.models.tensors import check_tensors, read_weight
 from trtllm_cli.tensor_file import ENGINE_ALIGNMENT, TensorFile, TensorFileWriter, total_bytes
 from trtllm_cli.version import __version__
 
@@ -240,40 +241,6 @@ def _check_limits(config: ModelConfig, options: BuildOptions) -> None:
         )
 
 
-_FLOATS = {"float32", "float16", "bfloat16"}  # read as each other
-
-
-def check_tensors(graph: Graph, file: TensorFile) -> None:
-    """Raises CheckpointError unless the file holds just the tensors that the traced graph needs, as it needs them."""
-    for weight in graph.weights.values():
-        (name,) = weight.parts
-        found = file.tensors.get(name)
-        if found is None:
-            raise CheckpointError(f"tensor `{name}` is missing", where=str(file.path), fix="convert again")
-        alike = found.dtype == weight.dtype or {found.dtype, weight.dtype} <= _FLOATS
-        if found.shape != weight.shape or not alike:
-            raise CheckpointError(
-                f"tensor `{name}` is {found.dtype} {list(found.shape)}, "
-                f"the config makes it {weight.dtype} {list(weight.shape)}",
-                where=str(file.path),
-                fix="convert again",
-            )
-    needed = {part for weight in graph.weights.values() for part in weight.parts}
-    if leftover := sorted(file.tensors.keys() - needed - _optional(graph)):
-        raise CheckpointError(
-            f"tensor `{leftover[0]}` is not part of the model"
-            + (f" (nor are {len(leftover) - 1} others)" if len(leftover) > 1 else ""),
-            where=str(file.path),
-            fix="the config does not describe these weights; convert again",
-        )
-
-
-def _optional(graph: Graph) -> set[str]:
-    """Tensors that other tools write although they say nothing new: the head of a tied model."""
-    tied = "lm_head.weight" not in graph.weights and "transformer.vocab_embedding.weight" in graph.weights
-    return {"lm_head.weight"} if tied else set()
-
-
 def _longest(config: ModelConfig) -> int:
     """Positions that the model was made for."""
     scaling = config.rotary_scaling
@@ -336,7 +303,7 @@ def _write_rank(
     ):
 
         def read(name: str) -> torch.Tensor:
-            return _read(source, graph, name)
+            return read_weight(source, graph.weights[name])
 
         for packing in lowered.packings:
             for name, tensor in packing.make(read).items():
@@ -354,20 +321,6 @@ def _rank_file(path: Path) -> RankFile:
     with TensorFile(path) as file:
         program = program_digest(file)
     return RankFile(name=path.name, size=path.stat().st_size, sha256=sha256(path), program_sha256=program)
-
-
-def _read(source: TensorFile, graph: Graph, name: str) -> torch.Tensor:
-    """A weight of the graph: its parts from the checkpoint, stacked."""
-    import torch
-
-    weight = graph.weights[name]
-    parts = []
-    for part in weight.parts:
-        info, data = source.tensors[part], source.read(part)
-        dtype = getattr(torch, info.dtype)
-        tensor = torch.frombuffer(data, dtype=dtype).view(info.shape) if data else torch.empty(info.shape, dtype=dtype)
-        parts.append(tensor.to(getattr(torch, weight.dtype)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

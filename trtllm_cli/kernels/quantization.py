@@ -120,7 +120,7 @@ def dequantize(
 
 def fp4_values(nibbles: torch.Tensor) -> torch.Tensor:
     """float32 of E2M1 numbers, uint8 below 16 each."""
-    values = torch.tensor(FP4_VALUES)
+    values = torch.tensor(FP4_VALUES, device=nibbles.device)
     return torch.cat([values, -values])[nibbles.long()]
 
 

@@ -202,7 +202,7 @@ def paged_attention(
     starts = inputs["query_start"].tolist()
     for s, length in enumerate(inputs["seq_lens"].tolist()):
         start, end = starts[s], starts[s + 1]
-        positions = torch.arange(length)
+        positions = torch.arange(length, device=q.device)
         blocks = inputs["block_tables"][s].long()[positions // block_size]
         slots = blocks * block_size + positions % block_size
         repeats = num_heads // num_kv_heads
@@ -212,7 +212,7 @@ def paged_attention(
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * attrs["scale"]
         if cap := attrs.get("softcap"):
             scores = cap * torch.tanh(scores / cap)
-        distance = (length - (end - start) + torch.arange(end - start)).unsqueeze(1) - positions
+        distance = (length - (end - start) + torch.arange(end - start, device=q.device)).unsqueeze(1) - positions
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         scores = scores.masked_fill(hidden, -torch.inf)
         if "sinks" in inputs:
