@@ -15,6 +15,7 @@ from trtllm_cli.graph import Graph
 from trtllm_cli.model_config import ModelConfig
 from trtllm_cli.run.backends import load_runner
 from trtllm_cli.run.communicator import SingleRank
+from trtllm_cli.run.model_inputs import ModelInputs
 from trtllm_cli.tensor_file import TensorFileWriter, TensorInfo
 
 
@@ -64,3 +65,30 @@ def runner_logits(engine: Engine, steps: list[dict[int, list[int]]] = STEPS, num
         return out
     finally:
         runner.close()
+
+
+def logits_of(path: Path, token_ids: list[int]) -> np.ndarray:
+    """The logits after every token of a sequence, by the engine's runner, a few tokens a step."""
+    engine = Engine.open(path)
+    size, count = engine.config.build_config.tokens_per_block, len(token_ids)
+    blocks = -(-count // size)
+    runner = load_runner(engine, engine.config.pretrained_config.mapping.ranks[0], SingleRank())
+    runner.allocate_kv_cache(blocks)
+    rows = []
+    arange = np.arange(count, dtype=np.int32)
+    for start in range(0, count, 8):  # max_batch_size rows of logits a step
+        part = arange[start : start + 8]
+        inputs = ModelInputs(
+            input_ids=np.array(token_ids, dtype=np.int32)[part],
+            positions=part,
+            slot_mapping=part,
+            block_tables=np.arange(blocks, dtype=np.int32)[None],
+            query_start=np.array([0, len(part)], dtype=np.int32),
+            seq_lens=np.array([part[-1] + 1], dtype=np.int32),
+            logits_indices=np.arange(len(part), dtype=np.int32),
+        )
+        logits = runner.forward(inputs)
+        assert logits is not None
+        rows.append(logits.copy())
+    runner.close()
+    return np.concatenate(rows)

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.engines import logits_of
 from trtllm_cli import LLM, SamplingParams
 from trtllm_cli.build.builder import BuildOptions, build
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
-from trtllm_cli.run.backends import load_runner
-from trtllm_cli.run.communicator import SingleRank
-from trtllm_cli.run.model_inputs import ModelInputs
 
 pytestmark = [
     pytest.mark.real_model,
@@ -80,33 +78,6 @@ def test_greedy_float32_is_transformers_token_for_token(engines, reference):
         assert len(tokens) == 32
         logits = reference(torch.tensor([output.prompt_token_ids + tokens])).logits[0]
         assert logits[len(output.prompt_token_ids) - 1 : -1].argmax(-1).tolist() == tokens
-
-
-def logits_of(path, token_ids):
-    """Logits after every token, by the engine's runner in one step."""
-    from trtllm_cli.engine import Engine
-
-    engine = Engine.open(path)
-    size, count = engine.config.build_config.tokens_per_block, len(token_ids)
-    blocks = -(-count // size)
-    runner = load_runner(engine, engine.config.pretrained_config.mapping.ranks[0], SingleRank())
-    runner.allocate_kv_cache(blocks)
-    rows = []
-    arange = np.arange(count, dtype=np.int32)
-    for start in range(0, count, 8):  # max_batch_size rows of logits a step
-        part = arange[start : start + 8]
-        inputs = ModelInputs(
-            input_ids=np.array(token_ids, dtype=np.int32)[part],
-            positions=part,
-            slot_mapping=part,
-            block_tables=np.arange(blocks, dtype=np.int32)[None],
-            query_start=np.array([0, len(part)], dtype=np.int32),
-            seq_lens=np.array([part[-1] + 1], dtype=np.int32),
-            logits_indices=np.arange(len(part), dtype=np.int32),
-        )
-        rows.append(runner.forward(inputs).copy())
-    runner.close()
-    return np.concatenate(rows)
 
 
 @torch.inference_mode()

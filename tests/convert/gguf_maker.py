@@ -24,13 +24,25 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
+GEMMA_NAMES = {
+    **NAMES,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
-def gguf_name(name: str) -> str:
+
+def gguf_name(name: str, arch: str) -> str:
     module, kind = name.rsplit(".", 1)
+    names = GEMMA_NAMES if arch.startswith("gemma") else NAMES
     if module.startswith("model.layers."):
         layer, rest = module.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{layer}.{NAMES[rest]}.{kind}"
-    return f"{NAMES[module]}.{kind}"
+        return f"blk.{layer}.{names[rest]}.{kind}"
+    return f"{names[module]}.{kind}"
+
+
+def module_of(name: str) -> str:
+    return name.split(".")[-2]
 
 
 def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -64,7 +76,8 @@ def write_model(
         f"{arch}.attention.head_count_kv": c.num_key_value_heads,
         f"{arch}.attention.key_length": head_dim, f"{arch}.attention.value_length": head_dim,
         f"{arch}.attention.layer_norm_rms_epsilon": c.rms_norm_eps,
-        f"{arch}.rope.freq_base": c.rope_parameters["rope_theta"], f"{arch}.rope.dimension_count": head_dim,
+        f"{arch}.rope.freq_base": c.rope_parameters.get("full_attention", c.rope_parameters)["rope_theta"],
+        f"{arch}.rope.dimension_count": head_dim,
         f"{arch}.vocab_size": c.vocab_size,
         **(metadata or {}),
     }  # fmt: skip
@@ -74,10 +87,11 @@ def write_model(
     for name, value in model.state_dict().items():
         if name == "lm_head.weight" and c.tie_word_embeddings:
             continue
-        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(module_of(name))
         value = permute(value, heads) if arch == "llama" and heads else value
+        value = value + 1 if arch.startswith("gemma") and module_of(name).endswith("norm") else value
         of = kind if value.dim() > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(gguf_name(name), gguf.quantize(value.float().numpy(), of), raw_dtype=of)
+        writer.add_tensor(gguf_name(name, arch), gguf.quantize(value.float().numpy(), of), raw_dtype=of)
     for name, value in (tensors or {}).items():
         writer.add_tensor(name, np.asarray(value, dtype=np.float32))
     finish(writer)

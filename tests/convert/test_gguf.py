@@ -19,7 +19,7 @@ from tests.convert.gguf_maker import (
     write_model,
 )
 from tests.convert.helpers import RENAMED, read_checkpoint, stacked
-from tests.tiny_models import real_model_gguf, tiny_model
+from tests.tiny_models import real_model_gguf, save_tiny_model, tiny_model
 from trtllm_cli.checkpoint import Checkpoint
 from trtllm_cli.convert import gguf_file
 from trtllm_cli.convert.gguf_file import GgufFile
@@ -59,6 +59,35 @@ def test_models(name, tmp_path):
     assert set(tensors) == set(expected)
     for key, value in expected.items():
         assert torch.equal(tensors[key], value), key
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_gemma(name, tmp_path):
+    """What llama.cpp says in its way is what the snapshot says."""
+    settings = {"query_pre_attn_scalar": 16, "layer_types": None, "num_hidden_layers": 6}
+    model = save_tiny_model(tmp_path / "snapshot", name, **settings)
+    c = model.config
+    fields = {
+        f"{name}.attention.sliding_window": c.sliding_window,
+        f"{name}.attn_logit_softcapping": c.attn_logit_softcapping if name == "gemma2" else None,
+        f"{name}.final_logit_softcapping": c.final_logit_softcapping,
+    }
+    write_model(tmp_path / "m.gguf", model, name, metadata=fields)
+    checkpoint, tensors, _ = converted(tmp_path / "m.gguf", tmp_path)
+    convert(tmp_path / "snapshot", tmp_path / "expected")
+    expected = Checkpoint.open(tmp_path / "expected")
+    assert checkpoint.config.model_dump() == expected.config.model_dump()
+    (theirs,) = read_checkpoint(expected)
+    assert set(tensors) == set(theirs)
+    assert all(torch.equal(tensors[key], value) for key, value in theirs.items())
+
+
+def test_the_largest_gemma_scales_by_its_hidden_size(tmp_path):
+    model = tiny_model("gemma3", num_hidden_layers=62, layer_types=None, hidden_size=16, intermediate_size=8)
+    write_model(tmp_path / "m.gguf", model, "gemma3", metadata={"gemma3.attention.sliding_window": 8})
+    checkpoint, _, _ = converted(tmp_path / "m.gguf", tmp_path)
+    assert checkpoint.config.head_size == 16
+    assert checkpoint.config.attention_multiplier == (16 / 8) ** -0.5
 
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1])

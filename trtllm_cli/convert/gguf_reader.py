@@ -1,17 +1,19 @@
 """A GGUF file as if it were a Hugging Face snapshot: its metadata as a config, its tensors under HF's names.
 
 llama.cpp's converter renames tensors, and for Llama permutes the rows of q and k, because its rotary embedding turns
-neighbours where Hugging Face's turns halves. Both are undone here.
+neighbours where Hugging Face's turns halves; to Gemma's norms it adds one. All of it is undone here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trtllm_cli.convert.gguf_architectures import ARCHITECTURES
 from trtllm_cli.convert.gguf_file import GgufFile
+from trtllm_cli.convert.gguf_metadata import Metadata
 from trtllm_cli.convert.gguf_tokenizer import GgufTokenizer
 from trtllm_cli.errors import SnapshotError, UnsupportedError
 from trtllm_cli.tensor_file import TensorInfo
@@ -19,41 +21,6 @@ from trtllm_cli.tensor_file import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-_ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", "llama"),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-}
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-# Metadata of the model that says nothing about the numbers, with the values at which the rest of it says nothing.
-_WITHOUT_EFFECT = {"vocab_size", "tensor_data_layout"}
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention.causal": (True,),
-    "attention.sliding_window": (0,),
-    "expert_count": (0,),
-    "expert_used_count": (0,),
-    "logit_scale": (0.0, 1.0),
-    "embedding_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
-    "attention.scale": (0.0,),
-    "use_parallel_residual": (False,),
-    "rope.scaling.finetuned": (True, False),
-}
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -65,32 +32,40 @@ class GgufReader:
         self._file = GgufFile(path)
         try:
             self._fields = self._file.metadata
-            self.architecture = self._text("general.architecture")
-            if self.architecture not in _ARCHITECTURES:
+            self._metadata = Metadata(path, self._fields)
+            name = self._metadata.architecture
+            if name not in ARCHITECTURES:
                 raise UnsupportedError(
-                    f"GGUF files of the architecture {self.architecture!r} are not supported",
+                    f"GGUF files of the architecture {name!r} are not supported",
                     where=f"{path}: general.architecture",
-                    fix=f"supported: {', '.join(_ARCHITECTURES)}",
+                    fix=f"supported: {', '.join(ARCHITECTURES)}",
                 )
+            self.architecture = ARCHITECTURES[name]
             if self._fields.get("split.count", 1) not in (0, 1):
                 raise UnsupportedError(
                     "the GGUF file is one of several parts",
                     where=f"{path}: split.count",
                     fix="join the parts first: llama-gguf-split --merge",
                 )
-            self._read: set[str] = set()
-            self._gguf_names = {hf_name(name): name for name in self._file.tensors if name != _ROPE_FACTORS}
+            self._gguf_names = {
+                hf_name(name, self.architecture.names): name for name in self._file.tensors if name != _ROPE_FACTORS
+            }
             self.tensors = {name: self._info(gguf_name) for name, gguf_name in self._gguf_names.items()}
             self.config = self._config()
-            self._refuse_unread()
+            self._metadata.refuse_unread()
         except BaseException:
             self.close()
             raise
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """The tensor in blocks of rows, as Hugging Face orders them."""
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if self.architecture != "llama" or heads is None:
+        module = name.split(".")[-2]
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(module)
+        if self.architecture.norms_plus_one and module.endswith("norm"):
+            for block in self._file.blocks(self._gguf_names[name]):
+                yield block.float() - 1
+            return
+        if not self.architecture.permuted or heads is None:
             yield from self._file.blocks(self._gguf_names[name])
             return
         head_dim = self.tensors[name].shape[0] // self.config[heads]
@@ -127,73 +102,37 @@ class GgufReader:
         tensor = self._file.tensors[gguf_name]
         return TensorInfo("float16" if tensor.kind == GGMLQuantizationType.F16 else "float32", tensor.shape)
 
-    def _get(self, key: str, kind: type | tuple[type, ...], expected: str, default: Any = None) -> Any:
-        name = f"{self.architecture}.{key}"
-        self._read.add(name)
-        value = self._fields.get(name)
-        if value is None:
-            if default is not None:
-                return default
-            raise SnapshotError(
-                f"the metadata field `{name}` is missing", where=str(self.path), fix="fetch the file again"
-            )
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise SnapshotError(f"the metadata field `{name}` is not {expected}", where=str(self.path))
-        return value
-
-    def _integer(self, key: str, default: int | None = None) -> int:
-        value: int = self._get(key, int, "an integer", default)
-        if value < 1:
-            raise SnapshotError(f"the metadata field `{self.architecture}.{key}` is {value}", where=str(self.path))
-        return value
-
-    def _number(self, key: str, default: float | None = None) -> float:
-        # stored as float32, whose shortest text is what its author wrote: 1e-05, not 9.999999747378752e-06
-        return float(f"{self._get(key, (int, float), 'a number', default):.7g}")
-
-    def _text(self, name: str) -> str:
-        value = self._fields.get(name)
-        if not isinstance(value, str):
-            raise SnapshotError(f"the metadata field `{name}` is missing or no text", where=str(self.path))
-        return value
-
     def _config(self) -> dict[str, Any]:
-        architecture, model_type = _ARCHITECTURES[self.architecture]
-        heads, hidden = self._integer("attention.head_count"), self._integer("embedding_length")
-        head_dim = self._integer("attention.key_length", hidden // heads)
+        m = self._metadata
+        heads, hidden = m.integer("attention.head_count"), m.integer("embedding_length")
+        head_dim = m.integer("attention.key_length", hidden // heads)
         for key in ("attention.value_length", "rope.dimension_count"):
-            if self._integer(key, head_dim) != head_dim:
-                raise UnsupportedError(
-                    f"`{self.architecture}.{key}` is {self._integer(key)}, but heads are {head_dim} wide",
-                    where=str(self.path),
-                )
+            if m.integer(key, head_dim) != head_dim:
+                raise m.unsupported(key, f"heads are {head_dim} wide")
         if "model.embed_tokens.weight" not in self.tensors:
             raise SnapshotError("tensor `token_embd.weight` is missing", where=str(self.path))
-        positions = self._integer("context_length")
+        positions = m.integer("context_length")
         config = {
-            "architectures": [architecture],
-            "model_type": model_type,
+            "architectures": [self.architecture.architecture],
+            "model_type": self.architecture.model_type,
             "hidden_size": hidden,
-            "intermediate_size": self._integer("feed_forward_length"),
-            "num_hidden_layers": self._integer("block_count"),
+            "intermediate_size": m.integer("feed_forward_length"),
+            "num_hidden_layers": m.integer("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._integer("attention.head_count_kv", heads),
+            "num_key_value_heads": m.integer("attention.head_count_kv", heads),
             "head_dim": head_dim,
-            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
+            "rms_norm_eps": m.number("attention.layer_norm_rms_epsilon"),
             "max_position_embeddings": positions,
             "vocab_size": self.tensors["model.embed_tokens.weight"].shape[0],
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
-            "rope_theta": self._number("rope.freq_base", 10000.0),
+            "rope_theta": m.number("rope.freq_base", 10000.0),
             "rope_scaling": self._rope_scaling(head_dim, positions),
         }
-        if self.architecture != "qwen2":
-            config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self.tensors
-        if self.architecture == "llama":
-            config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in self.tensors
-        return config
+        config |= {flag: tensor in self.tensors for flag, tensor in self.architecture.biases.items()}
+        return config if self.architecture.more is None else config | self.architecture.more(m, config)
 
     def _rope_scaling(self, head_dim: int, positions: int) -> dict[str, Any] | None:
-        kind = self._get("rope.scaling.type", str, "text", "none")
+        kind = self._metadata.text("rope.scaling.type", "none")
         if _ROPE_FACTORS in self._file.tensors:
             if kind != "none":
                 raise UnsupportedError(f"rotary scaling {kind!r} with {_ROPE_FACTORS}", where=str(self.path))
@@ -202,17 +141,12 @@ class GgufReader:
             case "none":
                 return None
             case "linear":
-                return {"rope_type": "linear", "factor": self._number("rope.scaling.factor")}
+                return {"rope_type": "linear", "factor": self._metadata.number("rope.scaling.factor")}
             case "yarn":
-                scaling = {"rope_type": "yarn", "factor": self._number("rope.scaling.factor")}
-                return scaling | {
-                    "original_max_position_embeddings": self._integer("rope.scaling.original_context_length", positions)
-                }
-        raise UnsupportedError(
-            f"rotary scaling {kind!r} is not supported in GGUF files",
-            where=f"{self.path}: {self.architecture}.rope.scaling.type",
-            fix="convert the model's Hugging Face snapshot instead",
-        )
+                scaling = {"rope_type": "yarn", "factor": self._metadata.number("rope.scaling.factor")}
+                original = self._metadata.integer("rope.scaling.original_context_length", positions)
+                return scaling | {"original_max_position_embeddings": original}
+        raise self._metadata.unsupported("rope.scaling.type", "this scaling is not supported in GGUF files")
 
     def _llama3_scaling(self, head_dim: int) -> dict[str, Any]:
         """The settings of Llama 3.1's scaling, of which the file keeps only the divisor of each frequency.
@@ -231,7 +165,7 @@ class GgufReader:
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
         }  # fmt: skip
         if divisors.shape == (head_dim // 2,) and factor >= 1:
-            base = self._number("rope.freq_base", 10000.0)
+            base = self._metadata.number("rope.freq_base", 10000.0)
             angles = []
             for setting in (None, RopeScaling.model_validate(scaling)):
                 spec = RopeSpec(dim=head_dim, base=base, layout="neox", max_position_embeddings=2, scaling=setting)
@@ -244,22 +178,11 @@ class GgufReader:
             fix="convert the model's Hugging Face snapshot instead",
         )
 
-    def _refuse_unread(self) -> None:
-        prefix = f"{self.architecture}."
-        for name, value in self._fields.items():
-            key = name.removeprefix(prefix)
-            if key == name or name in self._read or key in _WITHOUT_EFFECT or value in _NEUTRAL.get(key, ()):
-                continue
-            raise UnsupportedError(
-                f"the metadata field `{name}` is {value!r}, which cannot be honoured", where=str(self.path),
-                fix="convert the model's Hugging Face snapshot instead",
-            )  # fmt: skip
 
-
-def hf_name(name: str) -> str:
-    """Hugging Face's name of a GGUF tensor; the name itself where there is none."""
+def hf_name(name: str, names: Mapping[str, str]) -> str:
+    """Hugging Face's name of a GGUF tensor, by GgufArchitecture.names; the name itself where there is none."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in _NAMES:
+    if match is None or match[2] not in names:
         return name
     layer = f"model.layers.{match[1]}." if match[1] is not None else ""
-    return f"{layer}{_NAMES[match[2]]}.{match[3]}"
+    return f"{layer}{names[match[2]]}.{match[3]}"
