@@ -25,6 +25,7 @@ _SHAPE: dict[str, Any] = {
     "bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 256, "tie_word_embeddings": False,
 }  # fmt: skip
 _ABSENT = object()  # what the family's config class does not have
+_NO_RMS, _NO_KV = {"rms_norm_eps": _ABSENT}, {"num_key_value_heads": _ABSENT}
 _NO_SHAPE = dict.fromkeys(("intermediate_size", "num_key_value_heads", "rms_norm_eps"), _ABSENT)
 _SLIDING: dict[str, Any] = {"head_dim": 16, "sliding_window": 6}
 # Each family's config class, and what it has beyond _SHAPE.
@@ -38,6 +39,9 @@ _OF_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {**_SLIDING, "query_pre_attn_scalar": 24, "tie_word_embeddings": True,
                                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "gpt2": ("GPT2Config", {**_NO_SHAPE, "layer_norm_epsilon": 1e-3, "tie_word_embeddings": True}),
+    "gptj": ("GPTJConfig", {**_NO_SHAPE, "layer_norm_epsilon": 1e-3, "rotary_dim": 6, "n_inner": 80}),
+    "gpt_neox": ("GPTNeoXConfig", {**_NO_RMS, **_NO_KV, "layer_norm_eps": 1e-3, "rotary_pct": 0.5}),
+    "falcon": ("FalconConfig", {**_NO_SHAPE, "layer_norm_epsilon": 1e-3, "tie_word_embeddings": True}),
 }  # fmt: skip
 FAMILIES = tuple(_OF_FAMILY)
 

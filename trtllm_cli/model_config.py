@@ -37,7 +37,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 
 _OF_FEW = {
     "norm_bias", "lm_head_bias", "embedding_multiplier", "residual_multiplier", "output_multiplier_scale",
-    "parallel_residual", "scale_attn_by_inverse_layer_idx",
+    "parallel_residual", "parallel_norms", "scale_attn_by_inverse_layer_idx",
 }  # fmt: skip
 
 
@@ -175,6 +175,7 @@ class ModelConfig(BaseModel):
     residual_multiplier: float = 1.0
     output_multiplier_scale: float = 1.0  # of the logits
     parallel_residual: bool = False  # attention and MLP read the same residual stream
+    parallel_norms: Literal[1, 2] = 1  # with parallel_residual: one norm for both, or one each
     moe: MoeConfig | None = None
     mla: MlaConfig | None = None
     use_parallel_embedding: bool = False

@@ -37,6 +37,22 @@ SETTINGS = {
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 80}),
     "gpt2-scaled": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
     "gpt2-unscaled": ("gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
+    "gptj-tied": ("gptj", {"tie_word_embeddings": True, "rotary_dim": 8, "activation_function": "gelu"}),
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    "gpt_neox-scaled": ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0}, "hidden_act": "gelu_fast"}),
+    "falcon-sequential": ("falcon", {"parallel_attn": False, "multi_query": False, "bias": True}),
+    "falcon-two-norms": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4, "bias": True}),
+    "falcon-one-norm": (
+        "falcon",
+        {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "ffn_hidden_size": 80,
+            "tie_word_embeddings": False,
+            "rope_theta": 5e5,
+        },
+    ),
 }
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 3.0},

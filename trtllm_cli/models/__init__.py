@@ -22,9 +22,12 @@ Define = Callable[[Trace, "ModelConfig", "Rank"], Graph]
 
 # Architecture (a checkpoint's `architecture`) -> module that defines it.
 MODELS = {
+    "FalconForCausalLM": "falcon",
     "Gemma2ForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma",
     "GPT2LMHeadModel": "gpt2",
+    "GPTJForCausalLM": "gptj",
+    "GPTNeoXForCausalLM": "gpt_neox",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "llama",
@@ -54,7 +57,7 @@ _SETTINGS = (
     "rope_local_base_freq", "norm_bias", "lm_head_bias", "attn_logit_softcapping", "final_logit_softcapping",
     "embedding_multiplier", "attention_multiplier", "residual_multiplier", "output_multiplier_scale",
     "parallel_residual", "moe", "mla", "qk_layernorm", "attn_bias", "dense_bias", "mlp_bias", "sliding_window",
-    "rotary_scaling", "scale_attn_by_inverse_layer_idx",
+    "rotary_scaling", "scale_attn_by_inverse_layer_idx", "parallel_norms",
 )  # fmt: skip
 
 

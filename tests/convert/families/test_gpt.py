@@ -1,7 +1,5 @@
 """GPT-2 and those that came after it: what their configs and snapshots say."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +11,10 @@ from trtllm_cli.convert.pipeline import convert
 from trtllm_cli.errors import SnapshotError, UnsupportedError
 
 GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+NEOX = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}
+GPTJ = {"architectures": ["GPTJForCausalLM"], "model_type": "gptj"}
+FALCON = {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}
+NEW_FALCON = FALCON | {"new_decoder_architecture": True, "num_attention_heads": 8, "hidden_size": 64}
 
 
 def converted(snapshot, out):
@@ -25,12 +27,6 @@ def rewrite(snapshot, change):
     """Gives the snapshot's tensors to `change`, and saves what it returns."""
     file = snapshot / "model.safetensors"
     save_file(change(load_file(file)), file)
-
-
-def edit_config(snapshot, **fields):
-    file = snapshot / "config.json"
-    config = json.loads(file.read_text()) | fields
-    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 def assert_same(got, want):
@@ -53,6 +49,98 @@ def test_gpt2_defaults_are_those_of_transformers():
     assert not got.scale_attn_by_inverse_layer_idx
 
 
+def test_gpt_neox_defaults_are_those_of_transformers():
+    from transformers import GPTNeoXConfig
+
+    got, theirs = read_config(NEOX), GPTNeoXConfig()
+    assert got.vocab_size == theirs.vocab_size
+    assert (got.hidden_size, got.intermediate_size) == (theirs.hidden_size, theirs.intermediate_size)
+    assert (got.num_hidden_layers, got.num_attention_heads) == (theirs.num_hidden_layers, theirs.num_attention_heads)
+    assert got.max_position_embeddings == theirs.max_position_embeddings
+    assert got.norm_epsilon == theirs.layer_norm_eps
+    assert got.rotary_base == theirs.rope_parameters["rope_theta"]
+    assert got.rotary_embedding_dim == got.head_size * theirs.rope_parameters["partial_rotary_factor"]
+    assert got.parallel_residual == theirs.use_parallel_residual
+    assert got.attn_bias == got.dense_bias == theirs.attention_bias
+    assert got.share_embedding_table == theirs.tie_word_embeddings
+
+
+def test_gptj_defaults_are_those_of_transformers():
+    from transformers import GPTJConfig
+
+    got, theirs = read_config(GPTJ), GPTJConfig()
+    assert got.vocab_size == theirs.vocab_size
+    assert (got.hidden_size, got.intermediate_size) == (theirs.n_embd, 4 * theirs.n_embd)
+    assert (got.num_hidden_layers, got.num_attention_heads) == (theirs.n_layer, theirs.n_head)
+    assert got.max_position_embeddings == theirs.n_positions
+    assert got.rotary_embedding_dim == theirs.rotary_dim
+    assert got.norm_epsilon == theirs.layer_norm_epsilon
+    assert got.share_embedding_table == theirs.tie_word_embeddings
+
+
+def test_falcon_defaults_are_those_of_transformers():
+    from transformers import FalconConfig
+
+    got, theirs = read_config(FALCON), FalconConfig()
+    assert got.vocab_size == theirs.vocab_size
+    assert (got.hidden_size, got.intermediate_size) == (theirs.hidden_size, theirs.ffn_hidden_size)
+    assert (got.num_hidden_layers, got.num_attention_heads) == (theirs.num_hidden_layers, theirs.num_attention_heads)
+    assert got.num_key_value_heads == 1
+    assert got.max_position_embeddings == theirs.max_position_embeddings
+    assert got.rotary_base == theirs.rope_parameters["rope_theta"]
+    assert got.norm_epsilon == theirs.layer_norm_epsilon
+    assert got.parallel_residual == theirs.parallel_attn
+    assert got.parallel_norms == 1
+    assert got.share_embedding_table == theirs.tie_word_embeddings
+
+
+def test_gpt_neox_rotary_settings_of_all_times():
+    old = read_config(NEOX | {"rotary_pct": 0.5, "rotary_emb_base": 5e5})
+    assert (old.rotary_embedding_dim, old.rotary_base) == (48, 5e5)
+    both = {"rotary_pct": 0.5, "rotary_emb_base": 5e5, "rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    assert read_config(NEOX | both) == old
+    new = {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    assert read_config(NEOX | {"rope_parameters": new}) == old
+
+
+def test_falcon_heads_and_norms():
+    def of(**fields):
+        got = read_config(NEW_FALCON | fields)
+        return got.num_key_value_heads, got.parallel_residual, got.parallel_norms
+
+    assert of() == (8, True, 2)
+    assert of(num_kv_heads=2) == (2, True, 2)
+    assert of(num_kv_heads=2, num_ln_in_parallel_attn=1) == (2, True, 1)
+    assert of(num_kv_heads=8, new_decoder_architecture=False) == (1, True, 1)
+    assert of(multi_query=False, new_decoder_architecture=False, parallel_attn=False) == (8, False, 1)
+
+
+def test_masks_and_angles_are_left_over(tmp_path):
+    leftovers = {
+        "gpt_neox": ("gpt_neox.layers.0.attention", ("bias", "masked_bias", "rotary_emb.inv_freq")),
+        "gptj": ("transformer.h.1.attn", ("bias", "masked_bias", "embed_positions")),
+        "falcon": ("transformer.h.2.self_attention", ("rotary_emb.inv_freq",)),
+    }
+    for family, (module, names) in leftovers.items():
+        snapshot, out = tmp_path / family, tmp_path / f"{family}-ckpt"
+        save_tiny_model(snapshot, family)
+        extra = {f"{module}.{name}": torch.ones(4) for name in names}
+        rewrite(snapshot, lambda tensors, extra=extra: tensors | extra)
+        assert converted(snapshot, out)
+
+
+@pytest.mark.parametrize("name", ["embed_out", "lm_head"])
+def test_gpt_neox_head_has_two_names(tmp_path, name):
+    save_tiny_model(tmp_path / "snapshot", "gpt_neox")
+    want = converted(tmp_path / "snapshot", tmp_path / "want")
+
+    def rename(tensors):
+        return {k.replace("lm_head", name).replace("embed_out", name): v for k, v in tensors.items()}
+
+    rewrite(tmp_path / "snapshot", rename)
+    assert_same(converted(tmp_path / "snapshot", tmp_path / "got"), want)
+
+
 def test_gpt2_without_the_prefix_and_with_masks(tmp_path):
     """OpenAI's snapshots: no `transformer.` before the names, and each layer's causal mask."""
     save_tiny_model(tmp_path / "snapshot", "gpt2")
@@ -69,6 +157,22 @@ def test_gpt2_without_the_prefix_and_with_masks(tmp_path):
         (GPT2, "n_embd", 770),
         (GPT2, "rope_theta", 1e4),
         (GPT2, "a_field_from_the_future", 1),
+        (NEOX, "rope_theta", 5e5),
+        (NEOX, "partial_rotary_factor", 0.5),
+        (NEOX, "rotary_pct", 0.0),
+        (NEOX, "rotary_pct", 1.5),
+        (NEOX, "rope_parameters", {"partial_rotary_factor": 0.01}),
+        (NEOX, "sliding_window", 8),
+        (GPTJ, "rotary", False),
+        (GPTJ, "scale_attn_weights", False),
+        (GPTJ, "rope_scaling", {"type": "linear", "factor": 2.0}),
+        (FALCON, "alibi", True),
+        (FALCON, "apply_residual_connection_post_layernorm", True),
+        (FALCON, "num_ln_in_parallel_attn", 2),
+        (FALCON | {"multi_query": False}, "num_kv_heads", 1),
+        (NEW_FALCON, "parallel_attn", False),
+        (NEW_FALCON, "num_ln_in_parallel_attn", 3),
+        (NEW_FALCON, "hidden_size", 65),
     ],
 )
 def test_refuses_by_name(config, field, value):

@@ -11,9 +11,12 @@ from trtllm_cli.errors import SnapshotError, UnsupportedError
 
 # Architecture (an entry of config.json's `architectures`) -> module here that holds its FAMILY.
 FAMILIES = {
+    "FalconForCausalLM": "falcon",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
     "GPT2LMHeadModel": "gpt2",
+    "GPTJForCausalLM": "gptj",
+    "GPTNeoXForCausalLM": "gpt_neox",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",

@@ -15,17 +15,32 @@ _WITHOUT_EFFECT = {"type", "rope_type", "rope_theta", "finetuned"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"partial_rotary_factor": (None, 1, 1.0)}
 
 
-def read_rope(fields: Fields, head_dim: int, max_positions: int) -> dict[str, Any]:
-    """ModelConfig's rotary fields. Raises UnsupportedError for a type that transformers does not have for Llama."""
-    theta = fields.number("rope_theta", None)
+def read_rope(
+    fields: Fields, head_dim: int, max_positions: int, *, theta: str = "rope_theta", partial: str | None = None
+) -> dict[str, Any]:
+    """ModelConfig's rotary fields. Raises UnsupportedError for a type that transformers does not have for Llama.
+
+    `theta` and `partial` are the names of the base and, where a part of each head is rotated, of the part's share; the
+    latter's default must be filled in.
+    """
+    base = fields.number(theta, DEFAULT_THETA)
     outer_original = fields.integer("original_max_position_embeddings", None)
-    table = _table(fields)
-    if table is None:
-        return {"rotary_base": DEFAULT_THETA if theta is None else theta}
-    theta = table.number("rope_theta", DEFAULT_THETA if theta is None else theta)
-    scaling = _scaling(table, outer_original, head_dim, max_positions)
+    table = _table(fields) or Fields({}, fields.path, "rope_parameters.")
+    rotated = head_dim if partial is None else _rotated(fields, table, partial, head_dim)
+    base = table.number("rope_theta", base)
+    scaling = _scaling(table, outer_original, rotated, max_positions)
     table.refuse_unread(_WITHOUT_EFFECT, _NEUTRAL)
-    return {"rotary_base": theta, "rotary_scaling": scaling}
+    return {"rotary_base": base, "rotary_embedding_dim": rotated, "rotary_scaling": scaling}
+
+
+def _rotated(fields: Fields, table: Fields, partial: str, head_dim: int) -> int:
+    """How many elements of a head are rotated."""
+    share = table.number("partial_rotary_factor", fields.number(partial))
+    rotated = int(head_dim * share)
+    if rotated < 2 or rotated > head_dim or rotated % 2:
+        where, name = (table, "partial_rotary_factor") if table.has("partial_rotary_factor") else (fields, partial)
+        raise where.wrong(name, f"a share of the {head_dim} elements of a head that is even and not 0")
+    return rotated
 
 
 def read_layered_rope(fields: Fields, head_dim: int, max_positions: int) -> dict[str, Any]:
