@@ -42,6 +42,11 @@ _OF_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("GPTJConfig", {**_NO_SHAPE, "layer_norm_epsilon": 1e-3, "rotary_dim": 6, "n_inner": 80}),
     "gpt_neox": ("GPTNeoXConfig", {**_NO_RMS, **_NO_KV, "layer_norm_eps": 1e-3, "rotary_pct": 0.5}),
     "falcon": ("FalconConfig", {**_NO_SHAPE, "layer_norm_epsilon": 1e-3, "tie_word_embeddings": True}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 3}),
+    "qwen2_moe": ("Qwen2MoeConfig", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                                     "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 6, "num_experts_per_tok": 4, "moe_intermediate_size": 24,
+                                     "head_dim": 16, "norm_topk_prob": True}),
 }  # fmt: skip
 FAMILIES = tuple(_OF_FAMILY)
 

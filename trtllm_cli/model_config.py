@@ -41,19 +41,28 @@ _OF_FEW = {
 }  # fmt: skip
 
 
-def _moe_of_tensorrt_llm(moe: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:
-    """`moe` with our names, where it has those of TensorRT-LLM's MoeConfig; None for its dense models."""
+def _moe_of_tensorrt_llm(config: dict[str, Any]) -> dict[str, Any] | None:
+    """`moe` with our names, where it has those of TensorRT-LLM's MoeConfig; None for its dense models.
+
+    Takes what TensorRT-LLM says of the experts' widths out of `config`.
+    """
+    moe = config["moe"]
+    width, shared = config.pop("moe_intermediate_size", 0), config.pop("moe_shared_expert_intermediate_size", 0)
     if not moe.get("num_experts"):
         return None
     if "normalization_mode" not in moe:
-        return moe
+        return dict(moe)
     rest = dict(moe)
     for name, harmless in _MOE_WITHOUT_EFFECT.items():
         if name in rest and (value := rest.pop(name)) not in harmless:
             raise ValueError(f"`moe.{name}` is {value!r}, which is not supported")
     # 0: the scores of all experts; 1: of the chosen ones alone
-    rest["renormalize"] = rest.pop("normalization_mode") == 1
-    return {"intermediate_size": config.get("moe_intermediate_size") or config.get("intermediate_size"), **rest}
+    mode = rest.pop("normalization_mode")
+    if mode not in (0, 1):
+        raise ValueError(f"`moe.normalization_mode` is {mode!r}, which is not supported")
+    if shared:  # Qwen2-MoE alone has it
+        rest |= {"shared_expert_intermediate_size": shared, "shared_expert_gate": True}
+    return {"intermediate_size": width or config.get("intermediate_size"), "renormalize": mode == 1, **rest}
 
 
 _MOE_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
@@ -120,6 +129,10 @@ class MoeConfig(BaseModel):
             raise ValueError("num_groups and top_groups belong together")
         if self.num_groups and (self.num_experts % self.num_groups or self.top_groups > self.num_groups):  # type: ignore[operator]
             raise ValueError("num_groups must divide num_experts, and top_groups be at most num_groups")
+        if self.num_groups and self.top_k > self.num_experts // self.num_groups * self.top_groups:  # type: ignore[operator]
+            raise ValueError(f"top_k {self.top_k} is more than the experts of top_groups groups")
+        if self.num_groups and self.scoring == "sigmoid" and self.num_experts < 2 * self.num_groups:
+            raise ValueError("a group must have two experts or more")
         return self
 
 
@@ -197,8 +210,8 @@ class ModelConfig(BaseModel):
         if not isinstance(data, dict):
             return data
         data = {name: value for name, value in data.items() if name not in _LABELS}
-        if isinstance(moe := data.get("moe"), dict):
-            data["moe"] = _moe_of_tensorrt_llm(moe, data)
+        if isinstance(data.get("moe"), dict):
+            data["moe"] = _moe_of_tensorrt_llm(data)
         for field, harmless in _WITHOUT_EFFECT.items():
             if field in data and (value := data.pop(field)) not in harmless:
                 raise ValueError(f"`{field}` is {value!r}, which is not supported")
@@ -228,6 +241,8 @@ class ModelConfig(BaseModel):
         tp = self.mapping.tp_size
         if self.num_attention_heads % tp or self.intermediate_size % tp:
             raise ValueError(f"tp_size {tp} does not divide the heads or intermediate_size")
+        if self.moe and (self.moe.intermediate_size % tp or self.moe.shared_expert_intermediate_size % tp):
+            raise ValueError(f"tp_size {tp} does not divide the experts' intermediate_size")
         if self.num_key_value_heads % tp and tp % self.num_key_value_heads:
             raise ValueError(f"tp_size {tp} neither divides the {self.num_key_value_heads} KV heads nor is a multiple")
         if self.mapping.pp_size > self.num_hidden_layers:
@@ -239,6 +254,10 @@ class ModelConfig(BaseModel):
         if self.layer_types is not None and self.layer_types[layer] == "full_attention":
             return None
         return self.sliding_window
+
+    def moe_of(self, layer: int) -> MoeConfig | None:
+        """A layer's experts, or None where it has an ordinary MLP."""
+        return None if self.moe is None or layer in self.moe.dense_layers else self.moe
 
     @property
     def padded_vocab_size(self) -> int:

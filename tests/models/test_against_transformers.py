@@ -53,7 +53,18 @@ SETTINGS = {
             "rope_theta": 5e5,
         },
     ),
-}
+    "mixtral-window": ("mixtral", {"sliding_window": 5, "head_dim": 12, "tie_word_embeddings": True}),
+    "qwen2-moe-window": (
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "norm_topk_prob": True,
+         "qkv_bias": False, "mlp_only_layers": []},
+    ),
+    "qwen3-moe-sparse": (
+        "qwen3_moe",
+        {"decoder_sparse_step": 2, "norm_topk_prob": False, "attention_bias": True, "use_sliding_window": True,
+         "sliding_window": 6},
+    ),
+}  # fmt: skip
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 3.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},

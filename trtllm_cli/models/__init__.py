@@ -30,8 +30,11 @@ MODELS = {
     "GPTNeoXForCausalLM": "gpt_neox",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
+    "MixtralForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "llama",
+    "Qwen2MoeForCausalLM": "mixtral",
     "Qwen3ForCausalLM": "llama",
+    "Qwen3MoeForCausalLM": "mixtral",
 }
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Linear:
     """`x @ weight.T + bias` as this rank holds it; the checkpoint's quantization decides how the weight is stored.
 
-    With shard "columns" each rank multiplies its part of the input, and the parts are summed before the bias.
+    With shard "columns" each rank multiplies its part of the input, and the parts are summed before the bias; without
+    `reduce`, what is returned is a rank's part.
     """
 
     def __init__(
@@ -33,14 +34,16 @@ class Linear:
         shard: Shard | None = None,
         weight_name: str | None = None,
         out_dtype: str | None = None,
+        reduce: bool = True,
     ) -> None:
-        self.config, self.rank, self.shard, self.out_dtype = config, rank, shard, out_dtype
+        self.config, self.rank, self.shard, self.out_dtype, self.reduce = config, rank, shard, out_dtype, reduce
         self.out_features = out_features
         tp = config.mapping.tp_size
         rows, columns = out_features, in_features
         if shard == "columns":
             columns //= tp
         self.stored = declare(config, rank, name, rows, columns, shard, weight_name=weight_name)
+        assert reduce or not bias, f"{name}: a bias belongs to the sum"
         bias_shard = None if shard == "columns" else shard
         self.bias = F.weight(f"{name}.bias", (rows,), config.dtype, bias_shard) if bias else None
 
@@ -49,7 +52,7 @@ class Linear:
         split = self.shard == "columns" and self.config.mapping.tp_size > 1
         bias = None if split else self.bias
         y = F.linear(self.stored.prepare(x), self.stored.weight, bias, out_dtype=self.out_dtype, **self.stored.op_args)
-        if split:
+        if split and self.reduce:
             y = F.all_reduce(y, self.rank.tp_group)
             if self.bias is not None:
                 y = F.add(y, self.bias)

@@ -28,7 +28,7 @@ class TorchLowering(Lowering):
                 self._linear(node)
             for name in node.inputs.values():
                 if name in self.graph.weights and name not in linears and node.op not in ("embedding", "linear"):
-                    self.add_vector(name)
+                    self._add_plain(name)
 
     def plan(self) -> dict[str, Any]:
         """The torch part of the plan; `steps` counts nodes for the report."""
@@ -42,6 +42,12 @@ class TorchLowering(Lowering):
         """Bytes of the buffers that a plan with reuse would need; torch allocates about as much."""
         sizes = {NUM_TOKENS: self.build_config.max_num_tokens, NUM_LOGITS: self.build_config.max_batch_size}
         return 2 * max(sizes[str(t.shape[0])] * int(t.shape[-1]) for t in self.graph.tensors.values()) * FLOAT_BYTES
+
+    def _add_plain(self, name: str) -> None:
+        """An operand as the checkpoint has it: experts, heads, what is quantized; vectors in float32."""
+        weight = self.graph.weights[name]
+        dtype = "float32" if len(weight.shape) == 1 and weight.dtype in ("float16", "bfloat16") else weight.dtype
+        self.add(name, TensorInfo(dtype, weight.shape), lambda read: read(name).to(getattr(torch, dtype)))
 
     def _linear(self, node: Node) -> None:
         weight, fmt = node.inputs["weight"], self.format_of(node)

@@ -89,6 +89,7 @@ WITHOUT_EFFECT = {
     "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
     "bad_words_ids", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "aux_loss_alpha", "seq_aux",
 }  # fmt: skip
 
 # Fields that do change the numbers, with the values at which they do not.
@@ -146,14 +147,15 @@ class Family:
     """One architecture: `read` takes a config's fields and gives ModelConfig's, without dtype and mapping.
 
     `tensors` is as DECODER_TENSORS, a tuple standing for a Source of these names; `embedding` and `head` are their
-    tensors that are one where the model is tied. `leftovers` are patterns of tensors that a snapshot may hold and that
-    nothing needs.
+    tensors that are one where the model is tied. Where a layer has experts, `expert_tensors` come first. `leftovers`
+    are patterns of tensors that a snapshot may hold and that nothing needs.
     """
 
     architecture: str
     model_type: str
     read: Callable[[Fields], dict[str, Any]]
     tensors: TensorTable = field(default_factory=lambda: DECODER_TENSORS)
+    expert_tensors: TensorTable = field(default_factory=dict)
     leftovers: tuple[str, ...] = COMPUTED_BUFFERS
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
@@ -175,8 +177,11 @@ class Family:
         return out
 
     def source(self, name: str, layer: int | None, num_experts: int) -> Source:
-        """How our tensor `name`, whose layer number is written {i}, is made, with every number filled in."""
-        found = self.tensors[name]
+        """How our tensor `name`, whose layer number is written {i}, is made, with every number filled in.
+
+        `num_experts` is that of the layer.
+        """
+        found = (num_experts and self.expert_tensors.get(name)) or self.tensors[name]
         source = Source(found) if isinstance(found, tuple) else found
         names = [n.replace("{i}", str(layer)) for n in source.names]
         if any("{e}" in n for n in names):

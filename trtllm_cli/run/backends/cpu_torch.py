@@ -97,12 +97,13 @@ class _Program(reference.Reference):
                 stored = f"{name}.rows" if node.op == "embedding" else name
                 if name in graph.weights and stored in file.tensors:
                     weight = _tensor(file, stored)
-                    self.weights[name] = weight if node.op == "embedding" else weight.float()
+                    as_is = node.op == "embedding" or not weight.is_floating_point()
+                    self.weights[name] = weight if as_is else weight.float()
 
     def compute(self, node: Node, values: Mapping[str, Tensor]) -> list[Tensor]:
         """A linear by its packed weight, any other node by the reference."""
         if node.op != "linear":
-            return [t.float() for t in super().compute(node, values)]
+            return [t.float() if t.is_floating_point() else t for t in super().compute(node, values)]
         y = self.linears[node.inputs["weight"]](values[node.inputs["x"]])
         return [y + values[node.inputs["bias"]] if "bias" in node.inputs else y]
 
