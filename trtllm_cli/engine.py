@@ -26,7 +26,7 @@ KERNELS = "kernels.so"  # the tensor that is a rank's machine code
 
 Backend = Literal["cpu"]
 WeightDType = Literal["float32", "bfloat16", "int8", "int4"]
-KvCacheDType = Literal["float32", "bfloat16"]
+KvCacheDType = Literal["float32", "bfloat16", "int8", "fp8"]  # fp8: E4M3
 
 
 class BuildConfig(BaseModel):

@@ -267,7 +267,8 @@ def attention(
     first. With `window`, a token sees itself and the `window - 1` before it. A score is `scale * q.k`, with `softcap`
     then `softcap * tanh(score / softcap)`. `sinks` [num_heads] are scores of one more key whose value is zero.
 
-    With `kv_quant` ("fp8" or "int8") the cache holds k and v divided by `kv_scale` [2] (k's, then v's) in that format.
+    With `kv_quant` ("fp8" or "int8") the cache holds k and v divided by `kv_scale` [2] (k's, then v's; by default ones)
+    in that format.
     """
     t = _current.get()
     cache: dict[str, Tensor | None] = {name: Tensor(name, STEP_INPUTS[name]) for name in _CACHE_INPUTS}

@@ -7,6 +7,8 @@ from tests.batches import Sequences, as_torch
 from tests.engines import STEPS, build_engine, runner_logits, save_checkpoint
 from tests.tiny_configs import config, random_weights
 from trtllm_cli import functional as F
+from trtllm_cli.build.passes import run_passes
+from trtllm_cli.build.passes.fuse_rope_append import fuse_rope_append
 from trtllm_cli.functional import trace
 from trtllm_cli.kernels.reference import Reference
 from trtllm_cli.models import load_model_file
@@ -42,6 +44,37 @@ def body(t, x, positions):
     x = F.add(x, linear(y, "down", 32))
     return F.layer_norm(x, vector("d.norm", 32), vector("d.bias", 32), 1e-5)
 """,
+    "unfused attention": """
+def body(t, x, positions):
+    # q and k are normed over their whole width, only part of a head is rotated, values have a width of their own
+    rope = {"dim": 6, "base": 100.0, "layout": "gptj", "max_position_embeddings": 64}
+    q, k, v = F.split(linear(x, "qkv", 4 * 10 + 2 * 10 + 2 * 12), [40, 20, 24])
+    q = F.rope(F.rms_norm(q, vector("q.norm", 40), 1e-5), positions, 4, rope)
+    k = F.rope(F.layer_norm(k, vector("k.norm", 20), None, 1e-5, num_heads=2), positions, 2, rope)
+    sinks = F.weight("sinks", (4,), "float32")
+    y = F.attention(q, k, v, layer=0, num_heads=4, num_kv_heads=2, head_dim=10, v_head_dim=12, scale=0.3, window=6,
+                    softcap=2.0, sinks=sinks)
+    x = F.add(x, linear(y, "o", 32))
+    # rope of q only
+    q, k, v = F.split(linear(x, "qkv2", 64), [32, 16, 16])
+    rope = {"dim": 8, "base": 100.0, "layout": "neox", "max_position_embeddings": 64}
+    y = F.attention(F.rope(q, positions, 4, rope), k, v, layer=1, num_heads=4, num_kv_heads=2, head_dim=8, scale=0.3)
+    return F.add(x, linear(y, "o2", 32))
+""",
+    "fused attention": """
+def body(t, x, positions):
+    local = {"dim": 8, "base": 100.0, "layout": "neox", "max_position_embeddings": 64}
+    for i, rope in enumerate((local, {**local, "base": 1e4, "scaling": {"rope_type": "linear", "factor": 4.0}}, None)):
+        q, k, v = F.split(linear(x, f"qkv{i}", 64), [32, 16, 16])
+        if rope is not None:
+            q = F.rms_norm(q, vector(f"q{i}.norm", 8), 1e-5, num_heads=4)
+            k = F.rms_norm(k, vector(f"k{i}.norm", 8), 1e-5, num_heads=2)
+            q, k = F.rope(q, positions, 4, rope), F.rope(k, positions, 2, rope)
+        y = F.attention(q, k, v, layer=i, num_heads=4, num_kv_heads=2, head_dim=8, scale=0.3, softcap=2.0,
+                        sinks=F.weight(f"sinks{i}", (4,), "float32"), window=None if i else 5)
+        x = F.add(x, linear(y, f"o{i}", 32))
+    return x
+""",
 }  # fmt: skip
 
 
@@ -62,6 +95,8 @@ def test_native_and_torch_engines_compute_what_the_reference_does(tmp_path, name
     c = config("llama")
     with trace("g") as t:
         graph = load_model_file(model_file)(t, c, c.mapping.ranks[0])
+    fused = {"fused attention": 3}.get(name, 0)
+    assert sum(n.op == "rope_append" for n in run_passes(graph).nodes) == fused
     weights = random_weights(graph)
     checkpoint = save_checkpoint(tmp_path / "ckpt", c, graph, weights)
     expected = reference_logits(graph, weights)
@@ -72,6 +107,32 @@ def test_native_and_torch_engines_compute_what_the_reference_does(tmp_path, name
         )
         for got, want in zip(runner_logits(engine), expected, strict=True):
             assert relative(got, want) < 2e-5, kernels
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_every_pass_keeps_the_numbers(tmp_path, name):
+    model_file = tmp_path / "model.py"
+    model_file.write_text(BODIES[name] + HEADER)
+    c = config("llama")
+    with trace("g") as t:
+        graph = load_model_file(model_file)(t, c, c.mapping.ranks[0])
+    weights = random_weights(graph)
+    for got, want in zip(reference_logits(run_passes(graph), weights), reference_logits(graph, weights), strict=True):
+        assert relative(got, want) < 1e-5
+
+
+def test_what_else_reads_between_the_projection_and_attention_keeps_it_apart():
+    with trace("g") as t:
+        x = F.embedding(t.input("input_ids"), F.weight("table", (10, 16), "float32"))
+        q, k, v = F.split(x, [8, 4, 4])
+        y = F.attention(q, k, v, layer=0, num_heads=2, num_kv_heads=1, head_dim=4, scale=0.5)
+        graph = t.finish(F.add(y, q))
+    assert fuse_rope_append(graph) == graph
+    with trace("g") as t:
+        x = F.embedding(t.input("input_ids"), F.weight("table", (10, 12), "float32"))
+        k, q, v = F.split(x, [4, 4, 4])
+        graph = t.finish(F.attention(q, k, v, layer=0, num_heads=1, num_kv_heads=1, head_dim=4, scale=0.5))
+    assert fuse_rope_append(graph) == graph
 
 
 def test_a_residual_sum_and_its_layer_norm_become_one_node():

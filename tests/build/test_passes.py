@@ -93,8 +93,8 @@ def test_no_buffer_is_written_while_something_in_it_is_still_to_be_read(variant)
                 kind, buffer = graph.tensors[name], plan.buffers[plan.of[name]]
                 assert buffer.rows == kind.shape[0]
                 assert buffer.width >= kind.shape[-1]
-                if plan.of[name] in operands:  # in place: only sums may, over their own residual
-                    assert node.op in ("add", "add_rms_norm", "gated_act")
+                if plan.of[name] in operands:  # in place: only what reads each element before it writes it
+                    assert node.op in ("add", "add_rms_norm", "gated_act", "rope")
                 holds[plan.of[name]] = name
         for name in graph.outputs:
             assert holds[plan.of[name]] == name

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from trtllm_cli.artifact import human_bytes, os_errors, sha256, writing
 from trtllm_cli.build.lowered import Lowered
 from trtllm_cli.build.passes import run_passes
+from trtllm_cli.build.passes.quantize_kv_cache import quantize_kv_cache
 from trtllm_cli.checkpoint import Checkpoint
 from trtllm_cli.engine import (
     FORMAT_VERSION,
@@ -104,6 +105,8 @@ def plan_build(checkpoint_dir: Path, options: BuildOptions) -> BuildPlan:
         traced = _trace(config, rank, define, options)
         with checkpoint.tensors(rank) as file:
             check_tensors(traced, file)
+        if build_config.kv_cache_dtype in ("int8", "fp8"):
+            traced = quantize_kv_cache(traced, build_config.kv_cache_dtype)
         graph = run_passes(traced)
         graphs.append(graph)
         lowered.append(_lower(graph, config, build_config, options))
@@ -191,7 +194,7 @@ def resolve(config: ModelConfig, options: BuildOptions, notes: list[str]) -> Bui
         "tokens_per_block": options.tokens_per_block,
         "weight_dtype": weight_dtype,
         "group_size": group_size,
-        "kv_cache_dtype": options.kv_cache_dtype or ("float32" if weight_dtype == "float32" else "bfloat16"),
+        "kv_cache_dtype": _kv_cache_dtype(config, options, weight_dtype, notes),
     }
     try:
         return BuildConfig.model_validate(values)
@@ -267,6 +270,35 @@ def _weight_dtype(config: ModelConfig, options: BuildOptions, notes: list[str]) 
         notes.append("float16 weights become bfloat16: CPUs compute float16 slowly (--weight-dtype float32 keeps all)")
         return "bfloat16"
     return config.dtype
+
+
+def _kv_cache_dtype(
+    config: ModelConfig, options: BuildOptions, weight_dtype: WeightDType, notes: list[str]
+) -> KvCacheDType:
+    """As the checkpoint has scales for, else as asked, else as wide as the weights allow."""
+    algo, asked = config.quantization.kv_cache_quant_algo, options.kv_cache_dtype
+    where, requantize = "config.json: quantization.kv_cache_quant_algo", "quantize again with --kv-cache-dtype fp8"
+    match algo:
+        case "FP8" | "INT8":
+            found: KvCacheDType = "fp8" if algo == "FP8" else "int8"
+            if asked not in (None, found):
+                raise UsageError(
+                    f"the checkpoint's KV cache is {found} ({where} is {algo}), not {asked}",
+                    where="--kv-cache-dtype",
+                    fix="leave the flag out, or quantize the model again with the KV cache that you want",
+                )
+            return found
+        case "NVFP4":
+            raise UnsupportedError(f"a KV cache in {algo} is not supported", where=where, fix=requantize)
+    if asked == "int8":
+        raise UsageError(
+            "an int8 KV cache needs scales that the checkpoint does not have",
+            where="--kv-cache-dtype",
+            fix="quantize with --kv-cache-dtype int8, which finds them; or pass fp8, which can do without",
+        )
+    if asked == "fp8":
+        notes.append("KV cache in fp8 with scale 1: the checkpoint has none (quantize with --kv-cache-dtype fp8)")
+    return asked or ("float32" if weight_dtype == "float32" else "bfloat16")
 
 
 def _lower(graph: Graph, config: ModelConfig, build_config: BuildConfig, options: BuildOptions) -> Lowered:

@@ -39,7 +39,11 @@ def build(
         int | None, typer.Option(help="int4: weights of a row that share a scale. Default: 32.")
     ] = None,
     kv_cache_dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16. Default: float32 for a float32 engine, else bfloat16.")
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, int8 or fp8. Default: what the checkpoint has scales for, else float32 in a "
+            "float32 engine, else bfloat16."
+        ),
     ] = None,
     kernels: Annotated[
         str,

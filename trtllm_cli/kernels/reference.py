@@ -75,7 +75,10 @@ class Reference:
         return _OPS[node.op](self, node, {role: values[name] for role, name in node.inputs.items()})
 
     def cache(self, node: Node) -> tuple[Tensor, Tensor]:
-        """Keys [num_slots, num_kv_heads, head_dim] and values of an attention node's layer, float32."""
+        """Keys [num_slots, num_kv_heads, head_dim] and values of an attention node's layer, float32.
+
+        With `kv_quant` they are divided by their scales.
+        """
         a = node.attrs
         if a["layer"] not in self.caches:
             shapes = [(self.num_slots, a["num_kv_heads"], d) for d in (a["head_dim"], v_head_dim(a))]
@@ -93,6 +96,12 @@ class Reference:
 def v_head_dim(attrs: Mapping[str, Any]) -> int:
     """The width of a value, of an attention node's attributes."""
     return int(attrs.get("v_head_dim", attrs["head_dim"]))
+
+
+def kv_scales(inputs: Inputs) -> tuple[float, float]:
+    """k's and v's of an attention node's operands, with `kv_quant`."""
+    k, v = inputs["kv_scale"].tolist() if "kv_scale" in inputs else (1.0, 1.0)
+    return k, v
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -195,8 +204,9 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of q [num_tokens, num_heads * head_dim] over each sequence's slots of the caches.
 
-    `inputs` are the step's, and `sinks` where the op has them.
+    `inputs` are the step's, and `sinks` and `kv_scale` where the op has them.
     """
+    k_scale, v_scale = kv_scales(inputs) if "kv_quant" in attrs else (1.0, 1.0)
     num_heads, num_kv_heads, window = attrs["num_heads"], attrs["num_kv_heads"], attrs.get("window")
     out = q.new_empty(len(q), num_heads * v_cache.shape[2])
     starts = inputs["query_start"].tolist()
@@ -206,8 +216,8 @@ def paged_attention(
         blocks = inputs["block_tables"][s].long()[positions // block_size]
         slots = blocks * block_size + positions % block_size
         repeats = num_heads // num_kv_heads
-        keys = k_cache[slots].float().repeat_interleave(repeats, dim=1)  # [length, num_heads, head_dim]
-        values = v_cache[slots].float().repeat_interleave(repeats, dim=1)
+        keys = k_cache[slots].float().repeat_interleave(repeats, dim=1) * k_scale  # [length, num_heads, head_dim]
+        values = v_cache[slots].float().repeat_interleave(repeats, dim=1) * v_scale
         queries = q[start:end].unflatten(-1, (num_heads, -1))
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * attrs["scale"]
         if cap := attrs.get("softcap"):
@@ -339,10 +349,10 @@ def _attention(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
 
 def _append(r: Reference, node: Node, t: dict[str, Tensor], k: Tensor, v: Tensor) -> None:
     slots = t["slot_mapping"].long()
-    for i, (cache, new) in enumerate(zip(r.cache(node), (k, v), strict=True)):
+    for cache, new, scale in zip(r.cache(node), (k, v), kv_scales(t), strict=True):
         rows = new.unflatten(-1, (node.attrs["num_kv_heads"], -1))
         if fmt := node.attrs.get("kv_quant"):
-            rows = round_to(rows / t["kv_scale"][i], fmt) * t["kv_scale"][i]
+            rows = round_to(rows / scale, fmt)
         cache[slots] = rows.to(cache.dtype)
 
 
@@ -353,10 +363,12 @@ def _rope_append(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]
     if "q_norm" in t:
         q = rms_norm(q, t["q_norm"], a["eps"], a["num_heads"])
         k = rms_norm(k, t["k_norm"], a["eps"], a["num_kv_heads"])
-    table = r.rope_table(a["rope"], int(t["positions"].max()) + 1)
-    k = rope(k, t["positions"], table, a["num_kv_heads"], a["rope"]["layout"])
+    if "rope" in a:
+        table, layout = r.rope_table(a["rope"], int(t["positions"].max()) + 1), a["rope"]["layout"]
+        q = rope(q, t["positions"], table, a["num_heads"], layout)
+        k = rope(k, t["positions"], table, a["num_kv_heads"], layout)
     _append(r, node, t, k, v)
-    return [rope(q, t["positions"], table, a["num_heads"], a["rope"]["layout"])]
+    return [q]
 
 
 def _paged_attention(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trtllm_cli import functional as F
+from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import Tensor, Trace
 from trtllm_cli.graph import Graph, Shard
 from trtllm_cli.models.stored import declare
+from trtllm_cli.models.tensors import KV_SCALES
 
 if TYPE_CHECKING:
     from trtllm_cli.mapping import Rank
@@ -57,6 +59,20 @@ class Linear:
             if self.bias is not None:
                 y = F.add(y, self.bias)
         return y
+
+
+def kv_args(config: ModelConfig, name: str) -> dict[str, Any]:
+    """Keyword arguments of `functional.attention` for the attention layer `name`: how its KV cache is quantized."""
+    algo = config.quantization.kv_cache_quant_algo
+    if algo is None:
+        return {}
+    if algo == "NVFP4":
+        raise UnsupportedError(
+            f"a KV cache in {algo} is not supported",
+            where="config.json: quantization.kv_cache_quant_algo",
+            fix="quantize again with --kv-cache-dtype fp8",
+        )
+    return {"kv_quant": algo.lower(), "kv_scale": F.weight(f"{name}.{KV_SCALES}", (2,), "float32")}
 
 
 class RmsNorm:

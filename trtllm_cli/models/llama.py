@@ -11,7 +11,7 @@ from trtllm_cli.graph import Graph
 from trtllm_cli.kernels.rope_spec import RopeSpec
 from trtllm_cli.mapping import Rank
 from trtllm_cli.model_config import ModelConfig
-from trtllm_cli.models.layers import Linear, RmsNorm, decoder
+from trtllm_cli.models.layers import Linear, RmsNorm, decoder, kv_args
 
 HONOURS = frozenset(
     {"qk_layernorm", "attn_bias", "dense_bias", "mlp_bias", "sliding_window", "rotary_scaling"}
@@ -39,6 +39,7 @@ class Attention:
         self.rope = RopeSpec.of(c, layer).model_dump(mode="json", exclude_none=True)
         self.scale = self.head_dim**-0.5 if c.attention_multiplier is None else c.attention_multiplier
         self.softcap = c.attn_logit_softcapping
+        self.kv_args = kv_args(c, name)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """`x` [num_tokens, hidden_size] to the same."""
@@ -60,6 +61,7 @@ class Attention:
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            **self.kv_args,
         )
         return self.dense(y)
 

@@ -11,6 +11,7 @@ from trtllm_cli.tensor_file import TensorFile
 if TYPE_CHECKING:
     import torch
 
+KV_SCALES = "kv_cache_scaling_factor"  # of an attention layer: k's and v's, float32 [2]
 _FLOATS = {"float32", "float16", "bfloat16"}  # read as each other
 
 
@@ -22,7 +23,7 @@ def check_tensors(graph: Graph, file: TensorFile) -> None:
         if found is None:
             raise CheckpointError(f"tensor `{name}` is missing", where=str(file.path), fix="convert again")
         alike = found.dtype == weight.dtype or {found.dtype, weight.dtype} <= _FLOATS
-        if found.shape != weight.shape or not alike:
+        if found.shape not in (weight.shape, _shared(name)) or not alike:
             raise CheckpointError(
                 f"tensor `{name}` is {found.dtype} {list(found.shape)}, "
                 f"the config makes it {weight.dtype} {list(weight.shape)}",
@@ -37,6 +38,11 @@ def check_tensors(graph: Graph, file: TensorFile) -> None:
             where=str(file.path),
             fix="the config does not describe these weights; convert again",
         )
+
+
+def _shared(name: str) -> tuple[int, ...] | None:
+    """The shape of a tensor whose numbers may be one for all: TensorRT-LLM has one scale for keys and values."""
+    return (1,) if name.endswith(f".{KV_SCALES}") else None
 
 
 def _optional(graph: Graph) -> set[str]:
@@ -54,5 +60,6 @@ def read_weight(file: TensorFile, weight: Weight) -> torch.Tensor:
         info, data = file.tensors[part], file.read(part)
         dtype = getattr(torch, info.dtype)
         tensor = torch.frombuffer(data, dtype=dtype).view(info.shape) if data else torch.empty(info.shape, dtype=dtype)
+        tensor = tensor.expand(weight.shape) if info.shape == _shared(part) else tensor
         parts.append(tensor.to(getattr(torch, weight.dtype)))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from harness import address, as_torch, ints, run
+from harness import address, as_torch, ints, rows_batch, run
 
 from trtllm_cli.kernels.cpu import attention_steps
+from trtllm_cli.kernels.quantization import round_to
 from trtllm_cli.run.model_inputs import ModelInputs
 
 
@@ -23,10 +24,19 @@ class Case:
     layout: str = "neox"
     cache_dtype: str = "float32"
     qk_norm: bool = False
+    v_head_dim: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    fused: bool = True  # rope_append, or rope of q and of k and then kv_append
 
     @property
-    def width(self):
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+    def v_dim(self):
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def widths(self):
+        """Of q, k and v."""
+        return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.v_dim
 
 
 CASES = [
@@ -39,6 +49,15 @@ CASES = [
     Case(4, 2, 64, 128, layout="gptj"),
     Case(16, 2, 128, 1, qk_norm=True),
     Case(2, 1, 18, 20, rotary_dim=6, layout="gptj", qk_norm=True, cache_dtype="bfloat16"),
+    Case(4, 2, 256, 16, softcap=1.5, window=33),
+    Case(4, 1, 96, 16, sinks=True, cache_dtype="bfloat16"),
+    Case(3, 3, 80, 32, sinks=True, window=17, softcap=2.0, fused=False),
+    Case(128, 1, 72, 32, v_head_dim=64, rotary_dim=8, layout="gptj", fused=False),
+    Case(53, 1, 24, 8, v_head_dim=40, cache_dtype="bfloat16", fused=False),
+    Case(9, 3, 64, 32, cache_dtype="int8"),
+    Case(9, 3, 64, 32, cache_dtype="fp8", window=50),
+    Case(2, 1, 18, 20, rotary_dim=6, cache_dtype="fp8", sinks=True),
+    Case(60, 1, 24, 16, v_head_dim=40, cache_dtype="int8", fused=False),
 ]
 
 
@@ -48,18 +67,21 @@ class Layer:
     def __init__(self, case, lengths, seed=0):
         rng = np.random.default_rng(seed)
         self.case, self.lengths = case, lengths
-        self.qkv = [rng.standard_normal((n, case.width), np.float32) for n in lengths]
+        self.qkv = [rng.standard_normal((n, sum(case.widths)), np.float32) for n in lengths]
         self.rotary_dim = case.rotary_dim or case.head_dim
         angles = rng.random((max(lengths), self.rotary_dim // 2), np.float32) * 6
         self.table = np.ascontiguousarray(np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
         self.q_norm, self.k_norm = rng.standard_normal((2, case.head_dim), np.float32) if case.qk_norm else (None, None)
+        self.sinks = rng.standard_normal(case.num_heads, np.float32) if case.sinks else None
+        self.kv_scale = np.float32([0.03, 0.017]) if case.cache_dtype in ("int8", "fp8") else None
         counts = [-(-n // case.block_size) for n in lengths]
         ids = rng.permutation(sum(counts)).astype(np.int32)  # blocks of a sequence lie anywhere
         self.tables = np.zeros((len(lengths), max(counts)), np.int32)
         for s, n in enumerate(counts):
             self.tables[s, :n], ids = ids[:n], ids[n:]
-        self.block_bytes = attention_steps.kv_bytes_per_block(case.num_kv_heads, case.head_dim, case.block_size,
-                                                      case.cache_dtype)  # fmt: skip
+        self.block_bytes = attention_steps.kv_bytes_per_block(
+            case.num_kv_heads, case.head_dim, case.block_size, case.cache_dtype, case.v_head_dim
+        )
         self.cache = np.zeros(sum(counts) * self.block_bytes, np.uint8)
 
     def inputs(self, parts):
@@ -81,39 +103,66 @@ class Layer:
         """The attention of those rows, by sequence."""
         c = self.case
         qkv = np.concatenate([self.qkv[s][b:e] for s, (b, e) in parts.items()])
-        q = np.full((len(qkv), c.num_heads * c.head_dim), np.nan, np.float32)
-        out = np.full_like(q, np.nan)
-        shape = {"num_heads": c.num_heads, "num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim,
-                 "block_size": c.block_size, "cache_dtype": c.cache_dtype}  # fmt: skip
-        steps = [
-            attention_steps.rope_append_step(
-                address(qkv), address(q), address(self.cache), address(self.table), **shape,
-                rotary_dim=self.rotary_dim, layout=c.layout, q_norm=address(self.q_norm), k_norm=address(self.k_norm),
-                eps=1e-6,
-            ),
+        q = np.full((len(qkv), c.widths[0]), np.nan, np.float32)
+        out = np.full((len(qkv), c.num_heads * c.v_dim), np.nan, np.float32)
+        cache = {"num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim, "block_size": c.block_size,
+                 "cache_dtype": c.cache_dtype, "kv_scale": address(self.kv_scale)}  # fmt: skip
+        rotation = {"rotary_dim": self.rotary_dim, "layout": c.layout}
+        if c.fused:
+            steps = [
+                attention_steps.rope_append_step(
+                    address(qkv), address(q), address(self.cache), address(self.table), num_heads=c.num_heads, **cache,
+                    **rotation, q_norm=address(self.q_norm), k_norm=address(self.k_norm), eps=1e-6,
+                )
+            ]  # fmt: skip
+        else:
+            old_q, k, v = (np.ascontiguousarray(x) for x in np.split(qkv, np.cumsum(c.widths)[:2], axis=1))
+            rotation |= {"head_dim": c.head_dim}
+            table = address(self.table)
+            steps = [
+                attention_steps.rope_step(address(old_q), address(q), table, num_heads=c.num_heads, **rotation),
+                attention_steps.rope_step(address(k), address(k), table, num_heads=c.num_kv_heads, **rotation),
+                attention_steps.kv_append_step(
+                    address(k), address(v), address(self.cache), v_head_dim=c.v_head_dim, **cache
+                ),
+            ]
+        steps.append(
             attention_steps.paged_attention_step(
-                address(q), address(out), address(self.cache), **shape, scale=c.head_dim**-0.5, window=c.window
-            ),
-        ]  # fmt: skip
+                address(q), address(out), address(self.cache), num_heads=c.num_heads, **cache, scale=c.head_dim**-0.5,
+                v_head_dim=c.v_head_dim, window=c.window, softcap=c.softcap, sinks=address(self.sinks),
+            )
+        )  # fmt: skip
         run(pool, steps, self.inputs(parts))
         return dict(zip(parts, np.split(out, np.cumsum([e - b for b, e in parts.values()])[:-1]), strict=True))
 
     def reference(self, s):
-        """[length, num_heads * head_dim] of sequence s."""
+        """[length, num_heads * v_dim] of sequence s."""
         c = self.case
-        heads = as_torch(self.qkv[s]).unflatten(1, (-1, c.head_dim))
-        q, k, v = heads.split([c.num_heads, c.num_kv_heads, c.num_kv_heads], 1)
+        q, k, v = as_torch(self.qkv[s]).split(c.widths, 1)
+        q, k = q.unflatten(1, (c.num_heads, -1)), k.unflatten(1, (c.num_kv_heads, -1))
         q, k = self.rotated(self.normed(q, self.q_norm)), self.rotated(self.normed(k, self.k_norm))
-        if c.cache_dtype == "bfloat16":
-            k, v = k.bfloat16().float(), v.bfloat16().float()
+        k, v = self.kept(k, 0), self.kept(v.unflatten(1, (c.num_kv_heads, -1)), 1)
         group = c.num_heads // c.num_kv_heads
         scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * c.head_dim**-0.5
+        if c.softcap:
+            scores = c.softcap * torch.tanh(scores / c.softcap)
         at = torch.arange(len(q))
         seen = at[:, None] >= at[None]
         if c.window:
             seen &= at[:, None] - at[None] < c.window
-        p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if c.sinks:
+            sinks = as_torch(self.sinks)[:, None, None].expand(-1, len(q), 1)
+            scores = torch.cat([scores, sinks], -1)
+        p = scores.softmax(-1)[..., : len(q)]
         return torch.einsum("hqk,khd->qhd", p, v.repeat_interleave(group, 1)).flatten(1).numpy()
+
+    def kept(self, x, which):
+        """k or v as the cache holds it."""
+        dtype = self.case.cache_dtype
+        if dtype in ("int8", "fp8"):
+            return round_to(x / self.kv_scale[which], dtype) * self.kv_scale[which]
+        return x.to(getattr(torch, dtype)).float()
 
     def normed(self, x, weight):
         return x if weight is None else x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * as_torch(weight)
@@ -127,8 +176,8 @@ class Layer:
         return torch.cat([both, rest], -1)
 
     def check(self, s, begin, got):
-        # Rounding k to bfloat16 may fall the other way where its rotation differs in the last bit.
-        tolerance = 2e-5 if self.case.cache_dtype == "float32" else 4e-3
+        # Rounding k may fall the other way where its rotation differs in the last bit.
+        tolerance = {"float32": 2e-5, "bfloat16": 4e-3, "int8": 2e-2, "fp8": 5e-2}[self.case.cache_dtype]
         np.testing.assert_allclose(got, self.reference(s)[begin : begin + len(got)], rtol=tolerance, atol=tolerance)
 
 
@@ -183,3 +232,34 @@ def test_long_context(pool):
     case = replace(CASES[0], cache_dtype="bfloat16")
     layer = Layer(case, [1100])
     layer.check(0, 0, layer.step(pool, {0: (0, 1100)})[0])
+
+
+@pytest.mark.parametrize(("fmt", "largest"), [("int8", 200.0), ("fp8", 700.0)])
+def test_the_cache_rounds_as_the_reference(pool, fmt, largest):
+    """Values of the first token come back alone: ties, numbers below the smallest normal, and what is too large."""
+    grid = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    grid = grid[grid.isfinite()].sort().values.unique() if fmt == "fp8" else torch.arange(-127.0, 128.0)
+    values = torch.cat([grid, (grid[1:] + grid[:-1]) / 2, (grid * 3 + 0.001) / 2, torch.tensor([largest, -largest])])
+    values = torch.cat([values, torch.zeros(-len(values) % 16)])
+    dim, scale = len(values), np.float32([1.0, 0.25])
+    shape = {"num_kv_heads": 1, "head_dim": dim, "block_size": 16, "cache_dtype": fmt, "kv_scale": address(scale)}
+    cache = np.zeros(attention_steps.kv_bytes_per_block(1, dim, 16, fmt), np.uint8)
+    k, v, out = np.zeros((1, dim), np.float32), (values * 0.25).numpy()[None], np.full((1, dim), np.nan, np.float32)
+    steps = [
+        attention_steps.kv_append_step(address(k), address(v), address(cache), **shape),
+        attention_steps.paged_attention_step(address(k), address(out), address(cache), num_heads=1, scale=1.0, **shape),
+    ]
+    run(pool, steps, rows_batch(1))
+    assert (as_torch(out[0]) == round_to(values, fmt) * 0.25).all()
+
+
+def test_not_a_number_stays_one_in_fp8(pool):
+    shape = {"num_kv_heads": 1, "head_dim": 16, "block_size": 16, "cache_dtype": "fp8"}
+    cache = np.zeros(attention_steps.kv_bytes_per_block(1, 16, 16, "fp8"), np.uint8)
+    k, v, out = np.zeros((1, 16), np.float32), np.full((1, 16), np.nan, np.float32), np.zeros((1, 16), np.float32)
+    steps = [
+        attention_steps.kv_append_step(address(k), address(v), address(cache), **shape),
+        attention_steps.paged_attention_step(address(k), address(out), address(cache), num_heads=1, scale=1.0, **shape),
+    ]
+    run(pool, steps, rows_batch(1))
+    assert np.isnan(out).all()

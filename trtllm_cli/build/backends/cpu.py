@@ -32,7 +32,11 @@ def lower(graph: Graph, config: ModelConfig, build_config: BuildConfig, *, kerne
     attention = [n for n in graph.nodes if n.op in ("paged_attention", "attention")]
     kv_block = sum(
         kv_bytes_per_block(
-            n.attrs["num_kv_heads"], n.attrs["head_dim"], build_config.tokens_per_block, build_config.kv_cache_dtype
+            n.attrs["num_kv_heads"],
+            n.attrs["head_dim"],
+            build_config.tokens_per_block,
+            build_config.kv_cache_dtype,
+            n.attrs.get("v_head_dim"),
         )
         for n in attention
     )

@@ -22,8 +22,6 @@ from trtllm_cli.graph import Node
 from trtllm_cli.kernels.cpu import compiler, pack
 from trtllm_cli.tensor_file import TensorInfo
 
-_NOT_IN_ATTENTION = {"softcap", "sinks", "v_head_dim", "kv_quant"}
-
 
 class NativeLowering(RowSteps, AttentionSteps):
     """Each node as one step of the compiled library."""
@@ -48,8 +46,6 @@ class NativeLowering(RowSteps, AttentionSteps):
         for node in self.graph.nodes:
             if not hasattr(self, f"_{node.op}"):
                 return f"`{node.op}` in this place of the graph"
-            if node.op == "paged_attention" and (found := _NOT_IN_ATTENTION & {*node.attrs, *node.inputs}):
-                return f"attention with {min(found)}"
         return ""
 
     def plan(self) -> dict[str, Any]:

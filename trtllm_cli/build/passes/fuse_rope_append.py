@@ -2,53 +2,84 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 from trtllm_cli.graph import Graph, Node
 
 
 def fuse_rope_append(graph: Graph) -> Graph:
-    """`split, rms_norm of q and k if any, rope, attention` becomes `q = rope_append(qkv), paged_attention(q)`."""
+    """`split, rms_norm and rope of q and k if any, attention` becomes `q = rope_append(qkv), paged_attention(q)`."""
     producers = graph.producers()
+    readers = {name: len(nodes) for name, nodes in graph.consumers().items()}
     replaced: dict[int, list[Node]] = {}
     for node in graph.nodes:
-        if node.op != "attention":
+        chain = _chain(producers, node) if node.op == "attention" else None
+        if chain is None or any(readers[name] > 1 for name in chain.between) or chain.between & set(graph.outputs):
             continue
-        chain = _chain(producers, node)
-        if chain is None:
-            continue
-        split, q_rope, k_rope, norms = chain
-        a = node.attrs
-        attrs = {key: a[key] for key in ("layer", "num_heads", "num_kv_heads", "head_dim")}
-        attrs["rope"] = q_rope.attrs["rope"]
-        inputs = {
-            "qkv": split.inputs["x"],
-            "positions": q_rope.inputs["positions"],
-            "slot_mapping": node.inputs["slot_mapping"],
-        }
-        if norms:
-            inputs["q_norm"], inputs["k_norm"] = (n.inputs["weight"] for n in norms)
-            attrs["eps"] = norms[0].attrs["eps"]
-        for old in (split, q_rope, k_rope, *norms):
+        for old in (chain.split, *chain.ropes, *chain.norms):
             replaced[id(old)] = []
-        reads = {k: v for k, v in node.inputs.items() if k not in ("k", "v", "slot_mapping")}
-        replaced[id(node)] = [
-            Node("rope_append", inputs, (q_rope.output,), attrs),
-            Node("paged_attention", reads, node.outputs, a),
-        ]
+        replaced[id(node)] = _joint(node, chain)
     return graph.with_nodes([new for node in graph.nodes for new in replaced.get(id(node), [node])])
 
 
-def _chain(producers: dict[str, Node], attention: Node) -> tuple[Node, Node, Node, tuple[Node, ...]] | None:
-    """The split, the two ropes and the norms (q's, k's, or none) that feed `attention`, or None for another shape."""
-    q_rope, k_rope = producers.get(attention.inputs["q"]), producers.get(attention.inputs["k"])
-    split = producers.get(attention.inputs["v"])
-    if not (q_rope and k_rope and split and q_rope.op == k_rope.op == "rope" and split.op == "split"):
+@dataclass
+class _Chain:
+    """What makes an attention's q, k and v: the split, and for q and k the norms and the ropes, or none."""
+
+    split: Node
+    norms: list[Node] = field(default_factory=list)
+    ropes: list[Node] = field(default_factory=list)
+
+    @property
+    def between(self) -> set[str]:
+        """Tensors that are gone when all is joined."""
+        return {name for node in (self.split, *self.norms, *self.ropes) for name in node.outputs}
+
+
+def _joint(attention: Node, chain: _Chain) -> list[Node]:
+    a = attention.attrs
+    kept = ("layer", "num_heads", "num_kv_heads", "head_dim", "kv_quant")
+    attrs: dict[str, Any] = {name: a[name] for name in kept if name in a}
+    inputs = {"qkv": chain.split.inputs["x"]}
+    if chain.ropes:
+        inputs["positions"] = chain.ropes[0].inputs["positions"]
+        attrs["rope"] = chain.ropes[0].attrs["rope"]
+    if chain.norms:
+        inputs["q_norm"], inputs["k_norm"] = (n.inputs["weight"] for n in chain.norms)
+        attrs["eps"] = chain.norms[0].attrs["eps"]
+    for role in ("slot_mapping", "kv_scale"):
+        if role in attention.inputs:
+            inputs[role] = attention.inputs[role]
+    reads = {k: v for k, v in attention.inputs.items() if k not in ("k", "v", "slot_mapping")}
+    return [
+        Node("rope_append", inputs, (attention.inputs["q"],), attrs),
+        Node("paged_attention", reads, attention.outputs, a),
+    ]
+
+
+def _chain(producers: dict[str, Node], attention: Node) -> _Chain | None:
+    """What feeds `attention`, or None for another shape."""
+    a, split = attention.attrs, producers.get(attention.inputs["v"])
+    if "v_head_dim" in a or split is None or split.op != "split":
         return None
-    q_from, k_from = producers.get(q_rope.inputs["x"]), producers.get(k_rope.inputs["x"])
-    norms: tuple[Node, ...] = ()
-    if q_from and k_from and q_from.op == k_from.op == "rms_norm" and q_from.attrs["eps"] == k_from.attrs["eps"]:
-        norms = (q_from, k_from)
-        q_from, k_from = (producers.get(n.inputs["x"]) for n in norms)
-    if not (q_from is k_from is split) or q_rope.attrs["rope"] != k_rope.attrs["rope"]:
-        return None
-    heads = [attention.inputs["q"], attention.inputs["k"], attention.inputs["v"]]
-    return (split, q_rope, k_rope, norms) if len(split.outputs) == len(set(heads)) == 3 else None
+    chain, names = _Chain(split), [attention.inputs["q"], attention.inputs["k"]]
+    heads = [a["num_heads"], a["num_kv_heads"]]
+    makers = [producers.get(name) for name in names]
+    if all(n and n.op == "rope" for n in makers):
+        chain.ropes = [n for n in makers if n]
+        names = [n.inputs["x"] for n in chain.ropes]
+        makers = [producers.get(name) for name in names]
+    if all(n and n.op == "rms_norm" for n in makers):
+        chain.norms = [n for n in makers if n]
+        names = [n.inputs["x"] for n in chain.norms]
+    for part in (chain.ropes, chain.norms):
+        if part and [n.attrs.get("num_heads") for n in part] != heads:
+            return None
+    same_ropes = not chain.ropes or (
+        chain.ropes[0].attrs["rope"] == chain.ropes[1].attrs["rope"]
+        and chain.ropes[0].inputs["positions"] == chain.ropes[1].inputs["positions"]
+    )
+    same_norms = not chain.norms or chain.norms[0].attrs["eps"] == chain.norms[1].attrs["eps"]
+    in_order = split.outputs == (*names, attention.inputs["v"])
+    return chain if same_ropes and same_norms and in_order else None

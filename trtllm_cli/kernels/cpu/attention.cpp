@@ -1,8 +1,8 @@
 // Causal attention over the paged cache, with a running softmax over tiles of keys (FlashAttention, arXiv 2205.14135).
 //
 // A part of the work is one KV head, and some tokens of one sequence: the rows are those tokens' query heads of the KV
-// head's group. Key tiles are whole blocks and begin at fixed positions, so a row sums over the same tiles in the same
-// order, whatever else is in the step; keys that it must not see add exact zeros.
+// head's group, or of one split of a large group. Key tiles are whole blocks and begin at fixed positions, so a row sums
+// over the same tiles in the same order, whatever else is in the step; keys that it must not see add exact zeros.
 #include "cache.h"
 #include "micro.h"
 #include "ops.h"
@@ -16,44 +16,47 @@ constexpr int kMaxBlockRows = 6;
 
 struct Attention {
     int heads, group, window;
-    float scale;
+    int splits, split;  // of a KV head's group, and query heads of one; the last may have fewer
+    float scale, v_scale, cap;
     CacheShape cache;
     int tokens;       // of a part
     int rows;         // of a part
     int tile_blocks;  // of a key tile
-    const float* q;
+    const float *q, *sinks;
     float* out;
 
     explicit Attention(const tl_step& s)
-        : heads(s.i[1]), group(s.i[1] / s.i[2]), window(s.i[6]), scale(s.f[0]), cache(s.i[2], s.i[3], s.i[4]),
-          tokens(group < kRows ? kRows / group : 1), rows(tokens * group),
+        : heads(s.i[1]), group(s.i[1] / s.i[2]), window(s.i[6]), splits(ceil_div(group, kRows)),
+          split(ceil_div(group, splits)), scale(s.f[0]), v_scale(1.0f), cap(s.f[1]),
+          cache(s.i[2], s.i[3], s.i[7], s.i[4]), tokens(split < kRows ? kRows / split : 1), rows(tokens * split),
           tile_blocks(cache.block_size < kTileKeys ? kTileKeys / cache.block_size : 1), q((const float*)s.p[0]),
-          out((float*)s.p[1]) {}
+          sinks((const float*)s.p[3]), out((float*)s.p[1]) {
+        if (const float* kv_scale = (const float*)s.p[4]) scale *= kv_scale[0], v_scale = kv_scale[1];
+    }
 
     int columns() const { return tile_blocks * cache.padded_block; }
+    int lanes() const { return cache.kv_heads * splits; }  // parts of the same tokens
 };
 
 // A thread's working memory, cut from its scratch.
 struct Work {
-    float *q, *o;               // [rows, padded_dim]
+    float *q, *o;               // [rows, padded_dim] and [rows, padded_v_dim]
     float* s;                   // [rows, columns]: scores, then probabilities
     float *peak, *total;        // [rows]
     float *keys, *values;       // one block's in float32, as the cache lays them
     int32_t* positions;         // [columns]: of the tile's keys; INT32_MAX where there is none
 
     Work(const Attention& a, float* p) {
-        const int64_t row = a.cache.padded_dim, block = (int64_t)a.cache.padded_dim * a.cache.padded_block;
-        q = p, o = q + a.rows * row, s = o + a.rows * row, keys = s + a.rows * a.columns();
-        values = keys + block, peak = values + block, total = peak + a.rows, positions = (int32_t*)(total + a.rows);
+        const int64_t row = a.cache.padded_dim, v_row = a.cache.padded_v_dim;
+        q = p, o = q + a.rows * row, s = o + a.rows * v_row, keys = s + a.rows * a.columns();
+        values = keys + row * a.cache.padded_block, peak = values + v_row * a.cache.padded_block;
+        total = peak + a.rows, positions = (int32_t*)(total + a.rows);
     }
     static size_t bytes(const Attention& a) {
         const Work w(a, nullptr);
         return (size_t)(char*)w.positions + a.columns() * sizeof(int32_t);
     }
 };
-
-INLINE vf load_as(const float* p) { return load(p); }
-INLINE vf load_as(const uint16_t* p) { return load_bf16(p); }
 
 // Tiles of a matrix: [k, 16] each, `tile` elements apart, with rows `row` apart. `ahead` is read soon after them.
 template <class E>
@@ -111,6 +114,10 @@ void product_rows(int rows, const float* a, int64_t lda, Tiles<E> tiles, int cou
     }
 }
 
+void cap_scores(float* s, int columns, float cap) {
+    for (int j = 0; j < columns; j += kWidth) store(s + j, cap * vtanh(load(s + j) / cap));
+}
+
 // One tile's scores of one row to probabilities; the row's sums so far are scaled to the new peak.
 void soften(float* s, const int32_t* positions, int columns, int first, int last, float& peak, float& total, float* o,
             int dim) {
@@ -137,12 +144,15 @@ void soften(float* s, const int32_t* positions, int columns, int first, int last
     peak = now;
 }
 
-// `rows` rows of the sequence whose blocks `table` names; row r is the token at `position + r / group`.
+// Rows of query heads of one KV head, `heads` for each token from `position` on of the sequence whose blocks `table`
+// names.
 template <class E>
-void attend(const Attention& a, const Work& w, const E* cache, const int32_t* table, int head, int rows, int position) {
+void attend(const Attention& a, const Work& w, const E* cache, const int32_t* table, int kv_head, int rows, int heads,
+            int position) {
     const CacheShape& shape = a.cache;
-    const int dim = shape.padded_dim, columns = a.columns(), tile_keys = a.tile_blocks * shape.block_size;
-    const int last = position + (rows - 1) / a.group;
+    const int dim = shape.padded_dim, v_dim = shape.padded_v_dim;
+    const int columns = a.columns(), tile_keys = a.tile_blocks * shape.block_size;
+    const int last = position + (rows - 1) / heads;
     const int first = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
     const bool convert = sizeof(E) != sizeof(float) && rows > kMaxBlockRows;
     // The same part of the next block that is needed, or of this one.
@@ -152,14 +162,12 @@ void attend(const Attention& a, const Work& w, const E* cache, const int32_t* ta
         return (const char*)(part + (table[next / shape.block_size] - table[from / shape.block_size]) *
                                         (shape.keys(1, 0) - shape.keys(0, 0)));
     };
-    memset(w.o, 0, (size_t)rows * dim * sizeof(float));
-    for (int r = 0; r < rows; r++) w.peak[r] = -__builtin_inff(), w.total[r] = 0;
     for (int start = first / tile_keys * tile_keys; start <= last; start += tile_keys) {
         int used = 0;  // columns
         for (int b = 0; b < a.tile_blocks && start + b * shape.block_size <= last; b++) {
             const int from = start + b * shape.block_size, left = last + 1 - from;
             const int n = left < shape.block_size ? left : shape.block_size, strips = ceil_div(n, kTile);
-            const E* keys = cache + shape.keys(table[from / shape.block_size], head);
+            const E* keys = cache + shape.keys(table[from / shape.block_size], kv_head);
             float* s = w.s + b * shape.padded_block;
             used = b * shape.padded_block + strips * kTile;
             for (int j = 0; j < shape.padded_block; j++)
@@ -174,39 +182,48 @@ void attend(const Attention& a, const Work& w, const E* cache, const int32_t* ta
             }
         }
         for (int r = 0; r < rows; r++) {
-            const int at = position + r / a.group, low = a.window && at + 1 > a.window ? at + 1 - a.window : 0;
-            soften(w.s + r * columns, w.positions, used, low, at, w.peak[r], w.total[r], w.o + r * dim, dim);
+            const int at = position + r / heads, low = a.window && at + 1 > a.window ? at + 1 - a.window : 0;
+            if (a.cap) cap_scores(w.s + r * columns, used, a.cap);
+            soften(w.s + r * columns, w.positions, used, low, at, w.peak[r], w.total[r], w.o + r * v_dim, v_dim);
         }
         for (int b = 0; b < a.tile_blocks && start + b * shape.block_size <= last; b++) {
             const int from = start + b * shape.block_size, left = last + 1 - from;
             const int n = left < shape.block_size ? left : shape.block_size;
-            const E* values = cache + shape.values(table[from / shape.block_size], head);
+            const E* values = cache + shape.values(table[from / shape.block_size], kv_head);
             const float* p = w.s + b * shape.padded_block;
             if (convert) {
-                for (int j = 0; j < n * dim; j += kWidth) store(w.values + j, load_as(values + j));
-                const Tiles<float> tiles{w.values, kTile, dim, (const char*)w.values};
-                product_rows(rows, p, columns, tiles, dim / kTile, n, w.o, dim, true);
+                for (int j = 0; j < n * v_dim; j += kWidth) store(w.values + j, load_as(values + j));
+                const Tiles<float> tiles{w.values, kTile, v_dim, (const char*)w.values};
+                product_rows(rows, p, columns, tiles, v_dim / kTile, n, w.o, v_dim, true);
             } else {
-                const Tiles<E> tiles{values, kTile, dim, ahead(values, from)};
-                product_rows(rows, p, columns, tiles, dim / kTile, n, w.o, dim, true);
+                const Tiles<E> tiles{values, kTile, v_dim, ahead(values, from)};
+                product_rows(rows, p, columns, tiles, v_dim / kTile, n, w.o, v_dim, true);
             }
         }
     }
 }
 
-// Tokens [token, token + count) of the step, which follow one another in one sequence.
-void part(const Context& c, const Attention& a, const Work& w, int seq, int head, int token, int count, int position) {
-    const int dim = a.cache.dim, padded = a.cache.padded_dim, rows = count * a.group;
+// Tokens [token, token + count) of the step, which follow one another in one sequence; `lane` is the KV head and split.
+void part(const Context& c, const Attention& a, const Work& w, int seq, int lane, int token, int count, int position) {
+    const CacheShape& shape = a.cache;
+    const int kv_head = lane / a.splits, first = lane % a.splits * a.split;
+    const int heads = first + a.split <= a.group ? a.split : a.group - first, rows = count * heads;
+    auto head_of = [&](int r) { return kv_head * a.group + first + r % heads; };
+    auto at = [&](int r) { return (int64_t)(token + r / heads) * a.heads + head_of(r); };
     for (int r = 0; r < rows; r++) {
-        const int64_t at = (int64_t)(token + r / a.group) * a.heads + head * a.group + r % a.group;
-        for (int j = 0; j < dim; j++) w.q[r * padded + j] = a.q[at * dim + j] * a.scale;
+        const float* q = a.q + at(r) * shape.dim;
+        for (int j = 0; j < shape.dim; j++) w.q[r * shape.padded_dim + j] = q[j] * a.scale;
+        // A sink is a key that has been seen already, with a value of zeros.
+        w.peak[r] = a.sinks ? a.sinks[head_of(r)] : -__builtin_inff(), w.total[r] = a.sinks ? 1.0f : 0.0f;
     }
+    memset(w.o, 0, (size_t)rows * shape.padded_v_dim * sizeof(float));
     const int32_t* table = c.batch.block_tables + (int64_t)seq * c.batch.max_blocks;
-    if (c.step.i[5] == kFloat32) attend(a, w, (const float*)c.step.p[2], table, head, rows, position);
-    else attend(a, w, (const uint16_t*)c.step.p[2], table, head, rows, position);
+    with_cache(c.step.i[5], c.step.p[2], [&](const auto* cache) {
+        attend(a, w, cache, table, kv_head, rows, heads, position);
+    });
     for (int r = 0; r < rows; r++) {
-        const int64_t at = (int64_t)(token + r / a.group) * a.heads + head * a.group + r % a.group;
-        for (int j = 0; j < dim; j++) a.out[at * dim + j] = w.o[r * padded + j] / w.total[r];
+        float* out = a.out + at(r) * shape.v_dim;
+        for (int j = 0; j < shape.v_dim; j++) out[j] = w.o[r * shape.padded_v_dim + j] / w.total[r] * a.v_scale;
     }
 }
 
@@ -216,7 +233,7 @@ Needs attention_needs(const tl_step& step, const tl_batch& batch, int num_thread
     const Attention a(step);
     int parts = 0;
     for (int s = 0; s < batch.num_seqs; s++)
-        parts += a.cache.kv_heads * ceil_div(batch.query_start[s + 1] - batch.query_start[s], a.tokens);
+        parts += a.lanes() * ceil_div(batch.query_start[s + 1] - batch.query_start[s], a.tokens);
     Needs needs;
     needs.pieces = parts < 32 * num_threads ? parts : 32 * num_threads;
     needs.per_thread = Work::bytes(a);
@@ -229,15 +246,15 @@ void paged_attention(const Context& c) {
     const tl_batch& batch = c.batch;
     auto tiles_of = [&](int s) { return ceil_div(batch.query_start[s + 1] - batch.query_start[s], a.tokens); };
     int parts = 0;
-    for (int s = 0; s < batch.num_seqs; s++) parts += a.cache.kv_heads * tiles_of(s);
+    for (int s = 0; s < batch.num_seqs; s++) parts += a.lanes() * tiles_of(s);
     int begin, end, seq = 0, before = 0;  // before: parts of the sequences before `seq`
     c.share(parts, begin, end);
     for (int i = begin; i < end; i++) {
-        while (i >= before + tiles_of(seq) * a.cache.kv_heads) before += tiles_of(seq++) * a.cache.kv_heads;
+        while (i >= before + tiles_of(seq) * a.lanes()) before += tiles_of(seq++) * a.lanes();
         const int queries = batch.query_start[seq + 1] - batch.query_start[seq];
         // The last tokens see the most keys: they go first.
-        const int tile = tiles_of(seq) - 1 - (i - before) / a.cache.kv_heads, head = (i - before) % a.cache.kv_heads;
+        const int tile = tiles_of(seq) - 1 - (i - before) / a.lanes(), lane = (i - before) % a.lanes();
         const int from = tile * a.tokens, count = queries - from < a.tokens ? queries - from : a.tokens;
-        part(c, a, w, seq, head, batch.query_start[seq] + from, count, batch.seq_lens[seq] - queries + from);
+        part(c, a, w, seq, lane, batch.query_start[seq] + from, count, batch.seq_lens[seq] - queries + from);
     }
 }

@@ -51,5 +51,7 @@ void run_piece(const Context& c, bool prepares) {
         case kMul: return mul(c);
         case kScale: return scale(c);
         case kSoftcap: return softcap(c);
+        case kRope: return rope(c);
+        case kKvAppend: return kv_append(c);
     }
 }

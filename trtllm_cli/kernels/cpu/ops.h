@@ -33,6 +33,8 @@ void gated_act(const Context& c);
 
 // rope.cpp
 void rope_append(const Context& c);
+void rope(const Context& c);
+void kv_append(const Context& c);
 
 // attention.cpp
 void paged_attention(const Context& c);

@@ -156,7 +156,7 @@ class CpuRunner:
             if step["op"] == "paged_attention":
                 a = step["args"]
                 sizes[int(a["cache"][3:])] = kv_bytes_per_block(
-                    a["num_kv_heads"], a["head_dim"], a["block_size"], a["cache_dtype"]
+                    a["num_kv_heads"], a["head_dim"], a["block_size"], a["cache_dtype"], a.get("v_head_dim")
                 )
         return [sizes[layer] for layer in range(len(sizes))]
 

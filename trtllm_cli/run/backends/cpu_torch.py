@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -48,19 +48,26 @@ class TorchRunner:
     @property
     def bytes_per_block(self) -> int:
         """See Runner."""
-        size = 4 if self._limits.kv_cache_dtype == "float32" else 2
-        per_token = sum(2 * a["num_kv_heads"] * a["head_dim"] for a in self._attention())
-        return per_token * self._limits.tokens_per_block * size
+        per_token = sum(a["num_kv_heads"] * (a["head_dim"] + reference.v_head_dim(a)) for a in self._attention())
+        return per_token * self._limits.tokens_per_block * self._cache_dtype.itemsize
+
+    @property
+    def _cache_dtype(self) -> torch.dtype:
+        name = self._limits.kv_cache_dtype
+        return torch.float8_e4m3fn if name == "fp8" else cast("torch.dtype", getattr(torch, name))
 
     def _attention(self) -> list[dict[str, Any]]:
         return [n.attrs for n in self._graph.nodes if n.op in ("attention", "paged_attention")]
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """See Runner."""
-        dtype = getattr(torch, self._limits.kv_cache_dtype)
         for a in self._attention():
-            shape = (num_blocks * self._limits.tokens_per_block, a["num_kv_heads"], a["head_dim"])
-            self._program.caches[a["layer"]] = (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+            rows = (num_blocks * self._limits.tokens_per_block, a["num_kv_heads"])
+            k, v = (
+                torch.zeros((*rows, width), dtype=self._cache_dtype)
+                for width in (a["head_dim"], reference.v_head_dim(a))
+            )
+            self._program.caches[a["layer"]] = (k, v)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See Runner."""

@@ -1,0 +1,40 @@
+// E4M3 of OCP's 8-bit floating point: a sign, 4 bits of exponent (bias 7), 3 of mantissa; largest 448, NaN 0x7f, no
+// infinity.
+#pragma once
+
+#include "simd.h"
+
+INLINE vf load_fp8(const uint8_t* p) {
+#if defined(__AVX512F__)
+    const vi bits = (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__) && defined(__FMA__)
+    const vi bits = (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    typedef uint8_t bytes __attribute__((vector_size(kWidth)));
+    bytes b;
+    memcpy(&b, p, sizeof b);
+    const vi bits = __builtin_convertvector(b, vi);
+#endif
+    const vi size = (bits & 0x7f) << 20;
+    const vf normal = as_float(size + (120 << 23));
+    // A subnormal is m / 8 * 2^-6, and `normal` then (1 + m / 8) * 2^-7.
+    const vf x = size < (1 << 23) ? normal + normal - 0x1p-6f : normal;
+    const vf number = size == (0x7f << 20) ? splat(__builtin_nanf("")) : x;
+    return as_float(as_int(number) | (bits & 0x80) << 24);
+}
+
+// To nearest, ties to even; what is larger than 448 becomes 448.
+inline uint8_t float_to_fp8(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint8_t sign = bits >> 31 << 7;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return 0x7f;
+    if (bits >= 0x43e00000) return sign | 0x7e;
+    if (bits < 0x3c800000) {  // below 2^-6: multiples of 2^-9, the last of which is the first normal number
+        float size;
+        memcpy(&size, &bits, 4);
+        return sign | (uint8_t)(int)(size * 512.0f + 8388608.0f - 8388608.0f);
+    }
+    return (uint8_t)(sign | (((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3)));
+}
