@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import cached_property
+from functools import lru_cache
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -36,10 +36,10 @@ class Mapping(BaseModel):
         """The mapping of `tp_size * pp_size` ranks."""
         return cls(world_size=tp_size * pp_size, tp_size=tp_size, pp_size=pp_size)
 
-    @cached_property
+    @property
     def ranks(self) -> tuple[Rank, ...]:
         """Every rank's place, in order."""
-        return tuple(Rank(mapping=self, rank=r) for r in range(self.world_size))
+        return _ranks(self)
 
 
 class Rank(BaseModel):
@@ -96,6 +96,12 @@ class Rank(BaseModel):
         """A module's or tensor's name in the whole model: TensorRT-LLM numbers the layers of each stage from 0."""
         first = self.layers(num_layers).start
         return _LAYER.sub(lambda m: str(int(m[0]) + first), name)
+
+
+@lru_cache(maxsize=64)
+def _ranks(mapping: Mapping) -> tuple[Rank, ...]:
+    """Kept outside of the mapping: a mapping that held its ranks, which hold it, could not be compared."""
+    return tuple(Rank(mapping=mapping, rank=r) for r in range(mapping.world_size))
 
 
 _LAYER = re.compile(r"(?<=transformer\.layers\.)\d+(?=\.|$)")

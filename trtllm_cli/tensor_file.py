@@ -139,8 +139,13 @@ class TensorFile:
 
     def read(self, name: str) -> bytearray:
         """The tensor's bytes, row-major, copied."""
-        out = bytearray(self.tensors[name].nbytes)
-        view, position = memoryview(out), self._data_start + self._offsets[name]
+        return self.read_at(name, 0, self.tensors[name].nbytes)
+
+    def read_at(self, name: str, offset: int, size: int) -> bytearray:
+        """`size` of the tensor's bytes, from byte `offset` of it, copied."""
+        assert offset + size <= self.tensors[name].nbytes, f"{name}: read past its end"
+        out = bytearray(size)
+        view, position = memoryview(out), self._data_start + self._offsets[name] + offset
         while view:
             n = os.preadv(self._file.fileno(), [view], position)
             if n == 0:
@@ -157,7 +162,7 @@ class TensorFile:
 
 
 class TensorFileWriter:
-    """Writes a safetensors file whose tensors are all announced first and then given one at a time, in any order.
+    """Writes a safetensors file whose tensors are all announced first and then given, whole or in pieces, in any order.
 
     With `alignment`, each tensor starts at a multiple of that many bytes: padding is declared as a `uint8` tensor named
     `__pad.N` where it is needed, since the format has no holes.
@@ -168,7 +173,7 @@ class TensorFileWriter:
     ) -> None:
         self.path = path
         self.tensors = dict(tensors)
-        self._pending = dict(tensors)
+        self._pending = {name: info.nbytes for name, info in tensors.items()}  # bytes not written yet
         self._offsets: dict[str, int] = {}
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         position = 0
@@ -189,17 +194,33 @@ class TensorFileWriter:
 
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
         """Writes one announced tensor's bytes. Each is written exactly once."""
-        info = self._pending.pop(name)
         view = memoryview(data).cast("B")
+        info = self.tensors[name]
         assert len(view) == info.nbytes, f"{name}: {len(view)} bytes given, {info.nbytes} announced"
-        position = self._data_start + self._offsets[name]
+        self.write_at(name, 0, view)
+
+    def write_at(self, name: str, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Writes a piece of a tensor, from byte `offset` of it. Pieces do not overlap."""
+        view = memoryview(data).cast("B")
+        self._count(name, offset, len(view))
+        position = self._data_start + self._offsets[name] + offset
         while view:
             n = os.pwrite(self._file.fileno(), view, position)
             view, position = view[n:], position + n
 
+    def leave_zeros(self, name: str, offset: int, size: int) -> None:
+        """Counts a piece as written that stays zeros, as the file is made."""
+        self._count(name, offset, size)
+
+    def _count(self, name: str, offset: int, size: int) -> None:
+        left = self._pending[name] - size
+        assert left >= 0, f"{name}: more bytes given than announced"
+        assert offset + size <= self.tensors[name].nbytes, f"{name}: written past its end"
+        self._pending[name] = left
+
     def close(self) -> None:
         """Flushes to disk and closes. Every announced tensor must have been written."""
-        missing = list(self._pending)
+        missing = [name for name, left in self._pending.items() if left]
         if not missing:
             os.fsync(self._file.fileno())
         self._file.close()

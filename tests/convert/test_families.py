@@ -61,7 +61,6 @@ def test_defaults_are_those_of_transformers():
     [
         ("hidden_act", "quick_gelu"),
         ("partial_rotary_factor", 0.5),
-        ("quantization_config", {"quant_method": "fp8"}),
         ("attn_logit_softcapping", 30.0),
         ("logits_scaling", 8.0),
         ("sliding_window", 128),

@@ -34,6 +34,12 @@ def convert(
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a scale: 32 for int4_wo, 64 for int8_wo.", show_default="auto")
     ] = None,
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize", help="Make the weights of a snapshot plain that is quantized already (GPTQ, ...)."
+        ),
+    ] = False,
     use_parallel_embedding: Annotated[
         bool, typer.Option("--use-parallel-embedding", help="Split the embedding table over the tensor-parallel ranks.")
     ] = False,
@@ -51,7 +57,8 @@ def convert(
 ) -> None:
     """Turn a Hugging Face snapshot or a GGUF file into a checkpoint.
 
-    The tensors go through one at a time, so memory stays at a few times the largest one, whatever the model's size.
+    The tensors stream through in blocks of rows, so memory stays small, whatever the model's size. A snapshot that is
+    quantized already keeps its weights as they are.
 
     Examples:
 
@@ -62,6 +69,8 @@ def convert(
         trtllm convert snapshot --output-dir ckpt --tp-size 2 --pp-size 2
 
         trtllm convert snapshot --output-dir ckpt --qformat int4_wo --group-size 64
+
+        trtllm convert snapshot-gptq --output-dir ckpt --dequantize --qformat int8_wo
     """
     from trtllm_cli.commands.console import progress_bytes, stdout
     from trtllm_cli.convert.pipeline import ConvertOptions
@@ -75,6 +84,7 @@ def convert(
         embedding_sharding_dim=embedding_sharding_dim,  # type: ignore[arg-type]
         qformat=_qformat(qformat, use_weight_only, weight_only_precision),  # type: ignore[arg-type]
         group_size=group_size,
+        dequantize=dequantize,
         force=force,
     )
     with progress_bytes() as bar:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -66,18 +65,22 @@ class GgufFile:
         """Closes the file."""
         self._file.close()
 
-    def blocks(self, name: str, rows_multiple: int = 1) -> Iterator[torch.Tensor]:
-        """The tensor in blocks of rows, float32 unless it is stored as float16; a multiple of `rows_multiple` each."""
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop, float32 unless the tensor is stored as float16; of a vector its numbers."""
         import torch
 
         tensor = self.tensors[name]
-        width = tensor.shape[-1]
-        step = max(1, BLOCK_ELEMENTS // width // rows_multiple) * rows_multiple
-        for start in range(0, tensor.rows, step):
-            count = min(step, tensor.rows - start)
-            raw = self._pread(tensor.offset + start * tensor.row_bytes, count * tensor.row_bytes, name)
-            block = torch.from_numpy(_dequantize(raw, count, tensor.kind))
-            yield block.reshape(count, width) if len(tensor.shape) > 1 else block.reshape(width)
+        if len(tensor.shape) < 2:
+            return self._rows(name, tensor, 0, 1).flatten()[start:stop]
+        step = max(1, BLOCK_ELEMENTS // tensor.shape[-1])
+        blocks = [self._rows(name, tensor, i, min(stop, i + step)) for i in range(start, stop, step)]
+        return torch.cat(blocks) if len(blocks) != 1 else blocks[0]
+
+    def _rows(self, name: str, tensor: GgufTensor, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        raw = self._pread(tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes, name)
+        return torch.from_numpy(_dequantize(raw, stop - start, tensor.kind)).reshape(stop - start, tensor.shape[-1])
 
     def _pread(self, position: int, size: int, name: str) -> bytearray:
         out = bytearray(size)

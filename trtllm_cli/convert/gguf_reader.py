@@ -7,7 +7,7 @@ neighbours where Hugging Face's turns halves; to Gemma's norms it adds one. All 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from trtllm_cli.convert.gguf_architectures import ARCHITECTURES
 from trtllm_cli.convert.gguf_file import GgufFile
 from trtllm_cli.convert.gguf_metadata import Metadata
 from trtllm_cli.convert.gguf_tokenizer import GgufTokenizer
+from trtllm_cli.convert.reader import Reader
 from trtllm_cli.errors import SnapshotError, UnsupportedError
 from trtllm_cli.tensor_file import TensorInfo
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-class GgufReader:
+class GgufReader(Reader):
     """A GGUF file, under Hugging Face's names."""
 
     def __init__(self, path: Path) -> None:
@@ -57,24 +58,29 @@ class GgufReader:
             self.close()
             raise
 
-    def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor in blocks of rows, as Hugging Face orders them."""
-        module = name.split(".")[-2]
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(module)
-        if self.architecture.norms_plus_one and module.endswith("norm"):
-            for block in self._file.blocks(self._gguf_names[name]):
-                yield block.float() - 1
-            return
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows as Hugging Face orders them."""
+        if self.architecture.norms_plus_one and name.split(".")[-2].endswith("norm"):
+            return self._file.rows(self._gguf_names[name], start, stop).float() - 1
+        head_dim = self._permuted_head(name)
+        if head_dim is None:
+            return self._file.rows(self._gguf_names[name], start, stop)
+        # whole heads, [heads, head_dim / 2, 2, ...]: neighbours; to halves
+        first = start // head_dim * head_dim
+        heads = self._file.rows(self._gguf_names[name], first, -(-stop // head_dim) * head_dim)
+        pairs = heads.unflatten(0, (-1, head_dim // 2, 2))
+        return pairs.transpose(1, 2).reshape(heads.shape)[start - first : stop - first]
+
+    def _permuted_head(self, name: str) -> int | None:
+        """The height of a head, where the file has the rows of each in another order."""
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
         if not self.architecture.permuted or heads is None:
-            yield from self._file.blocks(self._gguf_names[name])
-            return
-        head_dim = self.tensors[name].shape[0] // self.config[heads]
-        if self.tensors[name].shape[0] != head_dim * self.config[heads] or head_dim % 2:
+            return None
+        rows, count = self.tensors[name].shape[0], self.config[heads]
+        if rows % count or rows // count % 2:
             raise SnapshotError(f"tensor `{self._gguf_names[name]}` does not divide into heads", where=str(self.path))
-        for block in self._file.blocks(self._gguf_names[name], rows_multiple=head_dim):
-            # [heads, head_dim / 2, 2, ...]: neighbours; to halves
-            pairs = block.unflatten(0, (-1, head_dim // 2, 2))
-            yield pairs.transpose(1, 2).reshape(block.shape)
+        head_dim: int = rows // count
+        return head_dim
 
     def write_tokenizer(self, directory: Path) -> list[str]:
         """Writes the tokenizer that the metadata describes."""
@@ -158,7 +164,7 @@ class GgufReader:
         from trtllm_cli.kernels.rope import RopeSpec, cos_sin_table
         from trtllm_cli.model_config import RopeScaling
 
-        divisors = torch.cat([block.float() for block in self._file.blocks(_ROPE_FACTORS)])
+        divisors = self._file.rows(_ROPE_FACTORS, 0, self._file.tensors[_ROPE_FACTORS].shape[-1]).float()
         factor = round(float(divisors.max()), 4)
         scaling = {
             "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trtllm_cli.artifact import read_json
+from trtllm_cli.convert.reader import Reader
 from trtllm_cli.convert.tokenizer_files import copy_tokenizer
 from trtllm_cli.errors import SnapshotError, UnsupportedError
-from trtllm_cli.tensor_file import TensorFile, TensorInfo
+from trtllm_cli.tensor_file import ITEMSIZE, TensorFile, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +24,12 @@ _DTYPES = ("float32", "float16", "bfloat16")
 class _WeightFile(Protocol):
     tensors: dict[str, TensorInfo]
 
-    def load(self, name: str) -> torch.Tensor: ...
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
 
     def close(self) -> None: ...
 
 
-class HfReader:
+class HfReader(Reader):
     """A snapshot directory. Opening it checks that every weight file is there and whole, and reads no weights."""
 
     def __init__(self, path: Path) -> None:
@@ -44,9 +45,9 @@ class HfReader:
             raise
         self.tensors = {name: self._files[file].tensors[name] for name, file in self._file_of.items()}
 
-    def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor, whole."""
-        yield self._files[self._file_of[name]].load(name)
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """See Reader."""
+        return self._files[self._file_of[name]].rows(name, start, stop)
 
     def write_tokenizer(self, directory: Path) -> list[str]:
         """Copies the snapshot's tokenizer and generation settings."""
@@ -122,19 +123,21 @@ def _check_file_name(file: Any, index: Path) -> None:
 
 
 class _SafetensorsFile:
-    """Read by offset: no more memory than the tensor, and none of it address space of a mapped file."""
+    """Read by offset: no more memory than the rows, and none of it address space of a mapped file."""
 
     def __init__(self, path: Path) -> None:
         self._file = TensorFile(path, SnapshotError)
         self.tensors = self._file.tensors
 
-    def load(self, name: str) -> torch.Tensor:
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
 
         info = self.tensors[name]
-        if not info.nbytes:
-            return torch.empty(info.shape, dtype=getattr(torch, info.dtype))
-        return torch.frombuffer(self._file.read(name), dtype=getattr(torch, info.dtype)).reshape(info.shape)
+        dtype, width = getattr(torch, info.dtype), info.shape[-1:] if len(info.shape) > 1 else ()
+        row_bytes = math.prod(width) * ITEMSIZE[info.dtype]
+        data = self._file.read_at(name, start * row_bytes, (stop - start) * row_bytes)
+        shape = (stop - start, *width)
+        return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
     def close(self) -> None:
         self._file.close()
@@ -176,8 +179,11 @@ class _BinFile:
             for name, tensor in loaded.items()
         }
 
-    def load(self, name: str) -> torch.Tensor:
-        return self._tensors[name].detach().contiguous()
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        tensor = self._tensors[name].detach()
+        if tensor.dim() > 2:
+            tensor = tensor.flatten(0, -2)
+        return tensor.reshape(-1)[start:stop] if tensor.dim() < 2 else tensor[start:stop].contiguous()
 
     def close(self) -> None:
         self._tensors.clear()

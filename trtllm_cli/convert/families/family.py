@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_cli.convert.families.fields import Fields
 from trtllm_cli.convert.families.rope import read_rope
-from trtllm_cli.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +21,8 @@ class Source:
 
     `names` are their tensors; {i} is the layer, and a name with {e} stands for one tensor of each expert: all names of
     expert 0 first, then all of expert 1. What they stack to is seen as rows [..., width]: an expert stack that is one
-    tensor already, [experts, out, in], counts as experts * out rows.
+    tensor already, [experts, out, in], counts as experts * out rows. Of a vector, and of one for each expert,
+    [experts, out], the rows are its numbers.
     """
 
     names: tuple[str, ...]
@@ -90,11 +90,11 @@ WITHOUT_EFFECT = {
     "bad_words_ids", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
     "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "aux_loss_alpha", "seq_aux",
+    "quantization_config", "compression_config",  # what they say, the reader has read
 }  # fmt: skip
 
 # Fields that do change the numbers, with the values at which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
     "partial_rotary_factor": (None, 1, 1.0),
     "rotary_pct": (None, 1, 1.0),
     "rope_interleaved": (None, False),
@@ -166,12 +166,6 @@ class Family:
 
     def config_fields(self, fields: Fields) -> dict[str, Any]:
         """ModelConfig's fields; anything in the file that cannot be honoured is an UnsupportedError."""
-        if fields.has("quantization_config"):
-            raise UnsupportedError(
-                "the snapshot is quantized already (it has a `quantization_config`)",
-                where=f"{fields.path}: quantization_config",
-                fix="convert the unquantized model; --qformat quantizes it",
-            )
         out = {"architecture": self.architecture, **self.read(fields)}
         fields.refuse_unread(WITHOUT_EFFECT | self.without_effect, NEUTRAL)
         return out

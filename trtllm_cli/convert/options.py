@@ -1,0 +1,70 @@
+"""What `convert` is asked for, and what it says that it did."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from trtllm_cli.convert.quantize.formats import KvCache, QFormat, qformat_named
+from trtllm_cli.errors import UsageError
+from trtllm_cli.model_config import DType
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What the flags of `trtllm convert` say."""
+
+    dtype: DType | Literal["auto"] = "auto"
+    tp_size: int = 1
+    pp_size: int = 1
+    use_parallel_embedding: bool = False
+    embedding_sharding_dim: Literal[0, 1] = 0
+    qformat: QFormat | None = None
+    group_size: int | None = None  # None: the format's own
+    exclude: tuple[str, ...] = ()  # patterns of layers that stay as they are
+    quantize_lm_head: bool = False
+    kv_cache: KvCache | None = None
+    dequantize: bool = False  # a source that is quantized already is made plain first
+    force: bool = False
+
+    def check(self) -> None:
+        """Raises UsageError for a value that no flag has."""
+        for flag, value, allowed in (
+            ("--dtype", self.dtype, ("auto", *get_args(DType))),
+            ("--kv-cache-dtype", self.kv_cache, (None, *get_args(KvCache))),
+            ("--embedding-sharding-dim", self.embedding_sharding_dim, (0, 1)),
+        ):
+            if value not in allowed:
+                choices = ", ".join(str(a) for a in allowed if a is not None)
+                raise UsageError(f"{flag} is {value!r}", where=flag, fix=f"choose one of {choices}")
+        if self.qformat is not None:
+            qformat_named(self.qformat)
+        for flag, number in (
+            ("--tp-size", self.tp_size), ("--pp-size", self.pp_size), ("--group-size", self.group_size)
+        ):  # fmt: skip
+            if number is not None and number < 1:
+                raise UsageError(f"{flag} is {number}", where=flag, fix="give 1 or more")
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was written."""
+
+    output_dir: str
+    architecture: str
+    dtype: str
+    quant_algo: str | None
+    group_size: int | None
+    tp_size: int
+    pp_size: int
+    num_parameters: int  # of the source's tensors that the checkpoint holds, each counted once
+    num_tensors: int  # in all rank files
+    rank_bytes: list[int]
+    tokenizer_files: list[str]
+    seconds: float
+    peak_memory_bytes: int  # of the whole process so far, resident
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
