@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_cli.artifact import read_json
 from trtllm_cli.errors import EngineError, RequestError, UsageError
 from trtllm_cli.run.detokenizer import Detokenizer, pieces_factory
+from trtllm_cli.tokenizer_file import largest_id, open_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -39,8 +40,8 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: Path, *, vocab_size: int | None = None) -> Tokenizer:
         """Reads the directory. Raises EngineError if it is none, or has ids that a model of `vocab_size` lacks."""
-        backend = _backend(directory)
-        if vocab_size is not None and (largest := _largest_id(backend)) >= vocab_size:
+        backend = open_tokenizer(directory)
+        if vocab_size is not None and (largest := largest_id(backend)) >= vocab_size:
             raise EngineError(
                 f"wrong tokenizer: its token ids go up to {largest}, the model has only {vocab_size} tokens",
                 where=str(directory / "tokenizer.json"),
@@ -114,34 +115,6 @@ class Tokenizer:
     @cached_property
     def _compiled(self) -> dict[str, ChatTemplate]:
         return {}
-
-
-def _backend(directory: Path) -> Backend:
-    from tokenizers import Tokenizer as Backend
-
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        if not directory.is_dir():
-            raise EngineError(f"no such tokenizer directory: {directory}", where="--tokenizer-dir")
-        old = next((n for n in ("tokenizer.model", "vocab.json", "spiece.model") if (directory / n).is_file()), None)
-        raise EngineError(
-            f"no tokenizer.json in {directory}" + (f", only the older {old}" if old else ""),
-            fix="make one with transformers: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIR)",
-        )
-    try:
-        backend = Backend.from_file(str(file))
-        backend.no_truncation()
-        backend.no_padding()
-    except Exception as e:
-        raise EngineError(f"tokenizer.json cannot be read: {e}", where=str(file), fix="copy the file again") from None
-    return backend
-
-
-def _largest_id(backend: Backend) -> int:
-    size = backend.get_vocab_size(with_added_tokens=True)
-    if backend.id_to_token(size - 1) is not None and backend.id_to_token(size) is None:
-        return size - 1  # no gaps, by far the most common: `size` different ids, all below `size`
-    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def _optional_json(file: Path) -> dict[str, Any]:
