@@ -47,6 +47,8 @@ _OF_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
                                      "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
     "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 6, "num_experts_per_tok": 4, "moe_intermediate_size": 24,
                                      "head_dim": 16, "norm_topk_prob": True}),
+    "starcoder2": ("Starcoder2Config", {**_NO_RMS, "norm_epsilon": 1e-3, "tie_word_embeddings": True}),
+    "stablelm": ("StableLmConfig", {**_NO_RMS, "layer_norm_eps": 1e-3, "partial_rotary_factor": 0.75}),
 }  # fmt: skip
 FAMILIES = tuple(_OF_FAMILY)
 

@@ -64,6 +64,9 @@ SETTINGS = {
         {"decoder_sparse_step": 2, "norm_topk_prob": False, "attention_bias": True, "use_sliding_window": True,
          "sliding_window": 6},
     ),
+    "starcoder2-window": ("starcoder2", {"sliding_window": 5, "use_bias": False, "tie_word_embeddings": False}),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "stablelm-head-norms": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
 }  # fmt: skip
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 3.0},

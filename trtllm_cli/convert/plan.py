@@ -101,10 +101,8 @@ def source_of(family: Family, name: str, config: ModelConfig, *, tied: bool) -> 
     """What makes the weight `name` of the whole model."""
     if name == HEAD and tied:
         return Source((family.embedding,))
-    found = _LAYER.search(name)
-    layer = int(found[0]) if found else None
-    moe = None if layer is None else config.moe_of(layer)
-    return family.source(_LAYER.sub("{i}", name), layer, moe.num_experts if moe else 0)
+    layer = _LAYER.search(name)
+    return family.source(_LAYER.sub("{i}", name), int(layer[0]) if layer else None, config)
 
 
 def _stage(config: ModelConfig, pp_rank: int, sources: Mapping[str, Source], kept: Mapping[str, Merged]) -> Stage:

@@ -35,6 +35,8 @@ MODELS = {
     "Qwen2MoeForCausalLM": "mixtral",
     "Qwen3ForCausalLM": "llama",
     "Qwen3MoeForCausalLM": "mixtral",
+    "StableLmForCausalLM": "stablelm",
+    "Starcoder2ForCausalLM": "starcoder2",
 }
 
 

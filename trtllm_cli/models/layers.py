@@ -102,6 +102,18 @@ class LayerNorm:
         return F.layer_norm(x, self.weight, self.bias, self.eps)
 
 
+class HeadLayerNorm:
+    """A layer norm of each head, with weights of its own and no biases; the heads are split over the ranks."""
+
+    def __init__(self, config: ModelConfig, name: str, width: int, num_heads: int) -> None:
+        self.weight = F.weight(f"{name}.weight", (num_heads * width,), config.dtype, "rows")
+        self.eps, self.num_heads = config.norm_epsilon, num_heads
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The same shape as `x`."""
+        return F.layer_norm(x, self.weight, None, self.eps, self.num_heads)
+
+
 class Mlp:
     """`proj(act(fc(x)))`."""
 

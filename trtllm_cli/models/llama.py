@@ -11,7 +11,7 @@ from trtllm_cli.graph import Graph
 from trtllm_cli.kernels.rope_spec import RopeSpec
 from trtllm_cli.mapping import Rank
 from trtllm_cli.model_config import ModelConfig
-from trtllm_cli.models.layers import Linear, RmsNorm, decoder, kv_args
+from trtllm_cli.models.layers import HeadLayerNorm, Linear, RmsNorm, decoder, kv_args
 
 HONOURS = frozenset(
     {"qk_layernorm", "attn_bias", "dense_bias", "mlp_bias", "sliding_window", "rotary_scaling"}
@@ -21,7 +21,7 @@ HONOURS = frozenset(
 class Attention:
     """Grouped-query attention with rotary positions over the paged KV cache."""
 
-    norm = RmsNorm  # of each head of q and k
+    norm: type[RmsNorm | HeadLayerNorm] = RmsNorm  # of each head of q and k
     rotary = True
 
     def __init__(self, config: ModelConfig, rank: Rank, name: str, layer: int) -> None:

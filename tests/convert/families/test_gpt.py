@@ -7,13 +7,15 @@ from safetensors.torch import load_file, save_file
 from tests.convert.helpers import read_checkpoint, read_config
 from tests.tiny_models import save_tiny_model
 from trtllm_cli.checkpoint import Checkpoint
-from trtllm_cli.convert.pipeline import convert
+from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.errors import SnapshotError, UnsupportedError
 
 GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
 NEOX = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}
 GPTJ = {"architectures": ["GPTJForCausalLM"], "model_type": "gptj"}
 FALCON = {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}
+STARCODER2 = {"architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2"}
+STABLELM = {"architectures": ["StableLmForCausalLM"], "model_type": "stablelm"}
 NEW_FALCON = FALCON | {"new_decoder_architecture": True, "num_attention_heads": 8, "hidden_size": 64}
 
 
@@ -94,6 +96,53 @@ def test_falcon_defaults_are_those_of_transformers():
     assert got.share_embedding_table == theirs.tie_word_embeddings
 
 
+def check_decoder_defaults(got, theirs):
+    assert got.vocab_size == theirs.vocab_size
+    assert (got.hidden_size, got.intermediate_size) == (theirs.hidden_size, theirs.intermediate_size)
+    assert (got.num_hidden_layers, got.num_attention_heads) == (theirs.num_hidden_layers, theirs.num_attention_heads)
+    assert got.num_key_value_heads == theirs.num_key_value_heads
+    assert got.max_position_embeddings == theirs.max_position_embeddings
+    assert got.rotary_base == theirs.rope_parameters["rope_theta"]
+    assert got.hidden_act == theirs.hidden_act
+    assert got.share_embedding_table == theirs.tie_word_embeddings
+
+
+def test_starcoder2_defaults_are_those_of_transformers():
+    from transformers import Starcoder2Config
+
+    got, theirs = read_config(STARCODER2), Starcoder2Config()
+    check_decoder_defaults(got, theirs)
+    assert got.norm_epsilon == theirs.norm_epsilon
+    assert got.attn_bias == got.dense_bias == got.mlp_bias == theirs.use_bias
+    assert got.sliding_window == theirs.sliding_window
+
+
+def test_stablelm_defaults_are_those_of_transformers():
+    from transformers import StableLmConfig
+
+    got, theirs = read_config(STABLELM), StableLmConfig()
+    check_decoder_defaults(got, theirs)
+    assert got.norm_epsilon == theirs.layer_norm_eps
+    assert got.rotary_embedding_dim == got.head_size * theirs.rope_parameters["partial_rotary_factor"]
+    assert got.attn_bias == theirs.use_qkv_bias
+    assert got.qk_layernorm == theirs.qk_layernorm
+    assert got.parallel_residual == theirs.use_parallel_residual
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "hidden"), [(8, 4, 64), (6, 3, 48)])
+def test_stablelm_head_norms(tmp_path, heads, kv_heads, hidden):
+    """A tensor of each head in the snapshot, one of all here, divided among the ranks that have a head each."""
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": hidden}
+    model = save_tiny_model(tmp_path / "snapshot", "stablelm", qk_layernorm=True, **shape)
+    got = converted(tmp_path / "snapshot", tmp_path / "whole")
+    attention = model.model.layers[1].self_attn
+    for ours, theirs in {"q_layernorm": attention.q_layernorm, "k_layernorm": attention.k_layernorm}.items():
+        want = torch.cat([norm.weight for norm in theirs.norms])
+        assert torch.equal(got[f"transformer.layers.1.attention.{ours}.weight"], want)
+    with pytest.raises(UnsupportedError, match="--tp-size"):
+        convert(tmp_path / "snapshot", tmp_path / "ckpt", ConvertOptions(tp_size=2 * kv_heads))
+
+
 def test_gpt_neox_rotary_settings_of_all_times():
     old = read_config(NEOX | {"rotary_pct": 0.5, "rotary_emb_base": 5e5})
     assert (old.rotary_embedding_dim, old.rotary_base) == (48, 5e5)
@@ -170,6 +219,11 @@ def test_gpt2_without_the_prefix_and_with_masks(tmp_path):
         (FALCON, "apply_residual_connection_post_layernorm", True),
         (FALCON, "num_ln_in_parallel_attn", 2),
         (FALCON | {"multi_query": False}, "num_kv_heads", 1),
+        (STARCODER2, "norm_type", "rms_norm"),
+        (STARCODER2, "mlp_type", "gated"),
+        (STARCODER2, "rope_scaling", {"type": "mrope"}),
+        (STABLELM, "partial_rotary_factor", 0.01),
+        (STABLELM, "rotary_pct", 0.5),
         (NEW_FALCON, "parallel_attn", False),
         (NEW_FALCON, "num_ln_in_parallel_attn", 3),
         (NEW_FALCON, "hidden_size", 65),

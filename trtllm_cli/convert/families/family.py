@@ -20,9 +20,9 @@ class Source:
     """How one of our tensors is made of theirs: stacked on dim 0, then some small steps.
 
     `names` are their tensors; {i} is the layer, and a name with {e} stands for one tensor of each expert: all names of
-    expert 0 first, then all of expert 1. What they stack to is seen as rows [..., width]: an expert stack that is one
-    tensor already, [experts, out, in], counts as experts * out rows. Of a vector, and of one for each expert,
-    [experts, out], the rows are its numbers.
+    expert 0 first, then all of expert 1; likewise {q} for query heads and {k} for KV heads. What they stack to is seen
+    as rows [..., width]: an expert stack that is one tensor already, [experts, out, in], counts as experts * out rows.
+    Of a vector, and of one for each expert, [experts, out], the rows are its numbers.
     """
 
     names: tuple[str, ...]
@@ -170,16 +170,20 @@ class Family:
         fields.refuse_unread(WITHOUT_EFFECT | self.without_effect, NEUTRAL)
         return out
 
-    def source(self, name: str, layer: int | None, num_experts: int) -> Source:
-        """How our tensor `name`, whose layer number is written {i}, is made, with every number filled in.
-
-        `num_experts` is that of the layer.
-        """
-        found = (num_experts and self.expert_tensors.get(name)) or self.tensors[name]
+    def source(self, name: str, layer: int | None, config: ModelConfig) -> Source:
+        """How our tensor `name`, whose layer number is written {i}, is made, with every number filled in."""
+        moe = None if layer is None else config.moe_of(layer)
+        found = (moe and self.expert_tensors.get(name)) or self.tensors[name]
         source = Source(found) if isinstance(found, tuple) else found
         names = [n.replace("{i}", str(layer)) for n in source.names]
-        if any("{e}" in n for n in names):
-            names = [n.replace("{e}", str(e)) for e in range(num_experts) for n in names]
+        counts = {
+            "{e}": moe.num_experts if moe else 0,
+            "{q}": config.num_attention_heads,
+            "{k}": config.num_key_value_heads,
+        }
+        for mark, count in counts.items():
+            if any(mark in n for n in names):
+                names = [n.replace(mark, str(number)) for number in range(count) for n in names]
         return replace(source, names=tuple(names))
 
 
