@@ -28,6 +28,8 @@ _ABSENT = object()  # what the family's config class does not have
 _NO_RMS, _NO_KV = {"rms_norm_eps": _ABSENT}, {"num_key_value_heads": _ABSENT}
 _NO_SHAPE = dict.fromkeys(("intermediate_size", "num_key_value_heads", "rms_norm_eps"), _ABSENT)
 _SLIDING: dict[str, Any] = {"head_dim": 16, "sliding_window": 6}
+_YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 2.0,
+                         "rope_theta": 1e3, "truncate": False}  # fmt: skip
 # Each family's config class, and what it has beyond _SHAPE.
 _OF_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"attention_bias": False, "mlp_bias": False}),
@@ -42,6 +44,8 @@ _OF_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("GPTJConfig", {**_NO_SHAPE, "layer_norm_epsilon": 1e-3, "rotary_dim": 6, "n_inner": 80}),
     "gpt_neox": ("GPTNeoXConfig", {**_NO_RMS, **_NO_KV, "layer_norm_eps": 1e-3, "rotary_pct": 0.5}),
     "falcon": ("FalconConfig", {**_NO_SHAPE, "layer_norm_epsilon": 1e-3, "tie_word_embeddings": True}),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 16, "sliding_window": 6,
+                                 "rope_parameters": _YARN}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 3}),
     "qwen2_moe": ("Qwen2MoeConfig", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                                      "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),

@@ -26,7 +26,12 @@ def read(config):
 
 @pytest.mark.parametrize(
     ("name", "model_type"),
-    [("mixtral-8x7b", "Mixtral"), ("qwen3-30b-a3b", "Qwen3Moe"), ("qwen1.5-moe-a2.7b", "Qwen2Moe")],
+    [
+        ("mixtral-8x7b", "Mixtral"),
+        ("qwen3-30b-a3b", "Qwen3Moe"),
+        ("qwen1.5-moe-a2.7b", "Qwen2Moe"),
+        ("gpt-oss-20b", "GptOss"),
+    ],
 )
 def test_defaults_are_those_of_transformers(name, model_type):
     import transformers
@@ -60,6 +65,9 @@ def test_layers_without_experts(step, dense, expected):
         ("qwen1.5-moe-a2.7b", {"layer_types": ["sliding_attention"] * 24}, UnsupportedError),
         ("qwen1.5-moe-a2.7b", {"use_sliding_window": True, "sliding_window": 0}, SnapshotError),
         ("mixtral-8x7b", {"num_local_experts": 0}, SnapshotError),
+        ("gpt-oss-20b", {"swiglu_limit": 5.0}, UnsupportedError),
+        ("gpt-oss-20b", {"swiglu_alpha": 1.0}, UnsupportedError),
+        ("gpt-oss-20b", {"layer_types": ["chunked_attention"] * 24}, UnsupportedError),
     ],
 )
 def test_refuses_by_name(name, changes, error):

@@ -53,6 +53,9 @@ SETTINGS = {
             "rope_theta": 5e5,
         },
     ),
+    "gpt-oss-full": (
+        "gpt_oss", {"attention_bias": False, "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True}
+    ),
     "mixtral-window": ("mixtral", {"sliding_window": 5, "head_dim": 12, "tie_word_embeddings": True}),
     "qwen2-moe-window": (
         "qwen2_moe",

@@ -40,6 +40,7 @@ class Attention:
         self.scale = self.head_dim**-0.5 if c.attention_multiplier is None else c.attention_multiplier
         self.softcap = c.attn_logit_softcapping
         self.kv_args = kv_args(c, name)
+        self.sinks: Tensor | None = None
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """`x` [num_tokens, hidden_size] to the same."""
@@ -61,6 +62,7 @@ class Attention:
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            sinks=self.sinks,
             **self.kv_args,
         )
         return self.dense(y)

@@ -20,9 +20,11 @@ HONOURS = llama.HONOURS | {"moe"}
 class DecoderLayer:
     """Attention, and experts or an MLP, each on the normed residual stream."""
 
+    attention_type = llama.Attention
+
     def __init__(self, config: ModelConfig, rank: Rank, layer: int, name: str) -> None:
         self.input_layernorm = RmsNorm(config, f"{name}.input_layernorm", config.hidden_size)
-        self.attention = llama.Attention(config, rank, f"{name}.attention", layer)
+        self.attention = self.attention_type(config, rank, f"{name}.attention", layer)
         self.post_layernorm = RmsNorm(config, f"{name}.post_layernorm", config.hidden_size)
         make_mlp = llama.GatedMlp if config.moe_of(layer) is None else MoE
         self.mlp = make_mlp(config, rank, f"{name}.mlp")
