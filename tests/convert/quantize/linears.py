@@ -8,6 +8,7 @@ from tests.tiny_configs import config
 from trtllm_cli import functional as F
 from trtllm_cli.functional import trace
 from trtllm_cli.graph import Graph
+from trtllm_cli.kernels.quantization import dequantize
 from trtllm_cli.kernels.reference import Reference
 from trtllm_cli.mapping import Mapping
 from trtllm_cli.models.stored import declare
@@ -30,3 +31,10 @@ def compute(graph: Graph, parts: dict[str, torch.Tensor], x: torch.Tensor) -> to
     weights = {name: x if name == "x" else parts[name.removeprefix("l.")] for name in graph.weights}
     ids = torch.arange(len(x), dtype=torch.int32)
     return Reference(graph, weights, num_slots=1, block_size=1).step({"input_ids": ids})[0]
+
+
+def linear_weight(graph: Graph, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The float32 [out, in] that the layer multiplies by."""
+    (node,) = (node for node in graph.nodes if node.op == "linear")
+    held = {role: parts[name.removeprefix("l.")] for role, name in node.inputs.items() if name in graph.weights}
+    return dequantize(**held, quant=node.attrs.get("quant"), group_size=node.attrs.get("group_size"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.convert.quantize.linears import compute, linear_graph
+from tests.convert.quantize.linears import compute, linear_graph, linear_weight
 from trtllm_cli.convert.quantize.rows import LayerCalibration, effective_bits, row_quantizer
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.kernels.quantization import dequantize
@@ -123,6 +123,23 @@ def test_search_is_better_than_the_extremes():
     assert error(None, flat) < 0.9 * plain
     importance = torch.rand(64, generator=torch.Generator().manual_seed(1)) ** 4
     assert error(LayerCalibration(importance=importance), importance) < 0.95 * error(None, importance)
+
+
+@pytest.mark.parametrize("algo", ["FP8_PER_CHANNEL_PER_TOKEN", "FP8_BLOCK_SCALES", "NVFP4"])
+def test_importance(algo):
+    """Where some inputs matter more, they are nearer."""
+    w, layer = weight(16, COLUMNS), LayerQuant(quant_algo=algo)
+    importance = torch.rand(COLUMNS, generator=torch.Generator().manual_seed(2)) ** 8
+
+    def error(calibration):
+        quantizer = row_quantizer(layer, w.shape, calibration)
+        graph = linear_graph(layer, 16, COLUMNS)
+        parts = quantizer.fixed | quantizer(w)
+        back = linear_weight(graph, parts)
+        return float(((back - w).square() * importance).sum())
+
+    largest = float(w.abs().max())
+    assert error(LayerCalibration(1.0, None, largest, importance)) < 0.9 * error(LayerCalibration(1.0, None, largest))
 
 
 def test_fp4_codes_are_the_nearest():

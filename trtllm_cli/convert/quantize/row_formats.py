@@ -8,6 +8,7 @@ from torch import Tensor
 from trtllm_cli.convert.quantize.rows import RowQuantizer
 from trtllm_cli.convert.quantize.scales import (
     fp4_block_scales,
+    fp8_scales,
     int4_scales,
     int4_symmetric_scales,
     int8_group_scales,
@@ -46,8 +47,7 @@ class _Int4(RowQuantizer):
 
     def block(self, w: Tensor) -> dict[str, Tensor]:
         groups = grouped(w, self.layer.group_size)
-        importance = self.calibration.importance
-        weights = None if importance is None else grouped(importance[None], self.layer.group_size)
+        weights = self.importance(self.layer.group_size)
         if self.layer.has_zero_point:
             q, scale, zero = int4_scales(groups, weights)
         else:
@@ -85,7 +85,7 @@ class _Fp8Channels(RowQuantizer):
     """E4M3, a scale per output; activations find theirs by token."""
 
     def block(self, w: Tensor) -> dict[str, Tensor]:
-        scale = _channel_steps(w, FP8_MAX)
+        scale = fp8_scales(w[:, None], self.importance(w.shape[1]))[:, 0]
         return {"weight": _round_fp8(w / scale[:, None]), "per_channel_scale": scale}
 
 
@@ -94,7 +94,7 @@ class _Fp8Blocks(RowQuantizer):
 
     def block(self, w: Tensor) -> dict[str, Tensor]:
         groups = grouped(w, FP8_BLOCK)
-        scale = groups.abs().amax(dim=2).clamp_min(TINY) / FP8_MAX
+        scale = fp8_scales(groups, self.importance(FP8_BLOCK))
         weight = _round_fp8(groups / scale[..., None]).flatten(1)[:, : w.shape[1]]
         return {"weight": weight.contiguous(), "weights_scaling_factor": scale}
 
@@ -130,9 +130,7 @@ class _Fp4(RowQuantizer):
     def block(self, w: Tensor) -> dict[str, Tensor]:
         global_scale = self.fixed["weights_scaling_factor_2"].flatten()[0]
         groups = grouped(w / global_scale, FP4_GROUP)
-        importance = self.calibration.importance
-        weights = None if importance is None else grouped(importance[None], FP4_GROUP)
-        scale = fp4_block_scales(groups, weights)
+        scale = fp4_block_scales(groups, self.importance(FP4_GROUP))
         codes = fp4_codes(groups / scale.float().clamp_min(TINY)[..., None]).flatten(1)[:, : w.shape[1]]
         return {"weight": pack_nibbles(codes), "weights_scaling_factor": scale}
 

@@ -83,6 +83,16 @@ class RowQuantizer:
         assert self.calibration.pre_scale is None
         return {}
 
+    def importance(self, group_size: int) -> Tensor | None:
+        """[1, groups, group_size] of the inputs, where calibration has told; those a short group lacks are 0."""
+        import torch
+
+        found = self.calibration.importance
+        if found is None:
+            return None
+        missing = -self.in_features % group_size
+        return torch.nn.functional.pad(found, (0, missing)).reshape(1, -1, group_size)
+
     def scalar(self, value: float | None) -> Tensor:
         """float32 [1], or [experts, 1], of a number that calibration must have found."""
         import torch

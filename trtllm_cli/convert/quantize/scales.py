@@ -16,6 +16,7 @@ TINY = 1e-30
 # Steps from a group's smallest to its largest weight. Below 15: weights that lie on fewer levels than there are stay
 # exactly as they were. Above: the ends are clipped, and the rest is finer.
 _STEPS = (15.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0, 7.0, 15.7, 16.5, 17.5, 19.0)
+_FP8_TRIALS = 12  # scales within an octave
 _REFINEMENTS = 2
 _SYMMETRIC = (7.0, 7.5, 8.0, 8.5, 9.0, 10.0)  # the largest magnitude, in steps
 
@@ -103,6 +104,32 @@ def int4_symmetric_scales(groups: Tensor, weights: Tensor | None = None) -> tupl
 def int8_group_scales(groups: Tensor) -> Tensor:
     """[out, groups]: the largest magnitude is 127 steps. At eight bits no search pays."""
     return groups.abs().amax(dim=2).clamp_min(TINY) / 127.0
+
+
+def fp8_scales(groups: Tensor, weights: Tensor | None = None) -> Tensor:
+    """[out, groups]: between the largest weight's being E4M3's largest number and half of it.
+
+    E4M3 has eight numbers an octave, so what the step is within an octave decides how near each weight comes to one:
+    nothing to choose for the sum of all weights, much where a few inputs matter more than the rest.
+    """
+    largest = groups.abs().amax(dim=2).clamp_min(TINY) / FP8_MAX
+    if weights is None:
+        return largest
+    best_error, best = None, largest
+    for i in range(_FP8_TRIALS):
+        scale = largest * 2.0 ** (i / _FP8_TRIALS)
+        error = fp8_error(groups, scale[..., None], weights)
+        if best_error is None:
+            best_error = error
+            continue
+        won = error < best_error
+        best_error, best = torch.where(won, error, best_error), torch.where(won, scale, best)
+    return best
+
+
+def fp8_error(groups: Tensor, scale: Tensor, weights: Tensor | None) -> Tensor:
+    """[out, groups]: the error of rounding to E4M3 steps of `scale`."""
+    return _error((groups / scale).to(torch.float8_e4m3fn).float() * scale - groups, weights)
 
 
 def fp4_block_scales(groups: Tensor, weights: Tensor | None = None) -> Tensor:
