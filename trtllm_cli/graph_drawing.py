@@ -14,7 +14,8 @@ _LANE = 26  # pixels between the lines of skipping edges
 _COLORS = {
     "linear": "#cfe3ff", "embedding": "#ffe7c2", "attention": "#ffd6e0", "paged_attention": "#ffd6e0",
     "rope_append": "#ffeef2", "rope": "#ffeef2", "rms_norm": "#dff5e1", "add_rms_norm": "#dff5e1",
-    "gated_act": "#fff7c2", "all_reduce": "#e4dcff", "all_gather": "#e4dcff", "send": "#e4dcff", "recv": "#e4dcff",
+    "layer_norm": "#dff5e1", "add_layer_norm": "#dff5e1", "act": "#fff7c2", "gated_act": "#fff7c2",
+    "all_reduce": "#e4dcff", "all_gather": "#e4dcff", "send": "#e4dcff", "recv": "#e4dcff",
 }  # fmt: skip
 
 

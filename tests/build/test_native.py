@@ -7,9 +7,11 @@ from tests.batches import Sequences, as_torch
 from tests.engines import STEPS, build_engine, runner_logits, save_checkpoint
 from tests.tiny_configs import config, random_weights
 from trtllm_cli import functional as F
+from trtllm_cli.build.backends.cpu_native import NativeLowering
 from trtllm_cli.build.passes import run_passes
 from trtllm_cli.build.passes.fuse_rope_append import fuse_rope_append
 from trtllm_cli.functional import trace
+from trtllm_cli.kernels import reference
 from trtllm_cli.kernels.reference import Reference
 from trtllm_cli.models import load_model_file
 
@@ -107,6 +109,13 @@ def test_native_and_torch_engines_compute_what_the_reference_does(tmp_path, name
         )
         for got, want in zip(runner_logits(engine), expected, strict=True):
             assert relative(got, want) < 2e-5, kernels
+
+
+def test_every_op_has_a_native_step():
+    missing = {op for op in reference.OPS if not hasattr(NativeLowering, f"_{op}")}
+    assert missing <= {
+        "qdq", "gather_columns", "head_linear", "route", "expert_linear", "expert_gated_act", "combine"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BODIES)

@@ -145,3 +145,11 @@ def test_a_checkpoint_without_the_scales_that_it_announces(tmp_path):
     checkpoint = save_checkpoint(tmp_path / "ckpt", c, bare, weights)
     with pytest.raises(CheckpointError, match="kv_cache_scaling_factor` is missing"):
         plan_build(checkpoint, BuildOptions(max_seq_len=64))
+
+
+def test_a_model_file_that_quantizes_by_itself_is_refused():
+    """Its cache would not be what the engine's config says."""
+    _, graph, _ = quantized_model("FP8", "llama")
+    with pytest.raises(UnsupportedError, match="layer 0 in fp8, its checkpoint does not"):
+        quantize_kv_cache(graph, None)
+    assert quantize_kv_cache(graph, "fp8") == graph

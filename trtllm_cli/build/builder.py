@@ -105,9 +105,8 @@ def plan_build(checkpoint_dir: Path, options: BuildOptions) -> BuildPlan:
         traced = _trace(config, rank, define, options)
         with checkpoint.tensors(rank) as file:
             check_tensors(traced, file)
-        if build_config.kv_cache_dtype in ("int8", "fp8"):
-            traced = quantize_kv_cache(traced, build_config.kv_cache_dtype)
-        graph = run_passes(traced)
+        kv_quant = build_config.kv_cache_dtype if build_config.kv_cache_dtype in ("int8", "fp8") else None
+        graph = run_passes(quantize_kv_cache(traced, kv_quant))
         graphs.append(graph)
         lowered.append(_lower(graph, config, build_config, options))
     return BuildPlan(checkpoint, build_config, graphs, lowered, notes)

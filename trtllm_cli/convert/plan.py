@@ -20,11 +20,11 @@ from trtllm_cli.mapping import Mapping as Ranks
 from trtllm_cli.mapping import Rank
 from trtllm_cli.model_config import ModelConfig
 from trtllm_cli.models import trace_model
+from trtllm_cli.models.tensors import KV_SCALES
 from trtllm_cli.quant_config import QuantConfig
 from trtllm_cli.tensor_file import TensorInfo
 
 HEAD = "lm_head.weight"
-KV_SCALES = "kv_cache_scaling_factor"  # float32 [2] of an attention layer: made of no weight
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 # A quantized weight's companions: made with it, named like it.
 _COMPANION = re.compile(

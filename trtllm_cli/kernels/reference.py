@@ -72,7 +72,7 @@ class Reference:
 
     def compute(self, node: Node, values: Mapping[str, Tensor]) -> list[Tensor]:
         """One node's outputs."""
-        return _OPS[node.op](self, node, {role: values[name] for role, name in node.inputs.items()})
+        return OPS[node.op](self, node, {role: values[name] for role, name in node.inputs.items()})
 
     def cache(self, node: Node) -> tuple[Tensor, Tensor]:
         """Keys [num_slots, num_kv_heads, head_dim] and values of an attention node's layer, float32.
@@ -403,7 +403,7 @@ def _recv(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
     return [r.comm.recv((t["like"].shape[0], width), node.attrs["source"])]
 
 
-_OPS: dict[str, Callable[[Reference, Node, dict[str, Tensor]], list[Tensor]]] = {
+OPS: dict[str, Callable[[Reference, Node, dict[str, Tensor]], list[Tensor]]] = {
     "embedding": _embedding,
     "linear": _linear,
     "head_linear": _head_linear,

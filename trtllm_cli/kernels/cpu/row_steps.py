@@ -11,6 +11,8 @@ FLOAT_BYTES = 4
 TableDType = Literal["float32", "bfloat16"]
 TokenIds = Literal["input_ids", "positions"]
 
+_IDS: dict[TokenIds, int] = {"input_ids": 0, "positions": 1}
+
 
 def embedding_step(
     out: int,
@@ -26,7 +28,7 @@ def embedding_step(
 
     Row 0 of the table is the id `vocab_start`; ids outside the table give zeros.
     """
-    ints = (0, hidden_size, vocab_size, vocab_start, FORMATS[dtype], int(ids == "positions"))
+    ints = (0, hidden_size, vocab_size, vocab_start, FORMATS[dtype], _IDS[ids])
     return make_step(Op.EMBEDDING, ints, (), (out, table))
 
 
