@@ -24,7 +24,7 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
-GEMMA_NAMES = {
+NORMS_AFTER = {
     **NAMES,
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -34,7 +34,7 @@ GEMMA_NAMES = {
 
 def gguf_name(name: str, arch: str) -> str:
     module, kind = name.rsplit(".", 1)
-    names = GEMMA_NAMES if arch.startswith("gemma") else NAMES
+    names = NORMS_AFTER if arch.startswith(("gemma", "olmo2")) else NAMES
     if module.startswith("model.layers."):
         layer, rest = module.removeprefix("model.layers.").split(".", 1)
         return f"blk.{layer}.{names[rest]}.{kind}"
@@ -88,7 +88,7 @@ def write_model(
         if name == "lm_head.weight" and c.tie_word_embeddings:
             continue
         heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(module_of(name))
-        value = permute(value, heads) if arch == "llama" and heads else value
+        value = permute(value, heads) if arch in ("llama", "granite") and heads else value
         value = value + 1 if arch.startswith("gemma") and module_of(name).endswith("norm") else value
         of = kind if value.dim() > 1 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(gguf_name(name, arch), gguf.quantize(value.float().numpy(), of), raw_dtype=of)

@@ -61,17 +61,28 @@ def test_models(name, tmp_path):
         assert torch.equal(tensors[key], value), key
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
-def test_gemma(name, tmp_path):
+def gemma(**settings):
+    return {"query_pre_attn_scalar": 16, "layer_types": None, "num_hidden_layers": 6, **settings}
+
+
+# Family -> settings, and what the file says beyond what any says: keys to fields of the config.
+OTHERS = {
+    "gemma2": (gemma(), {"attention.sliding_window": "sliding_window",
+                         "attn_logit_softcapping": "attn_logit_softcapping",
+                         "final_logit_softcapping": "final_logit_softcapping"}),
+    "gemma3": (gemma(), {"attention.sliding_window": "sliding_window"}),
+    "granite": ({}, {"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
+                     "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"}),
+    "olmo2": ({}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others(name, tmp_path):
     """What llama.cpp says in its way is what the snapshot says."""
-    settings = {"query_pre_attn_scalar": 16, "layer_types": None, "num_hidden_layers": 6}
+    settings, keys = OTHERS[name]
     model = save_tiny_model(tmp_path / "snapshot", name, **settings)
-    c = model.config
-    fields = {
-        f"{name}.attention.sliding_window": c.sliding_window,
-        f"{name}.attn_logit_softcapping": c.attn_logit_softcapping if name == "gemma2" else None,
-        f"{name}.final_logit_softcapping": c.final_logit_softcapping,
-    }
+    fields = {f"{name}.{key}": getattr(model.config, field) for key, field in keys.items()}
     write_model(tmp_path / "m.gguf", model, name, metadata=fields)
     checkpoint, tensors, _ = converted(tmp_path / "m.gguf", tmp_path)
     convert(tmp_path / "snapshot", tmp_path / "expected")

@@ -13,6 +13,7 @@ from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.kernels.reference import Reference
 from trtllm_cli.models import trace_model
 
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 # What a family can be told beyond its defaults.
 SETTINGS = {
     "tied": ("llama", {"tie_word_embeddings": True}),
@@ -22,6 +23,18 @@ SETTINGS = {
     "one-kv-head": ("llama", {"num_key_value_heads": 1}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "qwen3-bias": ("qwen3", {"attention_bias": True}),
+    "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "olmo2-groups": ("olmo2", {"num_key_value_heads": 2, "attention_bias": True}),
+    "olmo3-scaled": (
+        "olmo3",
+        {
+            "rope_parameters": {
+                "full_attention": {**_YARN, "rope_theta": 5e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e4},
+            }
+        },
+    ),
+    "cohere-biases": ("cohere", {"attention_bias": True, "tie_word_embeddings": False}),
     "gemma2-untied": ("gemma2", {"tie_word_embeddings": False, "attention_bias": True}),
     "gemma2-uncapped": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma3-cap": ("gemma3", {"final_logit_softcapping": 3.0, "num_key_value_heads": 1}),
@@ -74,7 +87,7 @@ SETTINGS = {
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 3.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn": _YARN,
     "llama3": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,

@@ -28,12 +28,12 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_GEMMA_NAMES = {
+_AFTER_NAMES = {
     **_NAMES,
     "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_GEMMA_NAMES = {**_AFTER_NAMES, "ffn_norm": "pre_feedforward_layernorm"}
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,27 @@ def _gemma3(metadata: Metadata, config: Config) -> Config:
     }
 
 
+def _granite(metadata: Metadata, _: Config) -> Config:
+    names = {
+        "attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
+    }  # fmt: skip
+    return {ours: metadata.number(theirs) for ours, theirs in names.items()}
+
+
 _ATTENTION_BIAS = {"attention_bias": "model.layers.0.self_attn.q_proj.bias"}
+_ALL_BIASES = _ATTENTION_BIAS | {"mlp_bias": "model.layers.0.mlp.gate_proj.bias"}
 ARCHITECTURES = {
     "llama": GgufArchitecture(
         "LlamaForCausalLM",
         "llama",
         permuted=True,
-        biases=_ATTENTION_BIAS | {"mlp_bias": "model.layers.0.mlp.gate_proj.bias"},
+        biases=_ALL_BIASES,
     ),
     "qwen2": GgufArchitecture("Qwen2ForCausalLM", "qwen2"),
     "qwen3": GgufArchitecture("Qwen3ForCausalLM", "qwen3", biases=_ATTENTION_BIAS),
+    "granite": GgufArchitecture("GraniteForCausalLM", "granite", permuted=True, biases=_ALL_BIASES, more=_granite),
+    "olmo2": GgufArchitecture("Olmo2ForCausalLM", "olmo2", _AFTER_NAMES, biases=_ATTENTION_BIAS),
     "gemma2": GgufArchitecture("Gemma2ForCausalLM", "gemma2", _GEMMA_NAMES, norms_plus_one=True, more=_gemma2),
     "gemma3": GgufArchitecture("Gemma3ForCausalLM", "gemma3_text", _GEMMA_NAMES, norms_plus_one=True, more=_gemma3),
 }

@@ -90,11 +90,11 @@ class RmsNorm:
 
 
 class LayerNorm:
-    """Layer norm with a weight and perhaps a bias, over the whole width."""
+    """Layer norm with a weight, and a bias where the config's `norm_bias` says so, over the whole width."""
 
-    def __init__(self, config: ModelConfig, name: str, width: int, *, bias: bool = True) -> None:
+    def __init__(self, config: ModelConfig, name: str, width: int) -> None:
         self.weight = F.weight(f"{name}.weight", (width,), config.dtype)
-        self.bias = F.weight(f"{name}.bias", (width,), config.dtype) if bias else None
+        self.bias = F.weight(f"{name}.bias", (width,), config.dtype) if config.norm_bias else None
         self.eps = config.norm_epsilon
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -102,10 +102,21 @@ class LayerNorm:
         return F.layer_norm(x, self.weight, self.bias, self.eps)
 
 
+def refuse_repeated_kv_heads(config: ModelConfig) -> None:
+    """Raises UnsupportedError where ranks would hold the same KV head: a norm's weights of k are not repeated so."""
+    if config.mapping.tp_size > config.num_key_value_heads:
+        raise UnsupportedError(
+            f"the norm of k in {config.architecture} cannot repeat KV heads on several ranks",
+            where="config.json: mapping.tp_size",
+            fix=f"convert with a --tp-size of at most {config.num_key_value_heads}",
+        )
+
+
 class HeadLayerNorm:
     """A layer norm of each head, with weights of its own and no biases; the heads are split over the ranks."""
 
     def __init__(self, config: ModelConfig, name: str, width: int, num_heads: int) -> None:
+        refuse_repeated_kv_heads(config)
         self.weight = F.weight(f"{name}.weight", (num_heads * width,), config.dtype, "rows")
         self.eps, self.num_heads = config.norm_epsilon, num_heads
 

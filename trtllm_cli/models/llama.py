@@ -25,22 +25,27 @@ class Attention:
     rotary = True
 
     def __init__(self, config: ModelConfig, rank: Rank, name: str, layer: int) -> None:
-        c, tp = config, config.mapping.tp_size
+        c, tp, self.rank = config, config.mapping.tp_size, rank
         self.heads, self.kv_heads, self.head_dim = c.heads_per_rank, c.kv_heads_per_rank, c.head_size
         self.layer, self.window = layer - rank.layers(c.num_hidden_layers).start, c.window_of(layer)
         width = self.heads * self.head_dim
         qkv_width = width + 2 * self.kv_heads * self.head_dim
         self.qkv = Linear(c, rank, f"{name}.qkv", c.hidden_size, qkv_width, bias=c.attn_bias, shard="qkv")
         self.dense = Linear(c, rank, f"{name}.dense", width * tp, c.hidden_size, bias=c.dense_bias, shard="columns")
-        self.q_norm = self.k_norm = None
+        self.q_norm: RmsNorm | HeadLayerNorm | None = None
+        self.k_norm: RmsNorm | HeadLayerNorm | None = None
         if c.qk_layernorm:
-            self.q_norm = self.norm(c, f"{name}.q_layernorm", self.head_dim, self.heads)
-            self.k_norm = self.norm(c, f"{name}.k_layernorm", self.head_dim, self.kv_heads)
+            self.make_norms(c, name)
         self.rope = RopeSpec.of(c, layer).model_dump(mode="json", exclude_none=True)
         self.scale = self.head_dim**-0.5 if c.attention_multiplier is None else c.attention_multiplier
         self.softcap = c.attn_logit_softcapping
         self.kv_args = kv_args(c, name)
         self.sinks: Tensor | None = None
+
+    def make_norms(self, config: ModelConfig, name: str) -> None:
+        """The norms of q and k: here of each head, all heads by the same weight."""
+        self.q_norm = self.norm(config, f"{name}.q_layernorm", self.head_dim, self.heads)
+        self.k_norm = self.norm(config, f"{name}.k_layernorm", self.head_dim, self.kv_heads)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """`x` [num_tokens, hidden_size] to the same."""
