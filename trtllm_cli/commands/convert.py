@@ -40,6 +40,9 @@ def convert(
             "--dequantize", help="Make the weights of a snapshot plain that is quantized already (GPTQ, ...)."
         ),
     ] = False,
+    keep_quantized: Annotated[
+        bool, typer.Option("--keep-quantized", help="Keep Q4_0, Q4_1 and Q8_0 weights of a GGUF file bit for bit.")
+    ] = False,
     use_parallel_embedding: Annotated[
         bool, typer.Option("--use-parallel-embedding", help="Split the embedding table over the tensor-parallel ranks.")
     ] = False,
@@ -66,6 +69,8 @@ def convert(
 
         trtllm convert SmolLM2-135M-Instruct.Q4_1.gguf --output-dir ckpt
 
+        trtllm convert SmolLM2-135M-Instruct.Q4_1.gguf --output-dir ckpt --keep-quantized
+
         trtllm convert snapshot --output-dir ckpt --tp-size 2 --pp-size 2
 
         trtllm convert snapshot --output-dir ckpt --qformat int4_wo --group-size 64
@@ -85,6 +90,7 @@ def convert(
         qformat=_qformat(qformat, use_weight_only, weight_only_precision),  # type: ignore[arg-type]
         group_size=group_size,
         dequantize=dequantize,
+        keep_quantized=keep_quantized,
         force=force,
     )
     with progress_bytes() as bar:

@@ -52,18 +52,19 @@ def read_config(reader: Reader, options: ConvertOptions, quantization: Quantized
     fields["producer"] = {"name": PRODUCER, "version": __version__}
     base = validate(ModelConfig, fields, reader.config_path, SnapshotError)
     tied, mapping = base.share_embedding_table, Mapping.of(options.tp_size, options.pp_size)
+    keep = (reader.quant_method is not None or options.keep_quantized) and not options.dequantize
+    own_head = options.quantize_lm_head or (keep and reader.weight(family.embedding).layer is not None)
     fields |= {
         "mapping": mapping,
-        "share_embedding_table": tied and mapping.world_size == 1 and not options.quantize_lm_head,
+        "share_embedding_table": tied and mapping.world_size == 1 and not own_head,
         "use_parallel_embedding": options.use_parallel_embedding,
         "embedding_sharding_dim": options.embedding_sharding_dim,
     }
     config = _with_mapping(fields)
     kept: dict[str, Merged] = {}
-    if reader.quant_method is not None:
+    if keep:
         _check_quantized_twice(reader, options, quantization)
-    if reader.quant_method is not None and not options.dequantize:
-        kept, quantized, said = _keep(reader, family, config, tied=tied)
+        kept, quantized, said = _keep(reader, family, config, options, tied=tied)
     elif quantization is not None:
         quantized, said = quantization, []
     else:
@@ -82,16 +83,16 @@ def _decide(options: ConvertOptions, config: ModelConfig) -> tuple[Quantized, li
 
 
 def _check_quantized_twice(reader: Reader, options: ConvertOptions, quantization: Quantized | None) -> None:
-    if (options.qformat is not None or quantization is not None) and not options.dequantize:
+    if options.qformat is not None or quantization is not None:
         raise UsageError(
-            f"the source is quantized already ({reader.quant_method})",
+            f"the source is quantized already ({reader.quant_method or 'GGUF'})",
             where="--qformat",
             fix="leave --qformat out to keep its weights as they are, or pass --dequantize to make them plain first",
         )
 
 
 def _keep(
-    reader: Reader, family: Family, config: ModelConfig, *, tied: bool
+    reader: Reader, family: Family, config: ModelConfig, options: ConvertOptions, *, tied: bool
 ) -> tuple[dict[str, Merged], Quantized, list[str]]:
     """The weights that stay as the source has quantized them; the others become plain, and a note says why."""
     sources, whole, modules = sources_of(reader, family, config, tied=tied), whole_weights(config), linears(config)
@@ -109,6 +110,12 @@ def _keep(
             kept[module] = merged
         else:
             plain.setdefault(merged, []).append(module)
+    if options.keep_quantized and not kept:
+        raise UsageError(
+            "the source has no weights that can be kept as they are",
+            where="--keep-quantized",
+            fix="leave it out; it is for GGUF files whose weights are Q4_0, Q4_1 or Q8_0",
+        )
     every = {name.removesuffix(".weight") for name in whole}
     notes = [f"made plain, as {why}: {', '.join(patterns(names, every))}" for why, names in plain.items()]
     if brought := [module for module, merged in kept.items() if merged.factors]:

@@ -76,6 +76,16 @@ class GgufFile:
         blocks = [self._rows(name, tensor, i, min(stop, i + step)) for i in range(start, stop, step)]
         return torch.cat(blocks) if len(blocks) != 1 else blocks[0]
 
+    def parts(self, name: str, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """Rows start..stop of a tensor whose kind is one of gguf_blocks.LAYERS, as our groups."""
+        from gguf import GGMLQuantizationType
+
+        from trtllm_cli.convert.gguf_blocks import unpack
+
+        tensor = self.tensors[name]
+        raw = self._pread(tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes, name)
+        return unpack(raw, stop - start, GGMLQuantizationType(tensor.kind))
+
     def _rows(self, name: str, tensor: GgufTensor, start: int, stop: int) -> torch.Tensor:
         import torch
 

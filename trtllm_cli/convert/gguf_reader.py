@@ -7,7 +7,8 @@ neighbours where Hugging Face's turns halves; to Gemma's norms it adds one. All 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from trtllm_cli.convert.gguf_file import GgufFile
 from trtllm_cli.convert.gguf_metadata import Metadata
 from trtllm_cli.convert.gguf_tokenizer import GgufTokenizer
 from trtllm_cli.convert.reader import Reader
+from trtllm_cli.convert.source_weight import PlainWeight, SourceWeight
 from trtllm_cli.errors import SnapshotError, UnsupportedError
 from trtllm_cli.tensor_file import TensorInfo
 
@@ -62,12 +64,30 @@ class GgufReader(Reader):
         """Rows as Hugging Face orders them."""
         if self.architecture.norms_plus_one and name.split(".")[-2].endswith("norm"):
             return self._file.rows(self._gguf_names[name], start, stop).float() - 1
+        return self._in_order(name, partial(self._file.rows, self._gguf_names[name]), start, stop)
+
+    def weight(self, name: str) -> SourceWeight:
+        """See Reader. Blocks that are like our groups can be had as they are."""
+        from trtllm_cli.convert.gguf_blocks import LAYERS, BlockWeight
+
+        layer = LAYERS.get(self._file.tensors[self._gguf_names[name]].kind)
+        if layer is None or len(self.tensors[name].shape) != 2:
+            return PlainWeight(self, name)
+        return BlockWeight(self, name, layer)
+
+    def part_rows(self, name: str, part: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of one part of a BlockWeight, as Hugging Face orders them."""
+        stored = self._gguf_names[name]
+        return self._in_order(name, lambda a, b: self._file.parts(stored, a, b)[part], start, stop)
+
+    def _in_order(self, name: str, read: Callable[[int, int], torch.Tensor], start: int, stop: int) -> torch.Tensor:
+        """What `read` gives for rows start..stop of Hugging Face's order."""
         head_dim = self._permuted_head(name)
         if head_dim is None:
-            return self._file.rows(self._gguf_names[name], start, stop)
+            return read(start, stop)
         # whole heads, [heads, head_dim / 2, 2, ...]: neighbours; to halves
         first = start // head_dim * head_dim
-        heads = self._file.rows(self._gguf_names[name], first, -(-stop // head_dim) * head_dim)
+        heads = read(first, -(-stop // head_dim) * head_dim)
         pairs = heads.unflatten(0, (-1, head_dim // 2, 2))
         return pairs.transpose(1, 2).reshape(heads.shape)[start - first : stop - first]
 

@@ -25,6 +25,7 @@ class ConvertOptions:
     quantize_lm_head: bool = False
     kv_cache: KvCache | None = None
     dequantize: bool = False  # a source that is quantized already is made plain first
+    keep_quantized: bool = False  # a GGUF file's Q4_0, Q4_1 and Q8_0 weights stay as they are
     force: bool = False
 
     def check(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trtllm_cli.convert.source_weight import PlainWeight, RenamedWeight, SourceWeight
-from trtllm_cli.errors import SnapshotError, UnsupportedError
+from trtllm_cli.errors import SnapshotError
 from trtllm_cli.quant_config import KvCacheQuantAlgo
 from trtllm_cli.tensor_file import TensorInfo
 
@@ -86,7 +86,7 @@ def _open_stored(source: Path) -> Reader:
     if kind == "snapshot":
         from trtllm_cli.convert.hf_reader import HfReader
 
-        return _refuse_quantized(HfReader(source))
+        return _unpacking(HfReader(source))
     raise SnapshotError(
         f"{source} is a{'n' if kind == 'engine' else ''} {kind}, not a snapshot",
         where=str(source),
@@ -94,15 +94,17 @@ def _open_stored(source: Path) -> Reader:
     )
 
 
-def _refuse_quantized(reader: Reader) -> Reader:
-    if reader.config.get("quantization_config") is None and not (reader.path / "hf_quant_config.json").is_file():
-        return reader
-    reader.close()
-    raise UnsupportedError(
-        "the snapshot is quantized already (it has a `quantization_config`)",
-        where=f"{reader.config_path}: quantization_config",
-        fix="convert the unquantized model; --qformat quantizes it",
-    )
+def _unpacking(reader: Reader) -> Reader:
+    """The reader itself, or what unpacks the weights of a snapshot that is quantized already."""
+    from trtllm_cli.convert.prequantized import find_scheme
+    from trtllm_cli.convert.prequantized.reader import QuantizedReader
+
+    try:
+        found = find_scheme(reader.path, reader.config)
+        return QuantizedReader(reader, *found) if found else reader
+    except BaseException:
+        reader.close()
+        raise
 
 
 class RenamedReader(Reader):

@@ -20,7 +20,7 @@ def positive(*shape, seed=1):
     return (torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 0.01 + 0.001).half()
 
 
-def gptq(out_features, in_features, group, *, bits=4, symmetric=True, act_order=False, version=1, seed=0):
+def gptq(out_features, in_features, group, *, bits=4, symmetric=True, act_order=False, version=1, seed=0, g_idx=None):
     """(tensors by part, the float weight)."""
     q = integers(out_features, in_features, bits, seed)
     groups = in_features // group
@@ -28,7 +28,7 @@ def gptq(out_features, in_features, group, *, bits=4, symmetric=True, act_order=
     if not symmetric:
         zeros = integers(groups, out_features, bits, seed + 2)
     scales = positive(groups, out_features, seed=seed + 1)
-    g_idx = torch.arange(in_features) // group
+    g_idx = torch.arange(in_features) // group if g_idx is None else g_idx
     if act_order:
         g_idx = g_idx[torch.randperm(in_features, generator=torch.Generator().manual_seed(seed))]
     weight = (q - zeros[g_idx].T).float() * scales[g_idx].T.float()

@@ -7,8 +7,9 @@ import torch
 
 from tests.convert.prequantized import makers
 from trtllm_cli.convert.prequantized import find_scheme
+from trtllm_cli.convert.prequantized.scheme import part_infos
+from trtllm_cli.convert.source_weight import dequantize_rows
 from trtllm_cli.errors import SnapshotError, UnsupportedError
-from trtllm_cli.kernels.quantization import dequantize
 from trtllm_cli.tensor_file import TensorInfo
 
 M = "model.layers.0.mlp.up_proj"
@@ -24,33 +25,28 @@ def compressed(weights, activations=None, fmt="pack-quantized", **more):
 
 
 def unpack(config, parts):
-    """(the description, what came of it) for one module with these tensors."""
-    scheme = find_scheme(PATH, {"quantization_config": config})
+    """(the description, the parts with rows, the fixed ones) for one module with these tensors."""
+    scheme, _ = find_scheme(PATH, {"quantization_config": config})
     tensors = {f"{M}.{part}": tensor for part, tensor in parts.items()}
     infos = {n: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()}
     described = scheme.describe(M, infos, tensors.__getitem__)
     assert set(described.tensors) <= set(tensors)
-    return described, scheme.unpack(M, described, tensors.__getitem__)
+    unpacked, fixed = scheme.unpack(M, described, tensors.__getitem__), {}
+    if described.layer is not None:
+        made = {n: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in unpacked.items()}
+        assert made == part_infos(described.layer, described.shape)
+        fixed = scheme.fixed(M, described, tensors.__getitem__)
+    return described, unpacked, fixed
 
 
-def plain(unpacked):
+def plain(described, parts, fixed):
     """The float weight of the parts, its inputs in their own order."""
-    parts, fixed, layer = unpacked.parts, unpacked.fixed, unpacked.layer
-    if layer is None:
+    if described.layer is None:
         return parts["weight"]
-    weight = parts["weight"]
-    quant = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}[weight.dtype]
-    if layer.quant_algo == "NVFP4":
-        quant = "fp4"
-    scale = parts.get("weights_scaling_factor", parts.get("per_channel_scale"))
-    scale = fixed.get("weights_scaling_factor") if scale is None else scale
-    group = None
-    if scale.ndim == 2:
-        group = 128 if layer.quant_algo == "FP8_BLOCK_SCALES" else layer.group_size
-    out = dequantize(weight, quant, scale, parts.get("zero"), fixed.get("weights_scaling_factor_2"), group)
-    if "perm" in fixed:
-        out = out[:, torch.argsort(fixed["perm"].long())]
-    return out
+    layer = described.layer
+    if "prequant_scaling_factor" in fixed:
+        fixed = {**fixed, "prequant_scaling_factor": torch.ones(described.shape[1])}
+    return dequantize_rows(layer, parts, fixed)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -59,42 +55,42 @@ def plain(unpacked):
 def test_gptq(symmetric, act_order, version):
     parts, weight = makers.gptq(40, 96, 32, symmetric=symmetric, act_order=act_order, version=version)
     stored = "gptq" if version == 1 else "gptq_v2"
-    described, got = unpack({**GPTQ, "sym": symmetric, "checkpoint_format": stored}, parts)
+    described, *got = unpack({**GPTQ, "sym": symmetric, "checkpoint_format": stored}, parts)
     assert described.shape == (40, 96)
     assert described.layer.act_order == act_order
     assert described.layer.has_zero_point == (not symmetric)
-    assert torch.equal(plain(got), weight)
+    assert torch.equal(plain(described, *got), weight)
 
 
 def test_gptq_of_8_bits():
     parts, weight = makers.gptq(40, 96, 32, bits=8)
-    described, got = unpack({**GPTQ, "bits": 8}, parts)
+    described, *got = unpack({**GPTQ, "bits": 8}, parts)
     assert described.layer.quant_algo == "W8A16_GPTQ"
-    assert torch.equal(plain(got), weight)
+    assert torch.equal(plain(described, *got), weight)
 
 
 def test_gptq_with_one_group_of_all_inputs():
     parts, weight = makers.gptq(16, 64, 64)
-    described, got = unpack({**GPTQ, "group_size": -1}, parts)
+    described, *got = unpack({**GPTQ, "group_size": -1}, parts)
     assert described.layer.group_size == 64
-    assert torch.equal(plain(got), weight)
+    assert torch.equal(plain(described, *got), weight)
 
 
 @pytest.mark.parametrize("case", ["uneven groups", "8-bit zeros"])
 def test_gptq_that_cannot_be_kept_comes_dequantized(case):
     if case == "8-bit zeros":
         parts, weight = makers.gptq(16, 64, 32, bits=8, symmetric=False)
-        described, got = unpack({**GPTQ, "bits": 8, "sym": False}, parts)
+        described, *got = unpack({**GPTQ, "bits": 8, "sym": False}, parts)
     else:
         parts, _ = makers.gptq(16, 64, 32)
         parts["g_idx"][0] = 1  # 31 and 33
         g = parts["g_idx"].long()
         q = makers.integers(16, 64, 4)
         weight = (q - 8).float() * parts["scales"][g].T.float()
-        described, got = unpack(GPTQ, parts)
+        described, *got = unpack(GPTQ, parts)
     assert described.layer is None
     assert described.why
-    assert torch.equal(plain(got), weight)
+    assert torch.equal(plain(described, *got), weight)
 
 
 def test_gptq_whose_zeros_contradict_its_config():
@@ -105,9 +101,9 @@ def test_gptq_whose_zeros_contradict_its_config():
 
 def test_awq():
     parts, weight = makers.awq(48, 96, 32)
-    described, got = unpack(AWQ, parts)
+    described, *got = unpack(AWQ, parts)
     assert (described.shape, described.layer.quant_algo) == ((48, 96), "W4A16_AWQ")
-    assert torch.equal(plain(got), weight)
+    assert torch.equal(plain(described, *got), weight)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -115,9 +111,9 @@ def test_awq():
 def test_compressed_tensors_packed(bits, symmetric):
     parts, weight = makers.packed(40, 96, 32, bits=bits, symmetric=symmetric)
     weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 32, "symmetric": symmetric}
-    described, got = unpack(compressed(weights), parts)
+    described, *got = unpack(compressed(weights), parts)
     assert (described.layer is None) == (bits == 8 and not symmetric)
-    assert torch.equal(plain(got), weight)
+    assert torch.equal(plain(described, *got), weight)
 
 
 @pytest.mark.parametrize(("strategy", "shape"), [("tensor", (1,)), ("channel", (40, 1))])
@@ -130,15 +126,15 @@ def test_compressed_tensors_float8(strategy, shape, dynamic):
     parts = {"weight": q, "weight_scale": scale}
     if not dynamic:
         parts["input_scale"] = torch.tensor([0.25])
-    described, got = unpack(compressed(weights, activations, "float-quantized"), parts)
+    described, *got = unpack(compressed(weights, activations, "float-quantized"), parts)
     wanted = {
         ("tensor", False): "FP8", ("tensor", True): "FP8_PER_CHANNEL_PER_TOKEN",
         ("channel", True): "FP8_PER_CHANNEL_PER_TOKEN",
     }.get((strategy, dynamic))  # fmt: skip
     assert (described.layer and described.layer.quant_algo) == wanted
-    torch.testing.assert_close(plain(got), weight)
+    torch.testing.assert_close(plain(described, *got), weight)
     if wanted == "FP8":
-        assert got.fixed["activation_scaling_factor"].tolist() == [0.25]
+        assert got[1]["activation_scaling_factor"].tolist() == [0.25]
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -147,20 +143,20 @@ def test_compressed_tensors_int8(dynamic):
     weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
     activations = {"num_bits": 8, "type": "int", "strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
     parts = {"weight": q, "weight_scale": scale, **({} if dynamic else {"input_scale": torch.tensor(0.5)})}
-    described, got = unpack(compressed(weights, activations, "int-quantized"), parts)
+    described, *got = unpack(compressed(weights, activations, "int-quantized"), parts)
     algo = "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN" if dynamic else "W8A8_SQ_PER_CHANNEL"
     assert described.layer.quant_algo == algo
-    torch.testing.assert_close(plain(got), q.float() * scale.float())
+    torch.testing.assert_close(plain(described, *got), q.float() * scale.float())
 
 
 def test_float8_blocks():
     blocks = makers.positive(2, 3).float()
     wide = blocks.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
     q, weight = makers.float8(200, 300, wide)
-    described, got = unpack(FP8, {"weight": q, "weight_scale_inv": blocks})
+    described, *got = unpack(FP8, {"weight": q, "weight_scale_inv": blocks})
     assert described.layer.quant_algo == "FP8_BLOCK_SCALES"
-    assert got.parts["weights_scaling_factor"].shape == (200, 3)
-    torch.testing.assert_close(plain(got), weight)
+    assert got[0]["weights_scaling_factor"].shape == (200, 3)
+    torch.testing.assert_close(plain(described, *got), weight)
 
 
 def modelopt(algo, **more):
@@ -172,10 +168,10 @@ def test_modelopt_int4():
     scale = makers.positive(40, 3).float()
     pairs = (q & 15).to(torch.uint8).unflatten(0, (-1, 2))
     parts = {"weight": pairs[:, 0] | pairs[:, 1] << 4, "weight_scale": scale, "pre_quant_scale": torch.ones(96)}
-    described, got = unpack(modelopt("W4A16_AWQ", group_size=32, has_zero_point=False, pre_quant_scale=True), parts)
+    described, *got = unpack(modelopt("W4A16_AWQ", group_size=32, has_zero_point=False, pre_quant_scale=True), parts)
     assert described.shape == (40, 96)
     assert described.layer.pre_quant_scale
-    torch.testing.assert_close(plain(got), q.float() * scale.repeat_interleave(32, 1))
+    torch.testing.assert_close(plain(described, *got), q.float() * scale.repeat_interleave(32, 1))
 
 
 def test_modelopt_nvfp4():
@@ -186,9 +182,9 @@ def test_modelopt_nvfp4():
         "weight_scale_2": torch.tensor(0.5), "input_scale": torch.tensor(0.1),
     }  # fmt: skip
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])[nibbles.long()]
-    described, got = unpack(modelopt("NVFP4", group_size=16), parts)
+    described, *got = unpack(modelopt("NVFP4", group_size=16), parts)
     assert described.layer.quant_algo == "NVFP4"
-    torch.testing.assert_close(plain(got), values * scale.float().repeat_interleave(16, 1) * 0.5)
+    torch.testing.assert_close(plain(described, *got), values * scale.float().repeat_interleave(16, 1) * 0.5)
 
 
 @pytest.mark.parametrize(

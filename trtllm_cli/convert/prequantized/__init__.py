@@ -23,11 +23,14 @@ _REFUSED = {
 }
 
 
-def find_scheme(path: Path, config: dict[str, Any]) -> Scheme | None:
-    """The format of a quantized snapshot directory, None of a plain one. Raises UnsupportedError for one not known."""
+def find_scheme(path: Path, config: dict[str, Any]) -> tuple[Scheme, str] | None:
+    """The format of a quantized snapshot directory and its name, None of a plain one.
+
+    Raises UnsupportedError for one that is not known.
+    """
     modelopt = path / MODELOPT_CONFIG
     if modelopt.is_file():
-        return _modelopt(read_json(modelopt, SnapshotError), modelopt)
+        return _modelopt(read_json(modelopt, SnapshotError), modelopt), "modelopt"
     data, where = config.get("quantization_config"), path / "config.json"
     if data is None:
         data = config.get("compression_config")
@@ -36,28 +39,29 @@ def find_scheme(path: Path, config: dict[str, Any]) -> Scheme | None:
     if not isinstance(data, dict):
         raise SnapshotError("field `quantization_config` should be an object", where=str(where))
     fields = Fields(data, where, "quantization_config.")
-    match str(fields.text("quant_method", "")):
+    method = str(fields.text("quant_method", ""))
+    match method:
         case "gptq":
             from trtllm_cli.convert.prequantized.gptq import Gptq
 
-            return Gptq(fields)
+            return Gptq(fields), method
         case "awq":
             from trtllm_cli.convert.prequantized.awq import Awq
 
-            return Awq(fields)
+            return Awq(fields), method
         case "compressed-tensors":
             from trtllm_cli.convert.prequantized.compressed_tensors import CompressedTensors
 
-            return CompressedTensors(fields)
+            return CompressedTensors(fields), method
         case "fp8" | "fbgemm_fp8":
             from trtllm_cli.convert.prequantized.float8 import Float8
 
-            return Float8(fields)
+            return Float8(fields), method
         case "modelopt" | "modelopt_fp4":
-            return _modelopt(data, where)
+            return _modelopt(data, where), method
         case "mxfp4":
             return None  # a family's own: its experts are read as they are
-        case method:
+        case _:
             why, fix = _REFUSED.get(method, (f"known are {_METHODS}", "convert the unquantized model"))
             raise UnsupportedError(
                 f"the snapshot is quantized by {method or 'an unnamed method'}: {why}",

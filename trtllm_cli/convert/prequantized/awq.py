@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trtllm_cli.convert.families.fields import Fields
-from trtllm_cli.convert.prequantized.scheme import Described, Read, Unpacked
+from trtllm_cli.convert.prequantized.scheme import Described, Parts, Read
 from trtllm_cli.convert.prequantized.unpack import unpack_awq
 from trtllm_cli.errors import SnapshotError
 from trtllm_cli.kernels.quantization import pack_nibbles
@@ -50,17 +50,20 @@ class Awq:
             return Described(shape, None, names, f"groups of {size} do not divide its {in_features} inputs")
         return Described(shape, LayerQuant(quant_algo="W4A16_AWQ", group_size=size, has_zero_point=True), names)
 
-    def unpack(self, module: str, described: Described, read: Read) -> Unpacked:
+    def fixed(self, module: str, described: Described, read: Read) -> Parts:
+        """See Scheme."""
+        return {}
+
+    def unpack(self, module: str, described: Described, read: Read) -> Parts:
         """See Scheme."""
         values, zeros = unpack_awq(read(f"{module}.qweight")), unpack_awq(read(f"{module}.qzeros"))
         scales = read(f"{module}.scales").float()
         if described.layer is None:
             size = self.group_size
             wide = [v.repeat_interleave(size, dim=0)[: values.shape[0]] for v in (zeros.float(), scales)]
-            return Unpacked(None, {"weight": ((values.float() - wide[0]) * wide[1]).T.contiguous()})
-        parts = {
+            return {"weight": ((values.float() - wide[0]) * wide[1]).T.contiguous()}
+        return {
             "weight": pack_nibbles(values.T.contiguous()),
             "weights_scaling_factor": scales.T.contiguous(),
             "zero": zeros.T.float().contiguous(),
         }
-        return Unpacked(described.layer, parts)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from trtllm_cli.convert.families.fields import Fields
-from trtllm_cli.convert.prequantized.float8 import describe_float8, unpack_float8
-from trtllm_cli.convert.prequantized.scheme import Described, Read, Unpacked
+from trtllm_cli.convert.prequantized.float8 import describe_float8, fixed_float8, unpack_float8
+from trtllm_cli.convert.prequantized.scheme import Described, Parts, Read
 from trtllm_cli.convert.prequantized.unpack import unpack_columns, unpack_rows
 from trtllm_cli.errors import SnapshotError, UnsupportedError
 from trtllm_cli.kernels.quantization import pack_nibbles
@@ -85,7 +85,13 @@ class CompressedTensors:
             return found
         return self._describe_int8(module, tensors, weight, group)
 
-    def unpack(self, module: str, described: Described, read: Read) -> Unpacked:
+    def fixed(self, module: str, described: Described, read: Read) -> Parts:
+        """See Scheme."""
+        if described.layer is not None and described.layer.quant_algo == "W8A8_SQ_PER_CHANNEL":
+            return {"activation_scaling_factor": read(described.tensors[2]).float().reshape(1)}
+        return fixed_float8(described, read)
+
+    def unpack(self, module: str, described: Described, read: Read) -> Parts:
         """See Scheme."""
         first = described.tensors[0]
         if first.endswith("weight_packed"):
@@ -179,7 +185,7 @@ class CompressedTensors:
         layer = LayerQuant(quant_algo=algo, group_size=size, has_zero_point=not args.symmetric)
         return Described((rows, columns), layer, names)
 
-    def _unpack_packed(self, module: str, described: Described, read: Read) -> Unpacked:
+    def _unpack_packed(self, module: str, described: Described, read: Read) -> Parts:
         rows, columns = described.shape
         args = self._of(module).weights
         values = unpack_columns(read(f"{module}.weight_packed"), args.bits)[:, :columns]  # plus the middle
@@ -195,7 +201,7 @@ class CompressedTensors:
                 order = read(f"{module}.weight_g_idx").long()
                 groups = order if int(order.min()) >= 0 else groups
             offset = middle if zeros is None else zeros[:, groups]
-            return Unpacked(None, {"weight": (values.float() - offset) * scales[:, groups]})
+            return {"weight": (values.float() - offset) * scales[:, groups]}
         parts = {"weights_scaling_factor": scales.contiguous()}
         if args.bits == 8:
             parts["weight"] = (values.int() - int(middle)).to(torch.int8)
@@ -205,7 +211,7 @@ class CompressedTensors:
             if zeros is None:
                 raise SnapshotError(f"tensor `{module}.weight_zero_point` is missing")
             parts["zero"] = zeros
-        return Unpacked(described.layer, parts)
+        return parts
 
     def _describe_int8(
         self, module: str, tensors: Mapping[str, TensorInfo], weight: TensorInfo, group: _Group
@@ -228,20 +234,15 @@ class CompressedTensors:
             raise SnapshotError(f"tensor `{module}.input_scale` is missing, although activations have static scales")
         return Described(shape, LayerQuant(quant_algo=algo), names)
 
-    def _unpack_int8(self, described: Described, weight: torch.Tensor, read: Read) -> Unpacked:
+    def _unpack_int8(self, described: Described, weight: torch.Tensor, read: Read) -> Parts:
         rows = described.shape[0]
         scale = read(described.tensors[1]).float()
-        layer = described.layer
-        assert layer is not None
-        if layer.quant_algo == "W8A16_GPTQ":
-            return Unpacked(layer, {"weight": weight, "weights_scaling_factor": scale.reshape(rows, -1)})
+        assert described.layer is not None
+        if described.layer.quant_algo == "W8A16_GPTQ":
+            return {"weight": weight, "weights_scaling_factor": scale.reshape(rows, -1)}
         per_row = scale.reshape(-1).expand(rows).contiguous()
-        if layer.quant_algo == "W8A16":
-            return Unpacked(layer, {"weight": weight, "per_channel_scale": per_row})
-        fixed = {}
-        if layer.quant_algo == "W8A8_SQ_PER_CHANNEL":
-            fixed["activation_scaling_factor"] = read(described.tensors[2]).float().reshape(1)
-        return Unpacked(layer, {"weight": weight, "weights_scaling_factor": per_row}, fixed)
+        name = "per_channel_scale" if described.layer.quant_algo == "W8A16" else "weights_scaling_factor"
+        return {"weight": weight, name: per_row}
 
 
 def _matches(module: str, target: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trtllm_cli.convert.families.fields import Fields
-from trtllm_cli.convert.prequantized.scheme import Described, Read, Unpacked
+from trtllm_cli.convert.prequantized.scheme import Described, Parts, Read
 from trtllm_cli.convert.prequantized.unpack import expand_blocks
 from trtllm_cli.errors import SnapshotError
 from trtllm_cli.kernels.quantization import dequantize
@@ -42,7 +42,11 @@ class Float8:
         """See Scheme."""
         return describe_float8(module, tensors, static=self.static, blocks=self.blocks)
 
-    def unpack(self, module: str, described: Described, read: Read) -> Unpacked:
+    def fixed(self, module: str, described: Described, read: Read) -> Parts:
+        """See Scheme."""
+        return fixed_float8(described, read)
+
+    def unpack(self, module: str, described: Described, read: Read) -> Parts:
         """See Scheme."""
         return unpack_float8(described, read)
 
@@ -79,23 +83,25 @@ def describe_float8(module: str, tensors: Mapping[str, TensorInfo], *, static: b
     return Described((rows, columns), None if why else LayerQuant(quant_algo=algo), tuple(names), why)
 
 
-def unpack_float8(described: Described, read: Read) -> Unpacked:
+def fixed_float8(described: Described, read: Read) -> Parts:
+    """The scales of the weight and of activations, where both are one number."""
+    if described.layer is None or described.layer.quant_algo != "FP8":
+        return {}
+    names = ("weights_scaling_factor", "activation_scaling_factor")
+    return {ours: read(name).float().reshape(1) for ours, name in zip(names, described.tensors[1:], strict=True)}
+
+
+def unpack_float8(described: Described, read: Read) -> Parts:
     """The weight that describe_float8 found."""
-    weight, scale = read(described.tensors[0]), read(described.tensors[1]).float()
-    rows, columns = described.shape
+    weight, (rows, columns) = read(described.tensors[0]), described.shape
     algo = described.layer.quant_algo if described.layer else None
     if algo == "FP8":
-        fixed = {
-            "weights_scaling_factor": scale.reshape(1),
-            "activation_scaling_factor": read(described.tensors[2]).float().reshape(1),
-        }
-        return Unpacked(described.layer, {"weight": weight}, fixed)
+        return {"weight": weight}
+    scale = read(described.tensors[1]).float()
     if algo == "FP8_BLOCK_SCALES":
         blocks = scale.reshape(-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
-        return Unpacked(
-            described.layer, {"weight": weight, "weights_scaling_factor": expand_blocks(blocks, rows, FP8_BLOCK)}
-        )
+        return {"weight": weight, "weights_scaling_factor": expand_blocks(blocks, rows, FP8_BLOCK)}
     per_row = scale.reshape(-1).expand(rows).contiguous()
     if algo is None:
-        return Unpacked(None, {"weight": dequantize(weight, "fp8", per_row)})
-    return Unpacked(described.layer, {"weight": weight, "per_channel_scale": per_row})
+        return {"weight": dequantize(weight, "fp8", per_row)}
+    return {"weight": weight, "per_channel_scale": per_row}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from trtllm_cli.convert.families.fields import Fields
-from trtllm_cli.convert.prequantized.scheme import Described, Read, Unpacked
+from trtllm_cli.convert.prequantized.scheme import Described, Parts, Read
 from trtllm_cli.convert.prequantized.unpack import unpack_columns, unpack_rows
 from trtllm_cli.errors import SnapshotError
 from trtllm_cli.kernels.quantization import pack_nibbles
@@ -77,7 +77,13 @@ class Gptq:
         )
         return Described(shape, layer, names)
 
-    def unpack(self, module: str, described: Described, read: Read) -> Unpacked:
+    def fixed(self, module: str, described: Described, read: Read) -> Parts:
+        """See Scheme."""
+        if described.layer is None or not described.layer.act_order:
+            return {}
+        return {"perm": torch.argsort(read(f"{module}.g_idx"), stable=True).int()}
+
+    def unpack(self, module: str, described: Described, read: Read) -> Parts:
         """See Scheme."""
         values = unpack_rows(read(f"{module}.qweight"), self.bits)  # [in, out]
         scales = read(f"{module}.scales").float()
@@ -97,12 +103,9 @@ class Gptq:
             groups = torch.arange(values.shape[0]) // size
             if f"{module}.g_idx" in described.tensors:
                 groups = read(f"{module}.g_idx").long()
-            return Unpacked(None, {"weight": ((values.int() - zeros[groups]).float() * scales[groups]).T.contiguous()})
-        fixed = {}
+            return {"weight": ((values.int() - zeros[groups]).float() * scales[groups]).T.contiguous()}
         if layer.act_order:
-            order = torch.argsort(read(f"{module}.g_idx"), stable=True)
-            values = values[order]
-            fixed["perm"] = order.int()
+            values = values[self.fixed(module, described, read)["perm"].long()]
         parts = {"weights_scaling_factor": scales.T.contiguous()}
         if self.bits == 8:
             parts["weight"] = (values.T.int() - middle).to(torch.int8).contiguous()
@@ -110,4 +113,4 @@ class Gptq:
             parts["weight"] = pack_nibbles(values.T.contiguous())
         if layer.has_zero_point:
             parts["zero"] = zeros.T.float().contiguous()
-        return Unpacked(layer, parts, fixed)
+        return parts

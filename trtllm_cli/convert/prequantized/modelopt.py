@@ -8,8 +8,8 @@ from typing import get_args
 import torch
 
 from trtllm_cli.convert.families.fields import Fields
-from trtllm_cli.convert.prequantized.float8 import describe_float8, unpack_float8
-from trtllm_cli.convert.prequantized.scheme import Described, Read, Unpacked
+from trtllm_cli.convert.prequantized.float8 import describe_float8, fixed_float8, unpack_float8
+from trtllm_cli.convert.prequantized.scheme import Described, Parts, Read
 from trtllm_cli.convert.prequantized.unpack import unpack_modelopt_int4
 from trtllm_cli.errors import SnapshotError
 from trtllm_cli.kernels.quantization import pack_nibbles
@@ -86,28 +86,33 @@ class ModelOpt:
         layer = LayerQuant(quant_algo="W8A8_SQ_PER_CHANNEL", pre_quant_scale=scaled)
         return Described((rows, columns), layer, names)
 
-    def unpack(self, module: str, described: Described, read: Read) -> Unpacked:
+    def fixed(self, module: str, described: Described, read: Read) -> Parts:
+        """See Scheme. W4A8_AWQ's `weight_scale_2`, which rounds weights to fp8 for an fp8 product, is not needed."""
+        assert described.layer is not None
+        algo, parts = described.layer.quant_algo, {}
+        if algo == "FP8":
+            return fixed_float8(described, read)
+        for theirs, ours in (
+            ("weight_scale_2", "weights_scaling_factor_2"),
+            ("input_scale", "activation_scaling_factor"),
+            ("pre_quant_scale", "prequant_scaling_factor"),
+        ):
+            if f"{module}.{theirs}" in described.tensors and (theirs, algo) != ("weight_scale_2", "W4A8_AWQ"):
+                parts[ours] = read(f"{module}.{theirs}").float().reshape(-1)
+        return parts
+
+    def unpack(self, module: str, described: Described, read: Read) -> Parts:
         """See Scheme."""
         assert described.layer is not None
         weight = read(f"{module}.weight")
         if weight.dtype == torch.float8_e4m3fn:
             return unpack_float8(described, read)
         scale = read(f"{module}.weight_scale")
-        fixed = {}
-        for theirs, ours in (
-            ("weight_scale_2", "weights_scaling_factor_2"),
-            ("input_scale", "activation_scaling_factor"),
-            ("pre_quant_scale", "prequant_scaling_factor"),
-        ):
-            if f"{module}.{theirs}" in described.tensors:
-                value = read(f"{module}.{theirs}").float()
-                fixed[ours] = value.reshape(-1)
         match described.layer.quant_algo:
             case "W4A16_AWQ" | "W4A8_AWQ":
-                fixed.pop("weights_scaling_factor_2", None)  # how int4 becomes fp8 on the way to an fp8 product
                 weight = pack_nibbles(unpack_modelopt_int4(weight))
             case "W8A16":
-                return Unpacked(described.layer, {"weight": weight, "per_channel_scale": scale.float().reshape(-1)})
+                return {"weight": weight, "per_channel_scale": scale.float().reshape(-1)}
             case "NVFP4":
-                return Unpacked(described.layer, {"weight": weight, "weights_scaling_factor": scale}, fixed)
-        return Unpacked(described.layer, {"weight": weight, "weights_scaling_factor": scale.float()}, fixed)
+                return {"weight": weight, "weights_scaling_factor": scale}
+        return {"weight": weight, "weights_scaling_factor": scale.float()}

@@ -13,9 +13,9 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def unpack_columns(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [n, m] -> uint8 [n, m * 32 / bits]: a word's lowest bits are its first column."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(1)
+    """int32 [n, m] -> uint8 [n, m * 32 / bits], bits 4 or 8: a word's lowest bits are its first column."""
+    octets = words.contiguous().view(torch.uint8)  # little-endian
+    return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1)
 
 
 def unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
