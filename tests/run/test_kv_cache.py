@@ -10,6 +10,7 @@ from tests.batches import Sequences, as_torch
 from tests.engines import STEPS, build_engine, runner_logits, save_checkpoint
 from tests.tiny_configs import config, random_weights
 from trtllm_cli.build.builder import BuildOptions, plan_build, resolve
+from trtllm_cli.build.passes import run_passes
 from trtllm_cli.build.passes.quantize_kv_cache import quantize_kv_cache
 from trtllm_cli.errors import CheckpointError, UnsupportedError, UsageError
 from trtllm_cli.kernels.reference import Reference
@@ -56,6 +57,17 @@ def test_logits_equal_the_references(tmp_path, algo):
         for got, want, unrounded in zip(runner_logits(engine), expected, whole, strict=True):
             # A key's rounding may fall the other way where its rotation differs in the last bit.
             assert relative(got, want) < 0.2 * relative(want, unrounded)
+
+
+@pytest.mark.parametrize("algo", ["FP8", "INT8"])
+def test_passes_keep_the_numbers(algo):
+    _, graph, weights = quantized_model(algo)
+    rewritten = run_passes(graph)
+    joint = [n for n in rewritten.nodes if n.op == "rope_append"]
+    assert len(joint) == 3
+    assert all("kv_scale" in n.inputs and n.attrs["kv_quant"] == algo.lower() for n in joint)
+    for got, want in zip(reference_logits(rewritten, weights), reference_logits(graph, weights), strict=True):
+        assert relative(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -54,6 +54,7 @@ CASES = [
     Case(3, 3, 80, 32, sinks=True, window=17, softcap=2.0, fused=False),
     Case(128, 1, 72, 32, v_head_dim=64, rotary_dim=8, layout="gptj", fused=False),
     Case(53, 1, 24, 8, v_head_dim=40, cache_dtype="bfloat16", fused=False),
+    Case(10, 1, 576, 32, v_head_dim=512, rotary_dim=64, layout="gptj", cache_dtype="bfloat16", fused=False),
     Case(9, 3, 64, 32, cache_dtype="int8"),
     Case(9, 3, 64, 32, cache_dtype="fp8", window=50),
     Case(2, 1, 18, 20, rotary_dim=6, cache_dtype="fp8", sinks=True),
