@@ -30,6 +30,9 @@ _NO_SHAPE = dict.fromkeys(("intermediate_size", "num_key_value_heads", "rms_norm
 _SLIDING: dict[str, Any] = {"head_dim": 16, "sliding_window": 6}
 _YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 2.0,
                          "rope_theta": 1e3, "truncate": False}  # fmt: skip
+_MLA: dict[str, Any] = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 6, "v_head_dim": 10,
+                        "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2,
+                        "moe_intermediate_size": 24, "first_k_dense_replace": 1, "num_key_value_heads": 8}  # fmt: skip
 # Each family's config class, and what it has beyond _SHAPE.
 _OF_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"attention_bias": False, "mlp_bias": False}),
@@ -44,6 +47,9 @@ _OF_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("GPTJConfig", {**_NO_SHAPE, "layer_norm_epsilon": 1e-3, "rotary_dim": 6, "n_inner": 80}),
     "gpt_neox": ("GPTNeoXConfig", {**_NO_RMS, **_NO_KV, "layer_norm_eps": 1e-3, "rotary_pct": 0.5}),
     "falcon": ("FalconConfig", {**_NO_SHAPE, "layer_norm_epsilon": 1e-3, "tie_word_embeddings": True}),
+    "deepseek_v2": ("DeepseekV2Config", {**_MLA, "q_lora_rank": None}),
+    "deepseek_v3": ("DeepseekV3Config", {**_MLA, "q_lora_rank": 20, "n_group": 4, "topk_group": 2,
+                                         "num_experts_per_tok": 3}),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 16, "sliding_window": 6,
                                  "rope_parameters": _YARN}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 3}),
@@ -114,6 +120,9 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
                 parameter.copy_(1 + 0.1 * noise)
             else:
                 parameter.copy_(0.08 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
     return model
 
 

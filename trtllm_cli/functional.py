@@ -234,6 +234,13 @@ def split(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return _op("split", {"x": x}, types, sizes=list(sizes))
 
 
+def concat(x: Tensor, y: Tensor, num_heads: int = 1) -> Tensor:
+    """Each of `num_heads` equal parts of `x`, with the same part of `y` behind it."""
+    assert x.width % num_heads == y.width % num_heads == 0
+    out = TensorType(x.dtype, (*x.shape[:-1], x.width + y.width))
+    return _op("concat", {"x": x, "y": y}, [out], num_heads=num_heads)[0]
+
+
 def rope(x: Tensor, positions: Tensor, num_heads: int, rope: dict[str, Any]) -> Tensor:
     """Rotary embedding of each head of `x` [num_tokens, num_heads * head_dim].
 

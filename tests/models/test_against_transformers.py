@@ -14,6 +14,7 @@ from trtllm_cli.kernels.reference import Reference
 from trtllm_cli.models import trace_model
 
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+_DEEPSEEK_YARN = {**_YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "rope_theta": 1e3}
 # What a family can be told beyond its defaults.
 SETTINGS = {
     "tied": ("llama", {"tie_word_embeddings": True}),
@@ -65,6 +66,16 @@ SETTINGS = {
             "tie_word_embeddings": False,
             "rope_theta": 5e5,
         },
+    ),
+    "deepseek-v2-groups": (
+        "deepseek_v2",
+        {"q_lora_rank": 20, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
+         "routed_scaling_factor": 3.0, "attention_bias": True, "rope_parameters": _DEEPSEEK_YARN},
+    ),
+    "deepseek-v3-halves": (
+        "deepseek_v3",
+        {"q_lora_rank": None, "rope_interleave": False, "attention_bias": True, "n_group": 1, "topk_group": 1,
+         "norm_topk_prob": False, "first_k_dense_replace": 0, "rope_parameters": _DEEPSEEK_YARN},
     ),
     "gpt-oss-full": (
         "gpt_oss", {"attention_bias": False, "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True}

@@ -51,6 +51,8 @@ def read_config(reader: Reader, options: ConvertOptions, quantization: Quantized
     fields["dtype"] = reader.default_dtype() if options.dtype == "auto" else options.dtype
     fields["producer"] = {"name": PRODUCER, "version": __version__}
     base = validate(ModelConfig, fields, reader.config_path, SnapshotError)
+    if any(family.is_extra(name, base.num_hidden_layers) for name in reader.tensors):
+        notes.append(f"the layers from {base.num_hidden_layers} on, for multi-token prediction, were left out")
     tied, mapping = base.share_embedding_table, Mapping.of(options.tp_size, options.pp_size)
     keep = (reader.quant_method is not None or options.keep_quantized) and not options.dequantize
     own_head = options.quantize_lm_head or (keep and reader.weight(family.embedding).layer is not None)

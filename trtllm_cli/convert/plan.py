@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 
 from trtllm_cli.convert.families.family import Family, Source
 from trtllm_cli.convert.quantized_source import Merged
@@ -77,7 +76,7 @@ def make_plan(
     """
     sources = sources_of(reader, family, config, tied=tied)
     used = {tensor for source in sources.values() for name in source.names for tensor in reader.tensors_of(name)}
-    _check_leftovers(reader, family, used, tied=tied)
+    _check_leftovers(reader, family, used, config.num_hidden_layers, tied=tied)
     return [_stage(config, pp_rank, sources, kept) for pp_rank in range(config.mapping.pp_size)]
 
 
@@ -193,13 +192,11 @@ def source_shapes(source: Source, weight: Weight, config: ModelConfig) -> list[t
     return [((height, *rest),) for height in heights]
 
 
-def _check_leftovers(reader: Reader, family: Family, used: set[str], *, tied: bool) -> None:
+def _check_leftovers(reader: Reader, family: Family, used: set[str], num_layers: int, *, tied: bool) -> None:
     left = [
         name
         for name in reader.tensors
-        if name not in used
-        and not any(fnmatch(name, pattern) for pattern in family.leftovers)
-        and not (tied and name == family.head)
+        if name not in used and not family.is_left_out(name, num_layers) and not (tied and name == family.head)
     ]
     if left:
         more = f", and {len(left) - 3} more" if len(left) > 3 else ""

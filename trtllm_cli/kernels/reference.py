@@ -336,6 +336,11 @@ def _split(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
     return list(t["x"].split(node.attrs["sizes"], dim=-1))
 
 
+def _concat(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    x, y = (t[role].unflatten(-1, (node.attrs["num_heads"], -1)) for role in ("x", "y"))
+    return [torch.cat([x, y], dim=-1).flatten(-2)]
+
+
 def _rope(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
     spec = node.attrs["rope"]
     table = r.rope_table(spec, int(t["positions"].max()) + 1)
@@ -424,6 +429,7 @@ OPS: dict[str, Callable[[Reference, Node, dict[str, Tensor]], list[Tensor]]] = {
     "combine": _combine,
     "gated_act": _gated_act,
     "split": _split,
+    "concat": _concat,
     "rope": _rope,
     "attention": _attention,
     "rope_append": _rope_append,

@@ -22,6 +22,8 @@ Define = Callable[[Trace, "ModelConfig", "Rank"], Graph]
 
 # Architecture (a checkpoint's `architecture`) -> module that defines it.
 MODELS = {
+    "DeepseekV2ForCausalLM": "deepseek",
+    "DeepseekV3ForCausalLM": "deepseek",
     "FalconForCausalLM": "falcon",
     "Gemma2ForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma",

@@ -5,6 +5,8 @@ Mixtral: arXiv 2401.04088. Qwen2-MoE: 2407.10671; its shared expert has a gate. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from trtllm_cli import functional as F
 from trtllm_cli.functional import Tensor, Trace
 from trtllm_cli.graph import Graph
@@ -14,13 +16,14 @@ from trtllm_cli.models import llama
 from trtllm_cli.models.layers import RmsNorm, decoder
 from trtllm_cli.models.moe import MoE
 
+MakeAttention = Callable[[ModelConfig, Rank, str, int], Callable[[Tensor, Tensor], Tensor]]
 HONOURS = llama.HONOURS | {"moe"}
 
 
 class DecoderLayer:
     """Attention, and experts or an MLP, each on the normed residual stream."""
 
-    attention_type = llama.Attention
+    attention_type: MakeAttention = llama.Attention
 
     def __init__(self, config: ModelConfig, rank: Rank, layer: int, name: str) -> None:
         self.input_layernorm = RmsNorm(config, f"{name}.input_layernorm", config.hidden_size)

@@ -11,6 +11,8 @@ from trtllm_cli.errors import SnapshotError, UnsupportedError
 
 # Architecture (an entry of config.json's `architectures`) -> module here that holds its FAMILY.
 FAMILIES = {
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
     "FalconForCausalLM": "falcon",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",

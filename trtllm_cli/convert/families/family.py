@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from trtllm_cli.convert.families.fields import Fields
@@ -163,12 +165,22 @@ class Family:
     # names, such as a prefix that only some publishers write.
     renames: tuple[tuple[str, str], ...] = ()
     without_effect: frozenset[str] = frozenset()  # fields that change nothing in this family
+    extra_layers: bool = False  # layers past the last are for multi-token prediction, and left out
 
     def config_fields(self, fields: Fields) -> dict[str, Any]:
         """ModelConfig's fields; anything in the file that cannot be honoured is an UnsupportedError."""
         out = {"architecture": self.architecture, **self.read(fields)}
         fields.refuse_unread(WITHOUT_EFFECT | self.without_effect, NEUTRAL)
         return out
+
+    def is_left_out(self, name: str, num_layers: int) -> bool:
+        """Whether nothing needs their tensor `name`, in a model of so many layers."""
+        return self.is_extra(name, num_layers) or any(fnmatch(name, pattern) for pattern in self.leftovers)
+
+    def is_extra(self, name: str, num_layers: int) -> bool:
+        """Whether it belongs to a layer past the last that the family leaves out."""
+        found = re.match(r"model\.layers\.(\d+)\.", name)
+        return self.extra_layers and found is not None and int(found[1]) >= num_layers
 
     def source(self, name: str, layer: int | None, config: ModelConfig) -> Source:
         """How our tensor `name`, whose layer number is written {i}, is made, with every number filled in."""

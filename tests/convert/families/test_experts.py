@@ -4,13 +4,25 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from tests.convert.helpers import read_checkpoint
+from tests.convert.quantized_reader import QuantizedReader
+from tests.models.test_against_transformers import PROMPT, relative
+from tests.models.test_sharded import ranks_logits
+from tests.tiny_models import VOCAB_SIZE, save_tiny_model
+from trtllm_cli.checkpoint import Checkpoint
+from trtllm_cli.convert import pipeline
 from trtllm_cli.convert.families import family_of
 from trtllm_cli.convert.families.fields import Fields
+from trtllm_cli.convert.pipeline import ConvertOptions, convert
+from trtllm_cli.convert.reader import open_reader
 from trtllm_cli.errors import SnapshotError, UnsupportedError
 from trtllm_cli.model_config import ModelConfig, MoeConfig
+from trtllm_cli.quant_config import LayerQuant
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "checkpoints"
+GOLDEN = Path(__file__).parents[2] / "golden" / "checkpoints"
 PATH = Path("config.json")
 
 
@@ -40,6 +52,8 @@ def test_defaults_are_those_of_transformers(name, model_type):
         "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
         "num_attention_heads",
     }  # fmt: skip
+    if model_type == "DeepseekV2":
+        needed.add("num_experts_per_tok")
     config = {k: v for k, v in golden(name).items() if k in needed}
     kind = getattr(transformers, f"{model_type}Config")
     assert read(config) == read(kind(**config).to_dict())
@@ -65,6 +79,14 @@ def test_layers_without_experts(step, dense, expected):
         ("qwen1.5-moe-a2.7b", {"layer_types": ["sliding_attention"] * 24}, UnsupportedError),
         ("qwen1.5-moe-a2.7b", {"use_sliding_window": True, "sliding_window": 0}, SnapshotError),
         ("mixtral-8x7b", {"num_local_experts": 0}, SnapshotError),
+        ("deepseek-v2-lite", {"topk_method": "noaux_tc"}, UnsupportedError),
+        ("deepseek-v2-lite", {"scoring_func": "sigmoid"}, UnsupportedError),
+        ("deepseek-v2-lite", {"norm_topk_prob": True}, UnsupportedError),
+        ("deepseek-v2-lite", {"mlp_bias": True}, UnsupportedError),
+        ("deepseek-v2-lite", {"moe_layer_freq": 2}, UnsupportedError),
+        ("deepseek-v2-lite", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": None}, SnapshotError),
+        ("deepseek-v3", {"num_key_value_heads": 8}, UnsupportedError),
+        ("deepseek-v3", {"topk_method": "greedy"}, UnsupportedError),
         ("gpt-oss-20b", {"swiglu_limit": 5.0}, UnsupportedError),
         ("gpt-oss-20b", {"swiglu_alpha": 1.0}, UnsupportedError),
         ("gpt-oss-20b", {"layer_types": ["chunked_attention"] * 24}, UnsupportedError),
@@ -114,3 +136,61 @@ def test_tensor_parallelism_divides_the_experts():
     fields["moe"]["intermediate_size"] = 770
     with pytest.raises(ValueError, match="experts' intermediate_size"):
         ModelConfig.model_validate(fields)
+
+
+# A token goes to every expert: rounding cannot change the choice.
+ALL_EXPERTS = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 8}
+
+
+@torch.inference_mode()
+def snapshot_of(path, family, **settings):
+    """A tiny model's snapshot, and transformers' logits of PROMPT."""
+    model = save_tiny_model(path, family, tokenizer=False, **settings)
+    return model(torch.tensor([PROMPT])).logits[0].numpy()
+
+
+@pytest.mark.parametrize(("family", "settings"), [("qwen2_moe", {}), ("gpt_oss", {}), ("deepseek_v3", ALL_EXPERTS)])
+def test_quantized_experts(family, settings, tmp_path):
+    """On two ranks; what chooses the experts stays as it is."""
+    want = snapshot_of(tmp_path / "snapshot", family, **settings)
+    convert(tmp_path / "snapshot", tmp_path / "ckpt", ConvertOptions(qformat="int8_wo", tp_size=2))
+    checkpoint = Checkpoint.open(tmp_path / "ckpt")
+    tensors = read_checkpoint(checkpoint)[1]
+    kept = {name for name, tensor in tensors.items() if tensor.dtype == torch.int8}
+    assert {f"transformer.layers.2.mlp.{m}.weight" for m in ("fc", "proj")} <= kept
+    assert not any("router" in name or "shared_expert_gate" in name for name in kept)
+    assert tensors["transformer.layers.2.mlp.router.weight"].dtype == torch.float32
+    got = ranks_logits(checkpoint, [PROMPT])
+    assert relative(got[0][:, :VOCAB_SIZE], want) < 0.02
+
+
+def test_layers_for_multi_token_prediction_are_left_out(tmp_path):
+    snapshot = tmp_path / "snapshot"
+    save_tiny_model(snapshot, "deepseek_v3", tokenizer=False)
+    file = snapshot / "model.safetensors"
+    tensors = load_file(file)
+    convert(snapshot, tmp_path / "before")
+    save_file({**tensors, "model.layers.3.eh_proj.weight": torch.ones(64, 128)}, file)
+    report = convert(snapshot, tmp_path / "after")
+    assert any("layers from 3 on, for multi-token prediction" in note for note in report.notes)
+    assert (tmp_path / "before/rank0.safetensors").read_bytes() == (tmp_path / "after/rank0.safetensors").read_bytes()
+    save_file({**tensors, "model.layers.2.eh_proj.weight": torch.ones(64, 128)}, file)
+    with pytest.raises(SnapshotError, match=r"layers\.2\.eh_proj"):
+        convert(snapshot, tmp_path / "wrong")
+
+
+def test_quantized_latent_attention(tmp_path, monkeypatch):
+    """Parts of a quantized linear keep its numbers; what is multiplied by head is made plain."""
+    want = snapshot_of(tmp_path / "snapshot", "deepseek_v3", **ALL_EXPERTS)
+    layer = LayerQuant(quant_algo="FP8_PER_CHANNEL_PER_TOKEN")
+    reader = QuantizedReader(open_reader(tmp_path / "snapshot"), lambda name: layer if "_proj" in name else None)
+    monkeypatch.setattr(pipeline, "open_reader", lambda path: reader)
+    report = convert(tmp_path / "snapshot", tmp_path / "ckpt", ConvertOptions(tp_size=2))
+    assert any("plain" in note and "k_b_proj" in note and "v_b_proj" in note for note in report.notes)
+    checkpoint = Checkpoint.open(tmp_path / "ckpt")
+    tensors = read_checkpoint(checkpoint)[0]
+    attention = "transformer.layers.1.attention"
+    assert tensors[f"{attention}.q_b_nope_proj.weight"].dtype == torch.float8_e4m3fn
+    assert tensors[f"{attention}.k_b_proj.weight"].dtype == torch.float32
+    got = ranks_logits(checkpoint, [PROMPT])
+    assert relative(got[0][:, :VOCAB_SIZE], want) < 0.1
