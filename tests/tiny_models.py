@@ -59,6 +59,7 @@ _OF_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
                                      "head_dim": 16, "norm_topk_prob": True}),
     "starcoder2": ("Starcoder2Config", {**_NO_RMS, "norm_epsilon": 1e-3, "tie_word_embeddings": True}),
     "stablelm": ("StableLmConfig", {**_NO_RMS, "layer_norm_eps": 1e-3, "partial_rotary_factor": 0.75}),
+    "phi3": ("Phi3Config", {"num_key_value_heads": 2}),
     "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3,
                                   "logits_scaling": 5.0}),
     "olmo2": ("Olmo2Config", {"num_key_value_heads": 8}),

@@ -24,6 +24,17 @@ SETTINGS = {
     "one-kv-head": ("llama", {"num_key_value_heads": 1}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "qwen3-bias": ("qwen3", {"attention_bias": True}),
+    "phi3-window-mha": ("phi3", {"num_key_value_heads": 8, "sliding_window": 6, "tie_word_embeddings": True}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.0, 3.0],
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
     "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "olmo2-groups": ("olmo2", {"num_key_value_heads": 2, "attention_bias": True}),
     "olmo3-scaled": (

@@ -43,8 +43,8 @@ class Decided:
 
 def read_config(reader: Reader, options: ConvertOptions, quantization: Quantized | None = None) -> Decided:
     """The config of the checkpoint that the source would make. Raises SnapshotError, UnsupportedError, UsageError."""
-    notes = []
     family = family_of(reader.config, reader.config_path)
+    notes = [family.note] if family.note else []
     fields = family.config_fields(Fields(reader.config, reader.config_path))
     if "auto_map" in reader.config:
         notes.append(f"config.json names code of its own; it was not run, and the model read as {family.architecture}")

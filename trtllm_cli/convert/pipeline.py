@@ -154,7 +154,7 @@ def _write_ranks(
 
 
 def _num_parameters(stages: list[Stage]) -> int:
-    wholes = {job.source.names: math.prod(job.weight.shape) for stage in stages for job in stage.jobs if job.source}
+    wholes = {job.source: math.prod(job.weight.shape) for stage in stages for job in stage.jobs if job.source}
     return sum(wholes.values())
 
 

@@ -27,6 +27,7 @@ MODELS = {
     "FalconForCausalLM": "falcon",
     "Gemma2ForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma",
+    "Gemma3ForConditionalGeneration": "gemma",  # its text model
     "GPT2LMHeadModel": "gpt2",
     "GPTJForCausalLM": "gptj",
     "GPTNeoXForCausalLM": "gpt_neox",
@@ -37,6 +38,7 @@ MODELS = {
     "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo2",
     "LlamaForCausalLM": "llama",
+    "Phi3ForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "MixtralForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "llama",

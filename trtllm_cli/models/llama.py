@@ -1,6 +1,8 @@
-"""Llama, and what differs from it by a setting: Mistral (sliding window), Qwen2 (qkv bias), Qwen3 (q/k norm).
+"""Llama, and what differs from it by a setting: Mistral (sliding window), Qwen2 (qkv bias), Qwen3 (q/k norm),
+Phi-3 (rotary positions in a part of each head, LongRoPE).
 
 Llama: arXiv 2302.13971, 2307.09288, 2407.21783. Mistral: 2310.06825. Qwen2: 2407.10671. Qwen3: 2505.09388.
+Phi-3: 2404.14219.
 """
 
 from __future__ import annotations

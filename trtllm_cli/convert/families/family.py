@@ -166,6 +166,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     without_effect: frozenset[str] = frozenset()  # fields that change nothing in this family
     extra_layers: bool = False  # layers past the last are for multi-token prediction, and left out
+    note: str | None = None  # what the user should know of each conversion
 
     def config_fields(self, fields: Fields) -> dict[str, Any]:
         """ModelConfig's fields; anything in the file that cannot be honoured is an UnsupportedError."""
