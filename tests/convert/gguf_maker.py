@@ -22,6 +22,7 @@ NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
 }  # fmt: skip
 
 NORMS_AFTER = {
@@ -75,7 +76,7 @@ def write_model(
         f"{arch}.attention.head_count": c.num_attention_heads,
         f"{arch}.attention.head_count_kv": c.num_key_value_heads,
         f"{arch}.attention.key_length": head_dim, f"{arch}.attention.value_length": head_dim,
-        f"{arch}.attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        **norm_epsilon(c, arch),
         f"{arch}.rope.freq_base": c.rope_parameters.get("full_attention", c.rope_parameters)["rope_theta"],
         f"{arch}.rope.dimension_count": head_dim,
         f"{arch}.vocab_size": c.vocab_size,
@@ -95,6 +96,13 @@ def write_model(
     for name, value in (tensors or {}).items():
         writer.add_tensor(name, np.asarray(value, dtype=np.float32))
     finish(writer)
+
+
+def norm_epsilon(config: Any, arch: str) -> dict[str, float]:
+    """Under the key of RMS norms, or of layer norms."""
+    if hasattr(config, "rms_norm_eps"):
+        return {f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps}
+    return {f"{arch}.attention.layer_norm_epsilon": config.norm_epsilon}
 
 
 def add_fields(writer: gguf.GGUFWriter, fields: dict[str, Any]) -> None:

@@ -74,6 +74,7 @@ OTHERS = {
     "granite": ({}, {"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
                      "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"}),
     "olmo2": ({}, {}),
+    "starcoder2": ({}, {}),
 }  # fmt: skip
 
 

@@ -43,6 +43,7 @@ class GgufArchitecture:
     architecture: str
     model_type: str
     names: Mapping[str, str] = field(default_factory=lambda: _NAMES)  # theirs without layer -> Hugging Face's
+    norm_epsilon: tuple[str, str] = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")  # theirs, Hugging Face's
     permuted: bool = False  # the rows of q and k are in the order of a rotary embedding that turns neighbours
     norms_plus_one: bool = False  # norms are stored as they multiply, where Hugging Face stores them less one
     biases: Mapping[str, str] = field(default_factory=dict)  # flag of the config -> a tensor that then is there
@@ -92,6 +93,13 @@ ARCHITECTURES = {
     ),
     "qwen2": GgufArchitecture("Qwen2ForCausalLM", "qwen2"),
     "qwen3": GgufArchitecture("Qwen3ForCausalLM", "qwen3", biases=_ATTENTION_BIAS),
+    "starcoder2": GgufArchitecture(
+        "Starcoder2ForCausalLM",
+        "starcoder2",
+        {**_NAMES, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+        norm_epsilon=("attention.layer_norm_epsilon", "norm_epsilon"),
+        biases={"use_bias": "model.layers.0.self_attn.q_proj.bias"},
+    ),
     "granite": GgufArchitecture("GraniteForCausalLM", "granite", permuted=True, biases=_ALL_BIASES, more=_granite),
     "olmo2": GgufArchitecture("Olmo2ForCausalLM", "olmo2", _AFTER_NAMES, biases=_ATTENTION_BIAS),
     "gemma2": GgufArchitecture("Gemma2ForCausalLM", "gemma2", _GEMMA_NAMES, norms_plus_one=True, more=_gemma2),

@@ -137,7 +137,7 @@ class GgufReader(Reader):
                 raise m.unsupported(key, f"heads are {head_dim} wide")
         if "model.embed_tokens.weight" not in self.tensors:
             raise SnapshotError("tensor `token_embd.weight` is missing", where=str(self.path))
-        positions = m.integer("context_length")
+        positions, (epsilon, norm_epsilon) = m.integer("context_length"), self.architecture.norm_epsilon
         config = {
             "architectures": [self.architecture.architecture],
             "model_type": self.architecture.model_type,
@@ -147,7 +147,7 @@ class GgufReader(Reader):
             "num_attention_heads": heads,
             "num_key_value_heads": m.integer("attention.head_count_kv", heads),
             "head_dim": head_dim,
-            "rms_norm_eps": m.number("attention.layer_norm_rms_epsilon"),
+            norm_epsilon: m.number(epsilon),
             "max_position_embeddings": positions,
             "vocab_size": self.tensors["model.embed_tokens.weight"].shape[0],
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,

@@ -203,9 +203,12 @@ def test_gpt2_without_the_prefix_and_with_masks(tmp_path):
     ("config", "field", "value"),
     [
         (GPT2, "activation_function", "quick_gelu"),
+        (GPT2, "activation_function", None),
         (GPT2, "n_embd", 770),
         (GPT2, "rope_theta", 1e4),
         (GPT2, "a_field_from_the_future", 1),
+        (NEOX, "hidden_act", None),
+        (NEOX, "rotary_pct", None),
         (NEOX, "rope_theta", 5e5),
         (NEOX, "partial_rotary_factor", 0.5),
         (NEOX, "rotary_pct", 0.0),

@@ -244,7 +244,7 @@ def read_decoder(
 
 def read_activation(fields: Fields, field: str = "hidden_act") -> str:
     """`hidden_act`, or what the family calls it, in our words."""
-    name = fields.text(field, "silu")
+    name = fields.text(field) if field in fields.data else "silu"  # null is no activation in transformers
     if name not in _ACTIVATIONS:
         raise fields.unsupported(field, f"the activations known here are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
