@@ -97,11 +97,14 @@ def _open_stored(source: Path) -> Reader:
 def _unpacking(reader: Reader) -> Reader:
     """The reader itself, or what unpacks the weights of a snapshot that is quantized already."""
     from trtllm_cli.convert.prequantized import find_scheme
+    from trtllm_cli.convert.prequantized.mxfp4 import Mxfp4Reader, is_mxfp4
     from trtllm_cli.convert.prequantized.reader import QuantizedReader
 
     try:
         found = find_scheme(reader.path, reader.config)
-        return QuantizedReader(reader, *found) if found else reader
+        if found:
+            return QuantizedReader(reader, *found)
+        return Mxfp4Reader(reader) if is_mxfp4(reader.config) else reader
     except BaseException:
         reader.close()
         raise

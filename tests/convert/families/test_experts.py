@@ -16,6 +16,7 @@ from trtllm_cli.checkpoint import Checkpoint
 from trtllm_cli.convert import pipeline
 from trtllm_cli.convert.families import family_of
 from trtllm_cli.convert.families.fields import Fields
+from trtllm_cli.convert.hf_reader import HfReader
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.convert.reader import open_reader
 from trtllm_cli.errors import SnapshotError, UnsupportedError
@@ -162,6 +163,65 @@ def test_quantized_experts(family, settings, tmp_path):
     assert tensors["transformer.layers.2.mlp.router.weight"].dtype == torch.float32
     got = ranks_logits(checkpoint, [PROMPT])
     assert relative(got[0][:, :VOCAB_SIZE], want) < 0.02
+
+
+def quantize_experts(snapshot, seed=0):
+    """Replaces the snapshot's experts by random numbers in MXFP4, in place; the same snapshot's plain tensors."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors, plain = load_file(snapshot / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(120, 124, (experts, outputs, inputs // 32), generator=generator, dtype=torch.uint8)
+        plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        assert plain[name].shape == (experts, inputs, outputs)
+    config = json.loads((snapshot / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    save_file(tensors, snapshot / "model.safetensors")
+    return {**{n: t for n, t in tensors.items() if t.dtype != torch.uint8}, **plain}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_mxfp4_is_read_as_transformers_does(tp, tmp_path, monkeypatch):
+    for name in ("packed", "plain"):
+        save_tiny_model(tmp_path / name, "gpt_oss", tokenizer=False, dtype=torch.bfloat16)
+    save_file(quantize_experts(tmp_path / "packed"), tmp_path / "plain" / "model.safetensors")
+    most, rows = {}, HfReader.rows
+
+    def watched(self, name, start, stop):
+        got = rows(self, name, start, stop)
+        most[name] = max(most.get(name, 0), got.nbytes)
+        return got
+
+    with monkeypatch.context() as m:
+        m.setattr(HfReader, "rows", watched)
+        report = convert(tmp_path / "packed", tmp_path / "from-packed", ConvertOptions(tp_size=tp))
+    convert(tmp_path / "plain", tmp_path / "from-plain", ConvertOptions(tp_size=tp))
+    for rank in range(tp):
+        got, want = (tmp_path / name / f"rank{rank}.safetensors" for name in ("from-packed", "from-plain"))
+        assert got.read_bytes() == want.read_bytes()
+    assert Checkpoint.open(tmp_path / "from-packed").config == Checkpoint.open(tmp_path / "from-plain").config
+    assert [note for note in report.notes if "MXFP4" in note and "transformer.layers.*.mlp.fc" in note]
+    assert most["model.layers.0.mlp.experts.gate_up_proj_blocks"] == 2 * 96 * 64 // 2  # one expert at a time
+
+
+def test_mxfp4_that_is_incomplete(tmp_path):
+    save_tiny_model(tmp_path / "snapshot", "gpt_oss", tokenizer=False, dtype=torch.bfloat16)
+    quantize_experts(tmp_path / "snapshot")
+    file = tmp_path / "snapshot" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    for broken in (None, tensors[name][:, 1:].contiguous(), tensors[name].float()):
+        save_file(
+            {**{n: t for n, t in tensors.items() if n != name}, **({} if broken is None else {name: broken})}, file
+        )
+        with pytest.raises(SnapshotError, match="down_proj_scales"):
+            convert(tmp_path / "snapshot", tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
 
 
 def test_layers_for_multi_token_prediction_are_left_out(tmp_path):

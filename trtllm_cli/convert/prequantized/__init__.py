@@ -60,7 +60,7 @@ def find_scheme(path: Path, config: dict[str, Any]) -> tuple[Scheme, str] | None
         case "modelopt" | "modelopt_fp4":
             return _modelopt(data, where), method
         case "mxfp4":
-            return None  # a family's own: its experts are read as they are
+            return None  # experts only, and no linears: mxfp4.py
         case _:
             why, fix = _REFUSED.get(method, (f"known are {_METHODS}", "convert the unquantized model"))
             raise UnsupportedError(
