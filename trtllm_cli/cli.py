@@ -50,7 +50,8 @@ Examples:
   trtllm run --model HuggingFaceTB/SmolLM2-135M-Instruct --streaming "Why is the sky blue?"
 
 Exit codes: 0 done, 2 wrong usage, 3 a missing or damaged artifact, 4 unsupported input, 5 the hub, 6 the machine
-(disk, memory, tools), 7 a request past the engine's limits, {INTERNAL} a bug in trtllm, {INTERRUPTED} interrupted.
+(disk, memory, tools), 7 a request past the engine's limits, 8 a quality bound is exceeded,
+{INTERNAL} a bug in trtllm, {INTERRUPTED} interrupted.
 """
 
 

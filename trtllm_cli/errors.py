@@ -10,7 +10,8 @@
     ├── UnsupportedError        exit 4   valid input that cannot be honoured exactly, so it is refused
     ├── DownloadError           exit 5   the hub said no, or cannot be reached
     ├── ResourceError           exit 6   disk, memory, permissions, a tool that the machine lacks
-    └── RequestError            exit 7   a generation request that this engine cannot serve
+    ├── RequestError            exit 7   a generation request that this engine cannot serve
+    └── AccuracyError           exit 8   a model is worse than the bound that was set for it
 
 Each carries what is wrong (`message`), where (`where`: a file, a field or a flag) and what to do (`fix`). The command
 line prints the three and exits with the class's code; `--debug` adds the traceback. `assert` is for our own bugs.
@@ -98,3 +99,9 @@ class RequestError(TrtllmError):
     """A generation request that this engine cannot serve."""
 
     exit_code = 7
+
+
+class AccuracyError(TrtllmError):
+    """A quantized model is worse than the bound that was set for it; the message says where."""
+
+    exit_code = 8

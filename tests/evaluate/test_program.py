@@ -10,7 +10,7 @@ from tests.tiny_models import FAMILIES, save_tiny_model
 from trtllm_cli import functional as F
 from trtllm_cli.checkpoint import Checkpoint
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
-from trtllm_cli.convert.shard import split
+from trtllm_cli.convert.shard import cut
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.evaluate.program import Program
 from trtllm_cli.evaluate.whole_model import join, program_of
@@ -61,7 +61,7 @@ def test_family(family, tmp_path):
     assert sorted(program.layer_outputs) == list(range(checkpoint.config.num_hidden_layers))
     ids = ids_of(checkpoint.config.vocab_size)
     with torch.inference_mode():
-        assert torch.equal(program_of(checkpoint)(ids), program(ids))
+        assert relative(program_of(checkpoint)(ids), program(ids)) < 1e-5
         assert relative(program_of(checkpoint, torch.bfloat16)(ids), program(ids)) < 0.05
 
 
@@ -232,9 +232,12 @@ SHARDS = {
 def test_join_undoes_split(shard):
     c = config("llama").model_copy(update={"mapping": Mapping.of(2)})
     whole = torch.randn(SHARDS[shard])
-    cut = {"columns": 1, "expert_rows": 1, "expert_columns": 2, "expert_halves": 1}.get(shard, 0)
-    shape = tuple(n // 2 if i == cut else n for i, n in enumerate(whole.shape))
-    parts = [split(whole, Weight("float32", shape, ("w",), shard), c, rank) for rank in c.mapping.ranks]
+    dim = {"columns": 1, "expert_rows": 1, "expert_columns": 2, "expert_halves": 1}.get(shard, 0)
+    shape = tuple(n // 2 if i == dim else n for i, n in enumerate(whole.shape))
+    rows, parts = whole.flatten(0, -2), []
+    for rank in c.mapping.ranks:
+        pieces = cut(Weight("float32", shape, ("w",), shard), len(rows), c, rank).pieces(rows, 0)
+        parts.append(torch.cat([piece for _, piece in pieces]).view(shape))
     assert torch.equal(join("w", parts, shard, c), whole)
 
 

@@ -89,5 +89,5 @@ def test_a_program_is_scored_in_slices():
     ids = [t % c.vocab_size for t in ids_of(60)] * 2
     with torch.inference_mode():
         want = torch.nn.functional.cross_entropy(program(torch.tensor([ids]))[0, :-1], torch.tensor(ids[1:]))
-    score = perplexity(ProgramScorer(program, c.vocab_size), [Window(tuple(ids))])
+    score = perplexity(ProgramScorer(program), [Window(tuple(ids))])
     assert score.nll / score.tokens == pytest.approx(float(want), rel=1e-5)

@@ -78,6 +78,39 @@ def module_names(graph: Graph) -> dict[str, str]:
     return names
 
 
+@dataclass(frozen=True)
+class Linear:
+    """A linear or expert_linear with what its quantization does to its input before."""
+
+    node: Node
+    prepare: tuple[Node, ...]  # reorder, scale, round; in order
+    root: str  # the tensor that the layer is given
+
+    @property
+    def experts(self) -> str | None:
+        """The tensor that says which experts each token goes to, of an expert_linear."""
+        return self.node.inputs.get("ids")
+
+
+def linears(graph: Graph) -> dict[str, Linear]:
+    """Every linear and expert_linear by its module's name, in order."""
+    producers, found = graph.producers(), {}
+    for output, module in module_names(graph).items():
+        node = producers[output]
+        root, prepare = node.inputs["x"], []
+        while (before := producers.get(root)) is not None and _prepares(before, module):
+            prepare.append(before)
+            root = before.inputs["x"]
+        found[module] = Linear(node, tuple(reversed(prepare)), root)
+    return found
+
+
+def _prepares(node: Node, module: str) -> bool:
+    """Whether the node is a part of how `module` is quantized (models/stored.py): it reads none but its weights."""
+    others = [name for role, name in node.inputs.items() if role != "x"]
+    return node.op in ("gather_columns", "mul", "qdq") and all(name.startswith(f"{module}.") for name in others)
+
+
 def layer_outputs(graph: Graph, hidden: str) -> dict[int, str]:
     """Decoder layer -> the tensor that it hands to the next, the residual stream; the last layer's is `hidden`."""
     layer_of: dict[str, int] = {}

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from trtllm_cli.evaluate.graph_parts import Step, cut, layer_outputs, module_names
+from trtllm_cli.evaluate.graph_parts import Linear, Step, cut, layer_outputs, linears
 from trtllm_cli.graph import Graph, Node
 from trtllm_cli.kernels.quantization import dequantize, round_to
 from trtllm_cli.kernels.reference import Reference, expert_linear, paged_attention, v_head_dim
@@ -53,9 +53,12 @@ class Program(nn.Module):
     ) -> None:
         super().__init__()
         self.graph, self.dtype, self.device = graph, dtype, torch.device(device)
-        self._parts, self._module_of = cut(graph), module_names(graph)
+        self._parts, self.layers = cut(graph), linears(graph)
+        self._module_of = {linear.node.output: name for name, linear in self.layers.items()}
         self._ops = _Ops(graph, self.device)
         self._load(weights)
+
+    layers: dict[str, Linear]  # every linear and expert_linear of the graph, by its module's name
 
     def forward(self, ids: Tensor) -> Tensor:
         """float32 logits [batch, length, vocab] of `ids`, int64 [batch, length]."""
@@ -72,11 +75,33 @@ class Program(nn.Module):
         values = self._run(self._parts.body, inputs, (batch, length), self.dtype, on_output)
         return values[self._parts.hidden].unflatten(0, (batch, length))
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor, on_output: OnOutput | None = None) -> Tensor:
         """float32 logits [..., vocab] of `hidden` [..., hidden_size]; of a slice of it, to bound memory."""
         rows = hidden.flatten(0, -2)
-        values = self._run(self._parts.head, {self._parts.selected: rows}, (1, len(rows)), torch.float32, None)
+        if on_output is not None:
+            on_output(self._parts.selected, rows)
+        values = self._run(self._parts.head, {self._parts.selected: rows}, (1, len(rows)), torch.float32, on_output)
         return values[self.graph.outputs[0]].unflatten(0, hidden.shape[:-1])
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        width = self.graph.type_of(self.graph.outputs[0]).shape[-1]
+        assert isinstance(width, int)
+        return width
+
+    def feed(self, module: str, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """What one linear makes of `x` [tokens, in], its reordering, scaling and rounding of the input included.
+
+        `ids` are the tokens' experts, for the experts' linears.
+        """
+        linear = self.layers[module]
+        given = {linear.root: x.to(self.device, self.dtype)}
+        if linear.experts is not None:
+            assert ids is not None
+            given[linear.experts] = ids.to(self.device)
+        steps = [Step(node, ()) for node in (*linear.prepare, linear.node)]
+        return self._run(steps, given, (1, len(x)), self.dtype, None)[linear.node.output]
 
     @property
     def linears(self) -> dict[str, nn.Module]:
@@ -94,8 +119,7 @@ class Program(nn.Module):
         return layer_outputs(self.graph, self._parts.hidden)
 
     def _modules_with(self, op: str) -> dict[str, nn.Module]:
-        names = [self._module_of[node.output] for node in self.graph.nodes if node.op == op]
-        return {name: self.get_submodule(name) for name in names}
+        return {name: self.get_submodule(name) for name, linear in self.layers.items() if linear.node.op == op}
 
     def _load(self, weights: Weights) -> None:
         """Makes the modules: linears, then buffers for the rest."""

@@ -16,7 +16,7 @@ import torch
 from trtllm_cli.evaluate.program import Program
 from trtllm_cli.evaluate.text import Window
 
-_ROWS = 64  # tokens whose distributions are in memory at once, in float64
+ROWS = 64  # tokens whose distributions are in memory at once, in float64
 
 
 class Scorer(Protocol):
@@ -84,20 +84,20 @@ class Divergence:
 class ProgramScorer:
     """A Program as a Scorer."""
 
-    def __init__(self, program: Program, vocab_size: int) -> None:
-        self._program, self._vocab_size = program, vocab_size
+    def __init__(self, program: Program) -> None:
+        self._program = program
 
     @property
     def vocab_size(self) -> int:
         """See Scorer."""
-        return self._vocab_size
+        return self._program.vocab_size
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
         """See Scorer."""
         hidden = self._program.hidden(torch.tensor([ids]))
-        for rows in hidden[0].split(_ROWS):
-            yield self._program.head(rows)[:, : self._vocab_size]
+        for rows in hidden[0].split(ROWS):
+            yield self._program.head(rows)
 
 
 def perplexity(scorer: Scorer, windows: Sequence[Window], progress: Progress | None = None) -> Score:
@@ -136,7 +136,7 @@ def total_scored(windows: Iterable[Window]) -> int:
 
 
 def predicted(pieces: Iterable[torch.Tensor], window: Window) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The rows that predict the window's scored tokens, and these tokens, _ROWS at a time."""
+    """The rows that predict the window's scored tokens, and these tokens, ROWS at a time."""
     ids = torch.tensor(window.ids)
     start, stop = window.scored_from - 1, len(ids) - 1  # row i predicts token i + 1
     for position, rows in _regrouped(pieces):
@@ -146,13 +146,13 @@ def predicted(pieces: Iterable[torch.Tensor], window: Window) -> Iterator[tuple[
 
 
 def _regrouped(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
-    """The same rows in pieces of _ROWS, each with the place of its first."""
+    """The same rows in pieces of ROWS, each with the place of its first."""
     position, held = 0, None
     for piece in pieces:
         rows = piece if held is None else torch.cat([held, piece])
-        while len(rows) >= _ROWS:
-            yield position, rows[:_ROWS]
-            position, rows = position + _ROWS, rows[_ROWS:]
+        while len(rows) >= ROWS:
+            yield position, rows[:ROWS]
+            position, rows = position + ROWS, rows[ROWS:]
         held = rows.clone() if len(rows) else None
     if held is not None:
         yield position, held
