@@ -1,14 +1,22 @@
 """GPT-2 and those that came after it: what their configs and snapshots say."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.convert.helpers import read_checkpoint, read_config
+from tests.models.test_against_transformers import check_reference
 from tests.tiny_models import save_tiny_model
 from trtllm_cli.checkpoint import Checkpoint
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.errors import SnapshotError, UnsupportedError
+from trtllm_cli.model_config import ModelConfig
+from trtllm_cli.models import trace_model
+
+GOLDEN = Path(__file__).parent.parent.parent / "golden" / "checkpoints"
 
 GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
 NEOX = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}
@@ -162,6 +170,27 @@ def test_falcon_heads_and_norms():
     assert of(num_kv_heads=2, num_ln_in_parallel_attn=1) == (2, True, 1)
     assert of(num_kv_heads=8, new_decoder_architecture=False) == (1, True, 1)
     assert of(multi_query=False, new_decoder_architecture=False, parallel_attn=False) == (8, False, 1)
+
+
+def test_falcon_with_an_odd_number_of_heads(tmp_path):
+    """As the 7B model, whose 71 query heads are followed by one key head and one value head."""
+    model = save_tiny_model(tmp_path / "snapshot", "falcon", num_attention_heads=7, hidden_size=56)
+    convert(tmp_path / "snapshot", tmp_path / "ckpt")
+    check_reference(model, tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("gpt2", 124.44), ("pythia-160m", 162.32), ("gpt-neox-20b", 20554.57), ("gpt-j-6b", 6050.88),
+        ("falcon-7b", 6921.72), ("falcon-40b", 41303.29), ("starcoder2-3b", 3030.37), ("stablelm-2-1.6b", 1644.52),
+        ("stablelm-2-12b", 12143.19),
+    ],
+)  # fmt: skip
+def test_published_models_have_as_many_parameters_as_published(name, millions):
+    config = ModelConfig.model_validate_json((GOLDEN / f"{name}.checkpoint.json").read_text())
+    weights = trace_model(config, config.mapping.ranks[0]).weights.values()
+    assert round(sum(math.prod(w.shape) for w in weights) / 1e6, 2) == millions
 
 
 def test_masks_and_angles_are_left_over(tmp_path):
