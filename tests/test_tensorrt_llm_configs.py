@@ -63,3 +63,36 @@ def test_what_their_fields_mean():
 def test_nonsense_is_a_validation_error(bad):
     with pytest.raises(ValidationError):
         read(NEOX | bad)
+
+
+GEMMA2 = SHAPE | {
+    "architecture": "Gemma2ForCausalLM", "position_embedding_type": "rope_gpt_neox", "head_size": 24,
+    "num_key_value_heads": 2, "hidden_act": "gelu_pytorch_tanh", "rotary_base": 10000.0, "rotary_scaling": None,
+    "attn_bias": False, "mlp_bias": False, "share_embedding_table": True, "inter_layernorms": True,
+    "query_pre_attn_scalar": 256, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+}  # fmt: skip
+GEMMA3 = {name: value for name, value in GEMMA2.items() if name != "attn_logit_softcapping"} | {
+    "architecture": "Gemma3ForCausalLM", "final_logit_softcapping": None, "_sliding_window_pattern": 2,
+    "rope_local_base_freq": 9000, "sliding_window": 512,
+}  # fmt: skip
+
+
+def test_gemma():
+    two, three = read(GEMMA2), read(GEMMA3)
+    assert (two.attention_multiplier, two.attn_logit_softcapping, two.final_logit_softcapping) == (1 / 16, 50.0, 30.0)
+    assert three.layer_types == ["sliding_attention", "full_attention"]
+    assert (three.rope_local_base_freq, three.qk_layernorm) == (9000.0, True)
+    for config in (two, three):
+        weights = trace_model(config, config.mapping.ranks[0]).weights
+        norms = {w.removeprefix("transformer.layers.1.") for w in weights if "layers.1" in w and "layernorm" in w}
+        around = ("input_layernorm", "post_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+        of_heads = ("attention.q_layernorm", "attention.k_layernorm") if config is three else ()
+        assert norms == {f"{name}.weight" for name in (*around, *of_heads)}
+
+
+@pytest.mark.parametrize(
+    "change", [{"inter_layernorms": False}, {"query_pre_attn_scalar": 0}, {"_sliding_window_pattern": 0}]
+)
+def test_gemma_that_does_not_go_together(change):
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        read(GEMMA3 | change)

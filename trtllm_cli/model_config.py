@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from trtllm_cli.mapping import Mapping
 from trtllm_cli.quant_config import QuantConfig
+from trtllm_cli.tensorrt_llm_names import with_our_names
 
 DType = Literal["float32", "float16", "bfloat16"]
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu", "swiglu_oai"]
@@ -73,33 +74,6 @@ _MOE_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "device_limited_routed_scaling_factor": (0.0, 1.0, None),
     "use_all_reduce": (None, True, False),
 }
-
-
-def _gpt_of_tensorrt_llm(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with our names for what TensorRT-LLM's GPT-J, GPT-NeoX and Falcon call otherwise or leave unsaid."""
-    rest = dict(config)
-    match rest.get("architecture"):
-        case "GPTJForCausalLM" if "rotary_dim" in rest:
-            rest |= {"rotary_embedding_dim": rest.pop("rotary_dim"), "mlp_bias": True, "lm_head_bias": True}
-            if rest.get("hidden_act") == "gelu":
-                rest["hidden_act"] = "gelu_pytorch_tanh"  # what its "gelu" computes
-            return {**rest, "parallel_residual": True}
-        case "GPTNeoXForCausalLM" if "rotary_emb_base" in rest:
-            hidden, heads, share = rest.get("hidden_size"), rest.get("num_attention_heads"), rest.pop("rotary_pct", 1.0)
-            if not (isinstance(hidden, int) and isinstance(heads, int) and 0 < heads <= hidden and _is_share(share)):
-                raise ValueError("rotary_pct, hidden_size and num_attention_heads do not go together")
-            rest |= {"rotary_base": rest.pop("rotary_emb_base"), "rotary_embedding_dim": int(hidden // heads * share)}
-            biases = dict.fromkeys(("attn_bias", "dense_bias", "mlp_bias"), True)
-            return {**rest, **biases, "parallel_residual": True}
-        case "FalconForCausalLM" if "parallel_attention" in rest:
-            new, parallel = rest.pop("new_decoder_architecture", False), rest.pop("parallel_attention")
-            biases = dict.fromkeys(("attn_bias", "dense_bias", "mlp_bias"), rest.pop("bias", False))
-            return {**rest, **biases, "parallel_residual": new or parallel, "parallel_norms": 2 if new else 1}
-    return rest
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value <= 1
 
 
 class RopeScaling(BaseModel):
@@ -236,7 +210,7 @@ class ModelConfig(BaseModel):
     def _drop_without_effect(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        data = _gpt_of_tensorrt_llm({name: value for name, value in data.items() if name not in _LABELS})
+        data = with_our_names({name: value for name, value in data.items() if name not in _LABELS})
         if isinstance(data.get("moe"), dict):
             data["moe"] = _moe_of_tensorrt_llm(data)
         for field, harmless in _WITHOUT_EFFECT.items():

@@ -46,6 +46,7 @@ SETTINGS = {
             }
         },
     ),
+    "cohere-norms": ("cohere", {"use_qk_norm": True}),
     "cohere-biases": ("cohere", {"attention_bias": True, "tie_word_embeddings": False}),
     "gemma2-untied": ("gemma2", {"tie_word_embeddings": False, "attention_bias": True}),
     "gemma2-uncapped": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),

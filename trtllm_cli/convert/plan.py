@@ -189,6 +189,8 @@ def source_shapes(source: Source, weight: Weight, config: ModelConfig) -> list[t
         heights = (rows // count,) * count
     if count == 1 and (len(shape) > 2 or (len(shape) == 2 and not rest)):
         return [(shape, (heights[0], *rest))]
+    if count == 1 and len(shape) == 1 and not shape[0] % config.head_size:
+        return [(shape, (shape[0] // config.head_size, config.head_size))]  # a vector of heads, Cohere's a matrix
     return [((height, *rest),) for height in heights]
 
 

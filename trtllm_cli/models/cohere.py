@@ -10,18 +10,20 @@ from trtllm_cli.graph import Graph
 from trtllm_cli.mapping import Rank
 from trtllm_cli.model_config import ModelConfig
 from trtllm_cli.models import gpt2, llama
-from trtllm_cli.models.layers import LayerNorm, decoder
+from trtllm_cli.models.layers import HeadLayerNorm, LayerNorm, decoder
 
 HONOURS = frozenset(
     {
         "attn_bias", "dense_bias", "norm_bias", "parallel_residual", "output_multiplier_scale", "sliding_window",
-        "rotary_scaling",
+        "rotary_scaling", "qk_layernorm",
     }
 )  # fmt: skip
 
 
 class Attention(llama.Attention):
-    """Llama's, but that Cohere 2 gives positions to sliding layers only."""
+    """Llama's, but that Cohere 2 gives positions to sliding layers only; Command-R+ norms each head of q and k."""
+
+    norm = HeadLayerNorm
 
     def __init__(self, config: ModelConfig, rank: Rank, name: str, layer: int) -> None:
         super().__init__(config, rank, name, layer)

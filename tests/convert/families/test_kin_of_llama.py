@@ -52,7 +52,7 @@ def test_defaults_are_those_of_transformers(kind):
         ("olmo2", "sliding_window", 8),
         ("olmo3", "rope_local_base_freq", 1e4),
         ("olmo3", "sliding_window", None),
-        ("cohere", "use_qk_norm", True),
+        ("cohere2", "use_qk_norm", True),
         ("cohere", "layer_types", ["full_attention"] * 4),
         ("cohere2", "sliding_window_pattern", 0),
         ("cohere2", "logits_scaling", 2.0),

@@ -13,8 +13,6 @@ def read_cohere(fields: Fields) -> dict[str, Any]:
     fields.fill({"layer_norm_eps": 1e-5, "tie_word_embeddings": True, "logit_scale": 0.0625})
     config = read_decoder(fields, num_kv_heads=None, max_positions=8192, norm_epsilon="layer_norm_eps")
     bias = fields.flag("attention_bias", False)
-    if fields.flag("use_qk_norm", False):
-        raise fields.unsupported("use_qk_norm", "a layer norm of each head of q and k is not supported")
     return {
         **config,
         "position_embedding_type": "rope_gptj",
@@ -28,7 +26,7 @@ def read_cohere(fields: Fields) -> dict[str, Any]:
 
 def _read(fields: Fields) -> dict[str, Any]:
     fields.fill({"rope_theta": 500_000.0})
-    return read_cohere(fields)
+    return {**read_cohere(fields), "qk_layernorm": fields.flag("use_qk_norm", False)}
 
 
 # What Cohere's own files say beside transformers' fields: how the model is, always.
