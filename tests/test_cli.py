@@ -68,7 +68,7 @@ def test_flags_may_have_underscores(verb, capsys):
     ("args", "words"),
     [
         (["biuld"], ["no such verb: biuld", "did you mean `trtllm build`?"]),
-        (["xyzzy"], ["the verbs are download, convert, build"]),
+        (["xyzzy"], ["the verbs are download, convert, quantize, build"]),
         (["build"], ["missing option '--checkpoint-dir'", "trtllm build --help"]),
         (["build", "--chekpoint_dir", "x"], ["no such option: --chekpoint-dir", "did you mean --checkpoint-dir"]),
         (["build", "--checkpoint-dir"], ["requires an argument"]),

@@ -19,6 +19,7 @@ from trtllm_cli.version import __version__
 VERBS = {
     "download": "Fetch a model from the Hugging Face hub: resumable, verified.",
     "convert": "Turn a Hugging Face snapshot or a GGUF file into a checkpoint.",
+    "quantize": "Calibrate a model and write a quantized checkpoint, with a report of what that cost.",
     "build": "Compile a checkpoint into an engine.",
     "run": "Generate text with an engine; --streaming prints tokens as they come.",
     "bench": "Measure an engine: throughput, latency, and the datasets for them.",

@@ -27,13 +27,24 @@ def convert(
     qformat: Annotated[
         str | None,
         typer.Option(
-            help="Quantize: int8_wo, int4_wo, fp8_pc_pt, fp8_block; `trtllm quantize` has those that need calibration.",
+            help="Quantize: int8_wo, int4_wo, fp8_pc_pt, fp8_block, or what `trtllm quantize` calibrates: fp8, int8_sq,"
+            " int4_awq, w4a8_awq, nvfp4.",
             show_default="none",
         ),
     ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a scale: 32 for int4_wo, 64 for int8_wo.", show_default="auto")
     ] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="Store the KV cache as fp8 or int8; calibrates.", show_default="as dtype")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers to leave as they are, such as '*.mlp.proj'; may be repeated.", show_default=False),
+    ] = None,
+    quantize_lm_head: Annotated[
+        bool, typer.Option("--quantize-lm-head", help="Quantize the head too; a tied one gets a table of its own.")
+    ] = False,
     dequantize: Annotated[
         bool,
         typer.Option(
@@ -89,17 +100,26 @@ def convert(
         embedding_sharding_dim=embedding_sharding_dim,  # type: ignore[arg-type]
         qformat=_qformat(qformat, use_weight_only, weight_only_precision),  # type: ignore[arg-type]
         group_size=group_size,
+        exclude=tuple(exclude or ()),
+        quantize_lm_head=quantize_lm_head,
+        kv_cache=kv_cache_dtype,  # type: ignore[arg-type]
         dequantize=dequantize,
         keep_quantized=keep_quantized,
         force=force,
     )
+    if options.calibrates:
+        from trtllm_cli.commands.quantize import run as calibrated
+        from trtllm_cli.convert.quantize.pipeline import QuantizeOptions
+
+        calibrated(source_of(source, model_dir), output_dir, QuantizeOptions(options), as_json=as_json)
+        return
     with progress_bytes() as bar:
         task = bar.add_task("convert", total=None)
 
         def progress(name: str, done: int, total: int) -> None:
             bar.update(task, description=name, completed=done, total=total)
 
-        report = run(_source(source, model_dir), output_dir, options, progress)
+        report = run(source_of(source, model_dir), output_dir, options, progress)
     if as_json:
         import json
 
@@ -129,12 +149,13 @@ def summary(report: ConvertReport) -> str:
     return "\n".join(lines)
 
 
-def _source(source: Path | None, model_dir: Path | None) -> Path:
+def source_of(source: Path | None, model_dir: Path | None, verb: str = "convert") -> Path:
+    """The one that is given. Raises UsageError for none or two, SnapshotError for what looks like a model's name."""
     from trtllm_cli.errors import SnapshotError, UsageError
 
     if (source is None) == (model_dir is None):
-        what = "nothing to convert" if source is None else "SOURCE and --model-dir are both given"
-        raise UsageError(what, fix="trtllm convert SOURCE --output-dir ckpt")
+        what = f"nothing to {verb}" if source is None else "SOURCE and --model-dir are both given"
+        raise UsageError(what, fix=f"trtllm {verb} SOURCE --output-dir ckpt")
     path = source or model_dir
     assert path is not None
     if not path.exists() and path.parts and len(path.parts) == 2 and not path.is_absolute():

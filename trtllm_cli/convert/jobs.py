@@ -138,7 +138,8 @@ class _Output:
         writer: TensorFileWriter,
     ) -> None:  # fmt: skip
         self.name, self.part, self.writer, self.dtype = name, part_of(name), writer, weight.dtype
-        self.row_shape = () if math.prod(whole.shape) == rows else (math.prod(whole.shape) // rows,)
+        one_a_row = math.prod(whole.shape) == rows and (len(whole.shape) == 1 or whole.shape[-1] > 1)
+        self.row_shape = () if one_a_row else (math.prod(whole.shape) // rows,)
         self.cut = cut(weight, rows, config, rank)
         self.row_bytes = math.prod(weight.shape) * ITEMSIZE[weight.dtype] // self.cut.rows
 

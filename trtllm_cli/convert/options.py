@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from trtllm_cli.convert.quantize.formats import KvCache, QFormat, qformat_named
+from trtllm_cli.convert.quantize.formats import CALIBRATED, KvCache, QFormat, qformat_named
 from trtllm_cli.errors import UsageError
 from trtllm_cli.model_config import DType
 
@@ -27,6 +27,11 @@ class ConvertOptions:
     dequantize: bool = False  # a source that is quantized already is made plain first
     keep_quantized: bool = False  # a GGUF file's Q4_0, Q4_1 and Q8_0 weights stay as they are
     force: bool = False
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it takes calibration: `quantize`, not `convert`. Raises UsageError for a format that there is not."""
+        return self.kv_cache is not None or (self.qformat is not None and qformat_named(self.qformat) in CALIBRATED)
 
     def check(self) -> None:
         """Raises UsageError for a value that no flag has."""

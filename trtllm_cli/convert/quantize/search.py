@@ -90,7 +90,8 @@ def _weight_range(layer: LayerQuant, weight: Tensor, importance: Tensor) -> floa
     largest = float(weight.abs().max())
     if layer.quant_algo != "FP8" or not largest:
         return largest
-    groups, weights = weight.flatten(0, -2)[:, None], importance[None, None]
+    rows = weight.flatten(0, -2)
+    groups, weights = rows[_some(len(rows)), None], importance[None, None]
     steps = [largest * step for step in _FP8_STEPS]
     errors = [float(fp8_error(groups, torch.tensor(step / FP8_MAX), weights).sum()) for step in steps]
     return steps[errors.index(min(errors))]
@@ -104,9 +105,14 @@ def output_error(
     With `output_weights` [out] each output's error is multiplied by its own.
     """
     weight = linear.weight.flatten(0, -2).float()
-    chosen = torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long()
+    chosen = _some(len(weight))
     part = weight[chosen]
     error = (quantized_output(linear.layer, part, calibration, rows) - rows @ part.T).square()
     if output_weights is not None:
         error = error * output_weights[chosen]
     return float(error.sum()) * len(weight) / len(chosen)
+
+
+def _some(outputs: int) -> Tensor:
+    """The outputs that a trial computes, evenly over all."""
+    return torch.linspace(0, outputs - 1, min(_ROWS, outputs)).long()
