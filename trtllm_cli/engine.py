@@ -39,8 +39,8 @@ class BuildConfig(BaseModel):
     max_num_tokens: int = Field(default=512, ge=1)  # tokens of one step, over all requests
     max_input_len: int = Field(ge=1)  # tokens of a prompt
     tokens_per_block: int = Field(default=32, ge=1)
-    weight_dtype: WeightDType
-    group_size: int | None = Field(default=None, ge=1)  # of int4 weights
+    weight_dtype: WeightDType  # of the layers that the checkpoint has not quantized
+    group_size: int | None = Field(default=None, ge=1)  # of weight_dtype int8 and int4; None: a scale an output
     kv_cache_dtype: KvCacheDType
 
     @model_validator(mode="after")

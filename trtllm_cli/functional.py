@@ -138,7 +138,7 @@ def linear(
     `quant` says how the weight is stored, None: as plain numbers. A weight is `value * scale`, where `scale` is [1],
     [out], or with `group_size` [out, ceil(in / group_size)]:
 
-        "int8"  int8 [out, in]
+        "int8"  int8 [out, in]; with groups, the value is less `zero` where there is one
         "fp8"   float8_e4m3fn [out, in]
         "int4"  uint8 [out, in / 2], the even column in the low nibble; the value is `nibble - zero`, zero as `scale`
                 is, 8 where there is none

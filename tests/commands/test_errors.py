@@ -356,7 +356,7 @@ def test_activations_that_memory_does_not_hold(tiny, trtllm):
         (["--max-seq-len", 10**12], ["256 positions"]),
         (["--max-input-len", "65"], ["more than max_seq_len 64", "--max-input-len", "fix:"]),
         (["--max-num-tokens", "3"], ["less than max_batch_size 4", "fix:"]),
-        (["--group-size", "32"], ["group_size is for int4"]),
+        (["--group-size", "32"], ["group_size is for weights that the build makes int8 or int4"]),
         (["--weight-dtype", "int4", "--group-size", 10**12], ["more than the 64 inputs"]),
         (["--weight-dtype", "int5"], ["did you mean int8?"]),
         (["--kernels", "nativ"], ["did you mean native?"]),

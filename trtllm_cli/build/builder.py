@@ -30,6 +30,7 @@ from trtllm_cli.engine import (
 )
 from trtllm_cli.errors import ResourceError, TrtllmError, UnsupportedError, UsageError
 from trtllm_cli.graph import Graph
+from trtllm_cli.kernels.linear_format import DEFAULT_GROUP_SIZE, INT8_GROUP_SIZE
 from trtllm_cli.kernels.rope_spec import RopeSpec
 from trtllm_cli.models import Define, load_model_file, model_file_error, trace_model
 from trtllm_cli.models.tensors import check_tensors, read_weight
@@ -180,11 +181,8 @@ def resolve(config: ModelConfig, options: BuildOptions, notes: list[str]) -> Bui
         max_input_len = prompt_limit
         notes.append(f"max_input_len {max_input_len}: longer prompts would need other rotary angles")
     weight_dtype = _weight_dtype(config, options, notes)
-    group_size = None
-    if weight_dtype == "int4":
-        group_size = options.group_size or (config.quantization.group_size if config.quantization.is_quantized else 32)
-    elif options.group_size:
-        raise UsageError(f"group_size is for int4 weights, these are {weight_dtype}", where="--group-size")
+    if config.logits_dtype != "float32":
+        notes.append(f"logits are float32: the checkpoint's logits_dtype, {config.logits_dtype}, would only round them")
     values = {
         "max_batch_size": options.max_batch_size,
         "max_seq_len": max_seq_len,
@@ -192,7 +190,7 @@ def resolve(config: ModelConfig, options: BuildOptions, notes: list[str]) -> Bui
         "max_input_len": max_input_len,
         "tokens_per_block": options.tokens_per_block,
         "weight_dtype": weight_dtype,
-        "group_size": group_size,
+        "group_size": _group_size(weight_dtype, options),
         "kv_cache_dtype": _kv_cache_dtype(config, options, weight_dtype, notes),
     }
     try:
@@ -222,8 +220,9 @@ def _check_limits(config: ModelConfig, options: BuildOptions) -> None:
     """Raises UsageError for a number that is none, or that no machine could run."""
     for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "max_input_len", "tokens_per_block", "group_size"):
         value, flag = getattr(options, name), "--" + name.replace("_", "-")
-        if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}, it must be at least 1", where=flag, fix="give 1 or more")
+        least = 0 if name == "group_size" else 1
+        if value is not None and value < least:
+            raise UsageError(f"{name} is {value}, it must be at least {least}", where=flag, fix=f"give {least} or more")
         if value is not None and value > (most := LIMITS.get(name, value)):
             raise UsageError(f"{name} is {value}, it can be at most {most}", where=flag, fix=f"give at most {most}")
     narrow = min(config.hidden_size, config.intermediate_size)
@@ -252,17 +251,30 @@ def _longest(config: ModelConfig) -> int:
     return max(config.max_position_embeddings, int(original * scaling.factor))
 
 
+def _group_size(weight_dtype: WeightDType, options: BuildOptions) -> int | None:
+    """Inputs that share a scale in the weights that the build quantizes; None: an output's all do."""
+    match weight_dtype, options.group_size:
+        case "int4", 0:
+            raise UsageError("int4 weights need groups", where="--group-size", fix="give 32, 64 or 128")
+        case (("int4" | "int8"), None):
+            return DEFAULT_GROUP_SIZE if weight_dtype == "int4" else INT8_GROUP_SIZE
+        case (("int4" | "int8"), size):
+            return size or None
+        case _, None:
+            return None
+    raise UsageError(
+        f"group_size is for weights that the build makes int8 or int4, these are {weight_dtype}", where="--group-size"
+    )
+
+
 def _weight_dtype(config: ModelConfig, options: BuildOptions, notes: list[str]) -> WeightDType:
-    quantized: dict[str | None, WeightDType] = {"W8A16": "int8", "W4A16": "int4"}
-    found = quantized.get(config.quantization.quant_algo)
-    if found is not None:
-        if options.weight_dtype not in (None, found):
-            raise UsageError(
-                f"the checkpoint's weights are {found} already ({config.quantization.quant_algo})",
-                where="--weight-dtype",
-                fix="leave the flag out, or convert again without --qformat",
-            )
-        return found
+    """The dtype of the layers that the checkpoint has not quantized; those that it has stay as they are."""
+    if config.quantization.is_quantized and options.weight_dtype in ("int8", "int4"):
+        raise UsageError(
+            f"the checkpoint's weights are quantized already ({config.quantization.quant_algo})",
+            where="--weight-dtype",
+            fix="leave the flag out, or convert again without --qformat",
+        )
     if options.weight_dtype is not None:
         return options.weight_dtype
     if config.dtype == "float16":

@@ -7,18 +7,15 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from trtllm_cli.graph import Graph, Node
 from trtllm_cli.kernels.cpu import library, pack
-from trtllm_cli.kernels.quantization import quantize_int4, quantize_int8
+from trtllm_cli.kernels.linear_format import LinearFormat
 from trtllm_cli.kernels.torch_linear import TorchLinear
-
-if TYPE_CHECKING:
-    from trtllm_cli.engine import BuildConfig
 
 ROWS = (1, 32)  # a decode step of one request, and a prefill chunk
 MAX_OUT = 1024  # outputs that are timed of a wide layer; the time is scaled up
@@ -27,38 +24,43 @@ PATIENCE = 0.05  # seconds: what takes longer is not repeated
 HOPELESS = 4.0  # times slower than ours: the rest need not be timed
 
 
-def time_linears(
-    graph: Graph, build_config: BuildConfig, image: bytes, format_of: Callable[[Node], str]
-) -> dict[str, dict[str, float]]:
+Shape = tuple[LinearFormat, int, int]  # outputs, inputs
+
+
+def time_linears(graph: Graph, image: bytes, format_of: Callable[[Node], LinearFormat]) -> dict[str, dict[str, float]]:
     """{"native": {"1": ms, "32": ms}, "torch": ...}: all linears of one step, by how many rows it has.
 
     Each distinct shape is timed with random weights, on as many threads as torch has. Ours go first: torch's threads
     spin for a while after each call, and would take the processors from them. Once torch is hopelessly behind, the rest
     of its shapes are left out, and its times are what it took at least.
     """
-    shapes: Counter[tuple[str, int, int]] = Counter()
+    shapes: Counter[Shape] = Counter()
     for node in graph.nodes:
         if node.op == "linear":
             width, depth = graph.type_of(node.output).shape[-1], graph.type_of(node.inputs["x"]).shape[-1]
             assert isinstance(width, int)
             assert isinstance(depth, int)
-            shapes[format_of(node), width, depth] += 1
+            shapes[_timed(format_of(node)), width, depth] += 1
     generator = np.random.default_rng(0)
     weights = {
         (fmt, out, depth): torch.from_numpy(generator.standard_normal((min(out, MAX_OUT), depth), dtype=np.float32))
         for fmt, out, depth in shapes
     }
-    group_size = build_config.group_size
     with library.Library.load(image).pool(torch.get_num_threads()) as pool, torch.inference_mode():
-        native = _time(lambda weight, fmt: _native(pool, weight, fmt, group_size), shapes, weights)
-        by_torch = _time(lambda weight, fmt: _torch(weight, fmt, group_size), shapes, weights, rival=native)
+        native = _time(functools.partial(_native, pool), shapes, weights)
+        by_torch = _time(_torch, shapes, weights, rival=native)
     return {"native": native, "torch": by_torch}
 
 
+def _timed(fmt: LinearFormat) -> LinearFormat:
+    """The format that takes as long, and that any weight can be brought to."""
+    return LinearFormat("bfloat16" if fmt.name == "fp4" else fmt.name, None if fmt.name == "fp4" else fmt.group_size)
+
+
 def _time(
-    make: Callable[[torch.Tensor, str], Callable[[torch.Tensor], Any]],
-    shapes: Counter[tuple[str, int, int]],
-    weights: dict[tuple[str, int, int], torch.Tensor],
+    make: Callable[[torch.Tensor, LinearFormat], Callable[[torch.Tensor], Any]],
+    shapes: Counter[Shape],
+    weights: dict[Shape, torch.Tensor],
     rival: dict[str, float] | None = None,
 ) -> dict[str, float]:
     """Milliseconds of all linears, by the number of rows; gives up where that is hopeless beside `rival`."""
@@ -80,11 +82,9 @@ def faster(times: dict[str, dict[str, float]]) -> str:
     return "native" if statistics.geometric_mean(ratios) <= 1 else "torch"
 
 
-def _native(
-    pool: library.Pool, weight: torch.Tensor, fmt: str, group_size: int | None
-) -> Callable[[torch.Tensor], None]:
+def _native(pool: library.Pool, weight: torch.Tensor, fmt: LinearFormat) -> Callable[[torch.Tensor], None]:
     out_features, in_features = weight.shape
-    packed = pack.pack_linear(weight, fmt, group_size)  # type: ignore[arg-type]
+    packed = pack.pack_linear(weight, fmt)
     out = torch.empty(max(ROWS), out_features)
 
     def run(x: torch.Tensor) -> None:
@@ -92,27 +92,18 @@ def _native(
             x.data_ptr(),
             out.data_ptr(),
             packed["weight"].data_ptr(),
-            fmt=fmt,  # type: ignore[arg-type]
             in_features=in_features,
             out_features=out_features,
             scale=packed["scale"].data_ptr() if "scale" in packed else None,
-            group_size=group_size if fmt == "int4" else None,
+            **pack.step_arguments(fmt),
         )
         pool.run(library.plan([step]), _batch(len(x)))
 
     return run
 
 
-def _torch(weight: torch.Tensor, fmt: str, group_size: int | None) -> Callable[[torch.Tensor], Any]:
-    parts: tuple[torch.Tensor, ...] = (weight,)
-    if fmt == "bfloat16":
-        parts = (weight.bfloat16(),)
-    elif fmt == "int8":
-        parts = quantize_int8(weight)
-    elif fmt == "int4":
-        assert group_size is not None
-        parts = quantize_int4(weight, group_size)
-    return TorchLinear(fmt, parts[0], weight.shape[1], *parts[1:])
+def _torch(weight: torch.Tensor, fmt: LinearFormat) -> Callable[[torch.Tensor], Any]:
+    return TorchLinear(fmt, fmt.quantize(weight), weight.shape[1])
 
 
 def _batch(rows: int) -> library.TlBatch:

@@ -36,7 +36,8 @@ def build(
         typer.Option(help="float32, bfloat16, int8 or int4 (weight-only). Default: as the checkpoint has them."),
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="int4: weights of a row that share a scale. Default: 32.")
+        int | None,
+        typer.Option(help="Weights of a row that share a scale. Default: 64 for int8 (0: the whole row), 32 for int4."),
     ] = None,
     kv_cache_dtype: Annotated[
         str | None,

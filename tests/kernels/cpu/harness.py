@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from trtllm_cli.kernels.cpu import library
-from trtllm_cli.kernels.cpu.pack import pack_linear
+from trtllm_cli.kernels.cpu.pack import pack, pack_linear, step_arguments, unpack_linear
 from trtllm_cli.run.model_inputs import ModelInputs
 
 
@@ -38,14 +38,18 @@ def run(pool, steps, inputs):
 
 
 class PackedLinear:
-    """A packed weight that knows its step's arguments."""
+    """A packed weight that knows its step's arguments. `parts` are a weight that is quantized already."""
 
-    def __init__(self, weight, fmt, group_size=None, packed=None):
-        self.packed = packed or pack_linear(weight, fmt, group_size)
+    def __init__(self, weight, fmt, parts=None):
+        self.fmt = fmt
         self.out_features, self.in_features = weight.shape
-        self.arguments = {"fmt": fmt, "in_features": self.in_features, "out_features": self.out_features}
-        if fmt == "int4":
-            self.arguments["group_size"] = group_size
+        self.packed = pack_linear(weight, fmt) if parts is None else pack(fmt, parts, self.in_features)
+        self.arguments = step_arguments(fmt) | {"in_features": self.in_features, "out_features": self.out_features}
+
+    @property
+    def plain(self):
+        """The float32 weight that the kernels multiply by."""
+        return unpack_linear(self.packed, self.fmt, self.out_features, self.in_features)
 
     def __call__(self, pool, x, bias=None, out=None, **more):
         """out [rows, out_features] of the numpy x; `out` is accumulated into where it is given."""
@@ -58,6 +62,28 @@ class PackedLinear:
         )  # fmt: skip
         run(pool, [step], rows_batch(len(x)))
         return out
+
+
+def random_parts(fmt, out_features, in_features, rng):
+    """A random weight in its format, as a checkpoint has it: numpy's generator, torch tensors."""
+    groups = -(-in_features // fmt.group_size) if fmt.group_size else None
+    shape = (out_features,) if groups is None else (out_features, groups)
+    parts = {"scale": as_torch(rng.random(shape, np.float32) + 0.1)}
+    match fmt.name:
+        case "int8":
+            parts["weight"] = as_torch(rng.integers(-127, 128, (out_features, in_features), np.int8))
+        case "fp8":
+            codes = rng.integers(0, 127, (out_features, in_features), np.uint8)
+            codes |= rng.integers(0, 2, codes.shape, np.uint8) << 7
+            parts["weight"] = as_torch(codes).view(torch.float8_e4m3fn)
+        case "int4" | "fp4":
+            parts["weight"] = as_torch(rng.integers(0, 256, (out_features, in_features // 2), np.uint8))
+    if fmt.name == "fp4":
+        parts["scale"] = parts["scale"].to(torch.float8_e4m3fn)
+        parts["global_scale"] = torch.tensor([0.3])
+    if fmt.has_zero:
+        parts["zero"] = as_torch(rng.integers(0, 16, shape).astype(np.float32))
+    return parts
 
 
 def as_torch(x):

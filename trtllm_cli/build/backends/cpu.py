@@ -29,6 +29,8 @@ def lower(graph: Graph, config: ModelConfig, build_config: BuildConfig, *, kerne
         kernels, notes = _choose(graph, build_config)
     lowering = NativeLowering(graph, build_config) if kernels == "native" else TorchLowering(graph, build_config)
     lowering.lower()
+    if any(node.attrs.get("quant") == "fp4" for node in graph.nodes):
+        notes["fp4"] = "no 4-bit float kernels on CPUs: stored as bfloat16"
     attention = [n for n in graph.nodes if n.op in ("paged_attention", "attention")]
     kv_block = sum(
         kv_bytes_per_block(
@@ -59,5 +61,5 @@ def _choose(graph: Graph, build_config: BuildConfig) -> tuple[str, dict[str, Any
     if lowering.unsupported():
         return "torch", {"kernels": f"torch: there is no native {lowering.unsupported()}"}
     image = compiler.compile_library(compiler.host_features())
-    times = time_linears(graph, build_config, image, lowering.format_of)
+    times = time_linears(graph, image, lowering.format_of)
     return faster(times), {"kernels": "the faster in linears_ms", "linears_ms": times}

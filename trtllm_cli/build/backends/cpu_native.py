@@ -5,25 +5,24 @@ cpu_native_steps.py says what a native plan is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from trtllm_cli.build.backends.cpu_native_attention import AttentionSteps
+from trtllm_cli.build.backends.cpu_native_linears import LinearSteps
 from trtllm_cli.build.backends.cpu_native_rows import RowSteps
 from trtllm_cli.build.backends.cpu_weights import FLOAT_BYTES
-from trtllm_cli.build.lowered import Packing, ReadWeight
 from trtllm_cli.build.passes.plan_buffers import plan_buffers
 from trtllm_cli.engine import KERNELS
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import NUM_LOGITS, NUM_TOKENS
 from trtllm_cli.graph import Node
-from trtllm_cli.kernels.cpu import compiler, pack
+from trtllm_cli.kernels.cpu import compiler
 from trtllm_cli.tensor_file import TensorInfo
 
 
-class NativeLowering(RowSteps, AttentionSteps):
+class NativeLowering(RowSteps, LinearSteps, AttentionSteps):
     """Each node as one step of the compiled library."""
 
     def lower(self) -> None:
@@ -66,37 +65,6 @@ class NativeLowering(RowSteps, AttentionSteps):
         sizes = {NUM_TOKENS: self.build_config.max_num_tokens, NUM_LOGITS: self.build_config.max_batch_size}
         return self.buffers.elements(sizes) * FLOAT_BYTES
 
-    def _linear(self, node: Node) -> None:
-        fmt = self.format_of(node)
-        weight, group_size = node.inputs["weight"], None
-        out_features, in_features = self._width(node.output), self._width(node.inputs["x"])
-        if fmt == "int4":
-            group_size = node.attrs.get("group_size") or self.build_config.group_size
-        infos = pack.packed_infos(fmt, out_features, in_features, group_size)
-        names = {role: weight + ("" if role == "weight" else f".{role}") + f".{fmt}" for role in infos}
-        if names["weight"] not in self._packed:
-            self._packed.add(names["weight"])
-            make = _packer(node, fmt, group_size, in_features)
-            self.packings.append(
-                Packing(
-                    {names[role]: info for role, info in infos.items()},
-                    lambda read: {names[role]: tensor for role, tensor in make(read).items()},
-                )
-            )
-        self._step(
-            "linear",
-            x=self._buffer(node.inputs["x"]),
-            out=self._buffer(node.output),
-            weight=f"w:{names['weight']}",
-            scale=f"w:{names['scale']}" if "scale" in names else None,
-            bias=self.add_vector(node.inputs["bias"]) if "bias" in node.inputs else None,
-            fmt=fmt,
-            in_features=in_features,
-            out_features=out_features,
-            group_size=group_size,
-            rows=self._rows(node.output),
-        )
-
     def _all_reduce(self, node: Node) -> None:
         self._into(node.inputs["x"], node.output)
         self._collective(node, x=self._buffer(node.output), tensor=node.output)
@@ -114,21 +82,3 @@ class NativeLowering(RowSteps, AttentionSteps):
     def _collective(self, node: Node, *, tensor: str, **buffers: str) -> None:
         """A step between two runs of the kernels."""
         self._step(node.op, **buffers, width=self._width(tensor), rows=self._rows(tensor), **node.attrs)
-
-
-def _packer(
-    node: Node, fmt: str, group_size: int | None, in_features: int
-) -> Callable[[ReadWeight], dict[str, torch.Tensor]]:
-    """Reads a linear's weights and lays them out."""
-
-    def make(read: ReadWeight) -> dict[str, torch.Tensor]:
-        weight = read(node.inputs["weight"])
-        if node.attrs.get("quant") == "int8":
-            return pack.pack_int8(weight, read(node.inputs["scale"]))
-        if node.attrs.get("quant") == "int4":
-            assert group_size is not None
-            zero = read(node.inputs["zero"]) if "zero" in node.inputs else None
-            return pack.pack_int4(weight, read(node.inputs["scale"]), zero, group_size, in_features)
-        return pack.pack_linear(weight, fmt, group_size)  # type: ignore[arg-type]
-
-    return make

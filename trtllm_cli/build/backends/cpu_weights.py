@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from trtllm_cli.build.lowered import Packing, ReadWeight
 from trtllm_cli.functional import NUM_LOGITS
 from trtllm_cli.graph import Graph, Node
+from trtllm_cli.kernels.linear_format import INT8_GROUP_SIZE, ROLES, LinearFormat
 from trtllm_cli.kernels.rope import cos_sin_table
 from trtllm_cli.kernels.rope_spec import RopeSpec
 from trtllm_cli.tensor_file import TensorInfo
@@ -19,6 +21,20 @@ if TYPE_CHECKING:
     from trtllm_cli.engine import BuildConfig
 
 FLOAT_BYTES = 4  # activations are float32
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A weight, or those of experts or heads, as the checkpoint has it: tensors by role, [out, in] or [n, out, in]."""
+
+    parts: Mapping[str, torch.Tensor]
+    fmt: LinearFormat
+    quantized: bool
+
+    def one(self, index: int | None = None) -> dict[str, torch.Tensor]:
+        """Member `index`, or the only one, in its format."""
+        parts = {role: t if index is None else t[index] for role, t in self.parts.items()}
+        return parts if self.quantized else self.fmt.quantize(parts["weight"])
 
 
 @dataclass
@@ -30,13 +46,42 @@ class Lowering:
     packings: list[Packing] = field(default_factory=list)
     _packed: set[str] = field(default_factory=set)
 
-    def format_of(self, node: Node) -> str:
-        """How a linear's weight is stored in the engine. The head of an int4 engine is int8: four bits cost it most."""
-        if node.attrs.get("quant"):
-            return str(node.attrs["quant"])
-        wanted = self.build_config.weight_dtype
+    def format_of(self, node: Node) -> LinearFormat:
+        """How the weight of a linear, expert_linear or head_linear is stored in the engine.
+
+        What the checkpoint has quantized stays as it is. Not all of the rest is worth quantizing: four bits cost the
+        head most, which gets eight, and a router is small and decides much.
+        """
+        a, wanted = node.attrs, self.build_config.weight_dtype
+        if quant := a.get("quant"):
+            return LinearFormat(quant, a.get("group_size"), "zero" in node.inputs)
+        if wanted in ("float32", "bfloat16"):
+            return LinearFormat(wanted)
+        if node.op == "head_linear" or node.output in self._routed:
+            return LinearFormat("bfloat16")
         is_head = self.graph.type_of(node.output).shape[0] == NUM_LOGITS
-        return "int8" if wanted == "int4" and is_head else wanted
+        name, size = (
+            ("int8", INT8_GROUP_SIZE) if is_head and wanted == "int4" else (wanted, self.build_config.group_size)
+        )
+        return LinearFormat(name, size and min(size, self._in_features(node)), has_zero=name == "int4")
+
+    @functools.cached_property
+    def _routed(self) -> set[str]:
+        """The logits by which tokens find their experts."""
+        return {node.inputs["logits"] for node in self.graph.nodes if node.op == "route"}
+
+    def read_format(self, node: Node, read: ReadWeight) -> Stack:
+        """A linear's weight: one, or those of each expert or head."""
+        parts = {role: read(node.inputs[role]) for role in ROLES if role in node.inputs}
+        if node.op == "head_linear":
+            heads = parts["weight"].unflatten(0, (node.attrs["num_heads"], -1))
+            parts["weight"] = heads.transpose(1, 2) if node.attrs.get("transposed") else heads
+        return Stack(parts, self.format_of(node), quantized="quant" in node.attrs)
+
+    def _in_features(self, node: Node) -> int:
+        """Inputs of the weight of a linear or expert_linear."""
+        columns = int(self.graph.weights[node.inputs["weight"]].shape[-1])
+        return 2 * columns if node.attrs.get("quant") in ("int4", "fp4") else columns
 
     def add(self, name: str, info: TensorInfo, make: Callable[[ReadWeight], torch.Tensor]) -> str:
         """An engine tensor made from one weight (or none); its reference for the plan."""
@@ -47,8 +92,14 @@ class Lowering:
 
     def add_vector(self, weight: str) -> str:
         """A norm's weight or a bias, float32."""
-        (width,) = self.graph.weights[weight].shape
-        return self.add(weight, TensorInfo("float32", (width,)), lambda read: read(weight).float())
+        assert len(self.graph.weights[weight].shape) == 1
+        return self.add_tensor(weight)
+
+    def add_tensor(self, weight: str) -> str:
+        """A weight that stays as it is, numbers as float32 and indices as int32."""
+        w = self.graph.weights[weight]
+        dtype = "int32" if w.dtype == "int32" else "float32"
+        return self.add(weight, TensorInfo(dtype, w.shape), lambda read: read(weight).to(getattr(torch, dtype)))
 
     def add_table(self, weight: str) -> tuple[str, str]:
         """A row-major embedding table, and its dtype: float32 in a float32 engine, else bfloat16."""

@@ -49,7 +49,14 @@ def _alike(graph: Graph, a: Node, b: Node) -> bool:
         and a.inputs.keys() == b.inputs.keys()
         and a.attrs == b.attrs
         and graph.type_of(a.output) == graph.type_of(b.output)
+        and all(_has_rows(graph, node) for node in (a, b))
     )
+
+
+def _has_rows(graph: Graph, node: Node) -> bool:
+    """Whether what belongs to the weight has a row for each of its outputs: one scale for all cannot be stacked."""
+    companions = [graph.weights[name] for role, name in node.inputs.items() if role != "x"]
+    return all(w.shape[0] == graph.weights[node.inputs["weight"]].shape[0] for w in companions)
 
 
 def _stack(a: Weight, b: Weight) -> Weight:

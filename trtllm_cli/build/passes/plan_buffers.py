@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trtllm_cli.functional import NUM_LOGITS, NUM_TOKENS
 from trtllm_cli.graph import Graph
 
-_IN_PLACE = {"add", "mul", "scale", "softcap", "act", "rope"}
+_IN_PLACE = {"add", "mul", "scale", "softcap", "act", "rope", "qdq"}
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ ABI_VERSION = 2  # of the structures below; steps.h has the same
 TILE = 16  # outputs of a linear layer that lie side by side
 
 Rows = Literal["num_tokens", "num_logits"]
-WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
+WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "fp8"]
 ActivationName = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu", "swiglu_oai"]
 
 ROWS: dict[Rows, int] = {"num_tokens": 0, "num_logits": 1}
-FORMATS: dict[WeightFormat, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+FORMATS: dict[WeightFormat, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "fp8": 4}
 ACTIVATIONS: dict[ActivationName, int] = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3, "swiglu_oai": 4}
 
 
@@ -57,6 +57,12 @@ class Op(IntEnum):
     SOFTCAP = 15
     ROPE = 16
     KV_APPEND = 17
+    QDQ = 18
+    GATHER_COLUMNS = 19
+    ROUTE = 20
+    EXPERT_LINEAR = 21
+    EXPERT_GATED_ACT = 22
+    COMBINE = 23
 
 
 class TlStep(ctypes.Structure):
@@ -125,22 +131,23 @@ def linear_step(
     scale: int | None = None,
     bias: int | None = None,
     group_size: int | None = None,
+    minima: bool = False,
     accumulate: bool = False,
+    stack: int = 1,
     rows: Rows = "num_tokens",
     x_stride: int | None = None,
     out_stride: int | None = None,
 ) -> TlStep:
     """out [rows, out_features] = x [rows, in_features] @ weight.T + bias; `out +=` with `accumulate`.
 
-    `weight` and `scale` (int8 and int4 only) are what pack.py made, bias is float32 [out_features], and `group_size`
-    (int4 only) is the one that the weight was packed with. The strides are elements from row to row, by default the
-    widths. `out` must not overlap `x`.
+    `weight` and `scale` are what pack.py made, and `group_size` and `minima` what its Layout says; bias is float32
+    [out_features]. With `stack`, so many weights lie one after another, and each multiplies its own columns of x [rows,
+    stack * in_features] to its own columns of out. The strides are elements from row to row, by default the widths.
+    `out` must not overlap `x`.
     """
-    assert (scale is not None) == (fmt in ("int8", "int4"))
-    assert (group_size is not None) == (fmt == "int4")
     ints = (
-        ROWS[rows], in_features, out_features, FORMATS[fmt], group_size or in_features, int(accumulate),
-        x_stride or in_features, out_stride or out_features,
+        ROWS[rows], in_features, out_features, FORMATS[fmt], group_size or 0, int(accumulate),
+        x_stride or stack * in_features, out_stride or stack * out_features, int(minima), stack,
     )  # fmt: skip
     return make_step(Op.LINEAR, ints, (), (x, out, weight, scale, bias))
 

@@ -1,12 +1,12 @@
-#include "linear.h"
+#include "linear_run.h"
 
 namespace {
 
 // A nibble is used where it stands in its word, as q * 2^(4 j), and x is divided by as much beforehand: both are exact,
 // and unpacking takes a mask and a conversion. The highest would be negative, and is shifted down.
 struct Int4 {
-    static constexpr int kStep = kNibbles, kReadBytes = 4 * kTile, kMostVectors = 6, kPassRows = 6;
-    static constexpr bool kGrouped = true, kUnpacked = false;
+    static constexpr int kStep = kNibbles, kReadBytes = 4 * kTile, kMostVectors = 6, kPassRows = 6, kScaleBytes = 2;
+    static constexpr bool kUnpacked = false;
     using Raw = vi;
 
     static INLINE Raw read(const char* p, int v) { return load_words(p + v * 4 * kWidth); }
@@ -36,4 +36,4 @@ struct Int4 {
 
 }  // namespace
 
-void linear_int4(const Context& c, bool prepares) { linear<Int4>(c, prepares); }
+void linear_int4(const Context& c, bool prepares) { run_format<Int4>(c, prepares); }

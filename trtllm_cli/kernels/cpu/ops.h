@@ -16,6 +16,7 @@ void run_piece(const Context& c, bool prepares);
 void embedding(const Context& c);
 void gather_rows(const Context& c);
 void copy_rows(const Context& c);
+void gather_columns(const Context& c);
 
 // norms.cpp
 void rms_norm(const Context& c);
@@ -40,9 +41,21 @@ void kv_append(const Context& c);
 void paged_attention(const Context& c);
 Needs attention_needs(const tl_step& step, const tl_batch& batch, int num_threads);
 
-// linear_*.cpp; with `prepares`, x is made what the kernels want
+// quantize.cpp
+void qdq(const Context& c);
+
+// experts.cpp
+void route(const Context& c);
+void expert_gated_act(const Context& c);
+void combine(const Context& c);
+Needs route_needs(const tl_step& step, Needs needs);  // of the row-wise needs
+
+// linear_*.cpp, for kLinear and kExpertLinear; with `prepares`, x is made what the kernels want, or the experts' tokens
+// are found
 void linear_float32(const Context& c, bool prepares);
 void linear_bfloat16(const Context& c, bool prepares);
 void linear_int8(const Context& c, bool prepares);
 void linear_int4(const Context& c, bool prepares);
+void linear_fp8(const Context& c, bool prepares);
 Needs linear_needs(const tl_step& step, int rows, int num_threads);
+Needs expert_linear_needs(const tl_step& step, int tokens, int num_threads);

@@ -78,7 +78,7 @@ struct Context {
     float* shared() const { return (float*)pool.shared.data; }
     // This piece's part of n things: [begin, end).
     void share(int n, int& begin, int& end) const {
-        begin = (int)((int64_t)n * piece / pieces);
-        end = (int)((int64_t)n * (piece + 1) / pieces);
+        begin = part_of(n, piece, pieces);
+        end = part_of(n, piece + 1, pieces);
     }
 };

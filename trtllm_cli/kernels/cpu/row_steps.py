@@ -10,6 +10,9 @@ FLOAT_BYTES = 4
 
 TableDType = Literal["float32", "bfloat16"]
 TokenIds = Literal["input_ids", "positions"]
+QdqFormat = Literal["fp8", "int8", "fp4"]
+
+_QDQ_FORMATS: dict[QdqFormat, int] = {"fp8": 0, "int8": 1, "fp4": 2}
 
 _IDS: dict[TokenIds, int] = {"input_ids": 0, "positions": 1}
 
@@ -148,3 +151,24 @@ def copy_rows_step(
     """
     ints = (ROWS[rows], width, x_stride, out_stride)
     return make_step(Op.COPY_ROWS, ints, (), (x + FLOAT_BYTES * x_first, out + FLOAT_BYTES * out_first))
+
+
+def qdq_step(
+    x: int,
+    out: int,
+    *,
+    width: int,
+    fmt: QdqFormat,
+    scale: int | None = None,
+    group_size: int | None = None,
+    rows: Rows = "num_tokens",
+) -> TlStep:
+    """out = x rounded to `fmt` and back, see functional.qdq; scale is float32 [1]. `out` may be `x`."""
+    return make_step(Op.QDQ, (ROWS[rows], width, _QDQ_FORMATS[fmt], group_size or 0), (), (x, out, scale))
+
+
+def gather_columns_step(
+    x: int, out: int, indices: int, *, width: int, x_stride: int, rows: Rows = "num_tokens"
+) -> TlStep:
+    """out [rows, width] = x[:, indices]; indices are int32 [width], x has `x_stride` columns."""
+    return make_step(Op.GATHER_COLUMNS, (ROWS[rows], width, x_stride), (), (x, out, indices))

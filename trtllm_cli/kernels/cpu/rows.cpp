@@ -37,3 +37,15 @@ void copy_rows(const Context& c) {
     for (int64_t r = begin; r < end; r++)
         memcpy((float*)c.step.p[1] + r * out_stride, (const float*)c.step.p[0] + r * x_stride, width * sizeof(float));
 }
+
+void gather_columns(const Context& c) {
+    const int64_t width = c.step.i[1], x_stride = c.step.i[2];
+    const int32_t* indices = (const int32_t*)c.step.p[2];
+    int begin, end;
+    c.share(rows_of(c.step, c.batch), begin, end);
+    for (int64_t r = begin; r < end; r++) {
+        const float* x = (const float*)c.step.p[0] + r * x_stride;
+        float* out = (float*)c.step.p[1] + r * width;
+        for (int64_t j = 0; j < width; j++) out[j] = x[indices[j]];
+    }
+}

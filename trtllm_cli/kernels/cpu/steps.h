@@ -22,9 +22,11 @@ struct tl_batch {
 enum Op {
     kEmbedding, kRmsNorm, kAddRmsNorm, kLinear, kGatedAct, kAdd, kRopeAppend, kPagedAttention, kGatherRows, kCopyRows,
     kLayerNorm, kAddLayerNorm, kAct, kMul, kScale, kSoftcap, kRope, kKvAppend,
+    kQdq, kGatherColumns, kRoute, kExpertLinear, kExpertGatedAct, kCombine,
 };
-enum Format { kFloat32, kBfloat16, kInt8, kInt4 };
+enum Format { kFloat32, kBfloat16, kInt8, kInt4, kFp8 };
 enum Activation { kSilu, kGelu, kGeluTanh, kRelu, kSwigluOai };
+enum QdqFormat { kQdqFp8, kQdqInt8, kQdqFp4 };
 enum RopeLayout { kNeox, kGptj };
 
 // i[0] of every step.
@@ -32,3 +34,5 @@ inline int rows_of(const tl_step& s, const tl_batch& b) { return s.i[0] ? b.num_
 
 inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+// Where part i of `parts` like ones of n things begins.
+inline int part_of(int n, int i, int parts) { return (int)((int64_t)n * i / parts); }

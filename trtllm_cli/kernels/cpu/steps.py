@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from trtllm_cli.kernels.cpu import attention_steps, library, row_steps
+from trtllm_cli.kernels.cpu import attention_steps, expert_steps, library, row_steps
 from trtllm_cli.kernels.cpu.library import TlStep
 
-_MODULES = (library, row_steps, attention_steps)
+_MODULES = (library, row_steps, expert_steps, attention_steps)
 
 STEPS: dict[str, Callable[..., TlStep]] = {
     name.removesuffix("_step"): make

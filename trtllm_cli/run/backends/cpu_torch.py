@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trtllm_cli.graph import Graph, Node
 from trtllm_cli.kernels import reference
+from trtllm_cli.kernels.linear_format import ROLES, FormatName, LinearFormat
 from trtllm_cli.kernels.torch_linear import TorchLinear
 
 if TYPE_CHECKING:
@@ -91,39 +92,61 @@ class _Program(reference.Reference):
     """The reference interpreter with the engine's weights and torch's fast linears."""
 
     def __init__(
-        self, graph: Graph, file: TensorFile, formats: dict[str, str], block_size: int, comm: Communicator
+        self, graph: Graph, file: TensorFile, formats: dict[str, dict[str, Any]], block_size: int, comm: Communicator
     ) -> None:
         self.graph, self.block_size = graph, block_size
         self.comm = _TorchCollectives(comm)
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.tables: dict[str, Tensor] = {}
         self.weights = {}
-        self.linears = {name: _linear(graph, file, name, fmt) for name, fmt in formats.items()}
+        self.linears = {name: _members(file, name, **fmt) for name, fmt in formats.items()}
         for node in graph.nodes:
             for name in node.inputs.values():
                 stored = f"{name}.rows" if node.op == "embedding" else name
                 if name in graph.weights and stored in file.tensors:
                     weight = _tensor(file, stored)
-                    as_is = node.op == "embedding" or not weight.is_floating_point()
-                    self.weights[name] = weight if as_is else weight.float()
+                    self.weights[name] = weight if node.op == "embedding" else _numbers(weight)
 
     def compute(self, node: Node, values: Mapping[str, Tensor]) -> list[Tensor]:
         """A linear by its packed weight, any other node by the reference."""
-        if node.op != "linear":
-            return [t.float() if t.is_floating_point() else t for t in super().compute(node, values)]
-        y = self.linears[node.inputs["weight"]](values[node.inputs["x"]])
-        return [y + values[node.inputs["bias"]] if "bias" in node.inputs else y]
+        if node.op not in ("linear", "expert_linear"):
+            return [_numbers(t) for t in super().compute(node, values)]
+        members, x = self.linears[node.inputs["weight"]], values[node.inputs["x"]]
+        bias = values[node.inputs["bias"]] if "bias" in node.inputs else None
+        if node.op == "expert_linear":
+            return [_by_expert(members, x, values[node.inputs["ids"]], bias)]
+        y = members[0](x)
+        return [y if bias is None else y + bias]
 
 
-def _linear(graph: Graph, file: TensorFile, name: str, fmt: str) -> TorchLinear:
-    """A linear's weight from the engine."""
-    node = next(n for n in graph.nodes if n.op == "linear" and n.inputs["weight"] == name)
-    in_features = graph.type_of(node.inputs["x"]).shape[-1]
-    assert isinstance(in_features, int)
-    stored = [f"{name}.{fmt}", f"{name}.scale.{fmt}", f"{name}.zero.{fmt}"]
-    weight, scale, zero = (_tensor(file, key) if key in file.tensors else None for key in stored)
-    assert weight is not None
-    return TorchLinear(fmt, weight, in_features, scale, zero)
+def _by_expert(members: Sequence[TorchLinear], x: Tensor, ids: Tensor, bias: Tensor | None) -> Tensor:
+    """functional.expert_linear."""
+    top_k = ids.shape[1]
+    parts = x.unflatten(-1, (-1, members[0].in_features)).expand(-1, top_k, -1)  # [num_tokens, top_k, in]
+    out = x.new_empty(*ids.shape, members[0].out_features)
+    for expert in ids.unique().tolist():
+        chosen = ids == expert
+        y = members[expert](parts[chosen])
+        out[chosen] = y if bias is None else y + bias[expert]
+    return out.flatten(-2)
+
+
+def _members(
+    file: TensorFile, weight: str, name: FormatName, group_size: int | None, has_zero: bool, in_features: int
+) -> list[TorchLinear]:
+    """A linear's weight from the engine, or those of each expert."""
+    stored = {role: weight + ("" if role == "weight" else f".{role}") + f".{name}" for role in ROLES}
+    parts = {role: _tensor(file, key) for role, key in stored.items() if key in file.tensors}
+    fmt = LinearFormat(name, group_size, has_zero)
+    if parts["weight"].ndim == 2:
+        return [TorchLinear(fmt, parts, in_features)]
+    experts = range(len(parts["weight"]))
+    return [TorchLinear(fmt, {role: t[i] for role, t in parts.items()}, in_features) for i in experts]
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """Computed in float32; indices stay what they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 class _TorchCollectives:
