@@ -232,7 +232,7 @@ def test_an_artifact_of_another_stage(tiny, trtllm, given, wanted, fix):
         ("checkpoint", {"num_hidden_layers": 10**9}, ARTIFACT, "field `num_hidden_layers`"),
         ("checkpoint", {"new_thing": 1}, ARTIFACT, "field `new_thing` is unknown"),
         ("checkpoint", {"vocab_size": 4}, ARTIFACT, "the config makes it float32 [4, 64]"),
-        ("checkpoint", {"quantization": {"quant_algo": "FP8"}}, UNSUPPORTED, "FP8"),
+        ("checkpoint", {"quantization": {"quant_algo": "INT8"}}, UNSUPPORTED, "INT8"),
         ("checkpoint", {"architecture": "GptFoo"}, UNSUPPORTED, "GptFoo is not supported"),
         ("engine", {"build_config": ...}, ARTIFACT, "field `build_config` is missing"),
         ("engine", {"target": 5}, ARTIFACT, "field `target`"),
