@@ -360,7 +360,7 @@ def test_activations_that_memory_does_not_hold(tiny, trtllm):
         (["--weight-dtype", "int4", "--group-size", 10**12], ["more than the 64 inputs"]),
         (["--weight-dtype", "int5"], ["did you mean int8?"]),
         (["--kernels", "nativ"], ["did you mean native?"]),
-        (["--kv-cache-dtype", "fp8"], ["one of float32, bfloat16"]),
+        (["--kv-cache-dtype", "fp4"], ["one of float32, bfloat16"]),
         (["--backend", "cuda"], ["must be one of cpu"]),
         (["--model-file", "nowhere.py"], ["no such file"]),
     ],

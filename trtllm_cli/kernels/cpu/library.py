@@ -140,10 +140,10 @@ def linear_step(
 ) -> TlStep:
     """out [rows, out_features] = x [rows, in_features] @ weight.T + bias; `out +=` with `accumulate`.
 
-    `weight` and `scale` are what pack.py made, and `group_size` and `minima` what pack.step_arguments says; bias is float32
-    [out_features]. With `stack`, so many weights lie one after another, and each multiplies its own columns of x [rows,
-    stack * in_features] to its own columns of out. The strides are elements from row to row, by default the widths.
-    `out` must not overlap `x`.
+    `weight` and `scale` are what pack.pack made, `fmt`, `group_size` and `minima` what pack.step_arguments says; bias
+    is float32 [out_features]. With `stack`, so many weights lie one after another, and each multiplies its own columns
+    of x [rows, stack * in_features] to its own columns of out. The strides are elements from row to row, by default the
+    widths. `out` must not overlap `x`.
     """
     ints = (
         ROWS[rows], in_features, out_features, FORMATS[fmt], group_size or 0, int(accumulate),
