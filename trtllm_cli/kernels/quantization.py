@@ -165,6 +165,7 @@ def round_to(x: torch.Tensor, fmt: str) -> torch.Tensor:
 
 def qdq(x: torch.Tensor, scale: torch.Tensor | None, fmt: str, group_size: int | None = None) -> torch.Tensor:
     """functional.qdq, on float32 [rows, width]."""
+    scale = None if scale is None else scale.amax()
     if scale is not None and fmt != "fp4":
         return round_to(x / scale, fmt) * scale
     parts = grouped(x, group_size or x.shape[-1])

@@ -93,12 +93,17 @@ class LinearSteps(NativeSteps):
             "qdq",
             x=self._buffer(node.inputs["x"]),
             out=self._buffer(node.output),
-            scale=self.add_tensor(node.inputs["scale"]) if "scale" in node.inputs else None,
+            scale=self._largest(node.inputs["scale"]) if "scale" in node.inputs else None,
             width=self._width(node.output),
             fmt=node.attrs["fmt"],
             group_size=node.attrs.get("group_size"),
             rows=self._rows(node.output),
         )
+
+    def _largest(self, weight: str) -> str:
+        """The one step of a qdq."""
+        info = TensorInfo("float32", (1,))
+        return self.add(f"{weight}.largest", info, lambda read: read(weight).float().amax().reshape(1))
 
     def _gather_columns(self, node: Node) -> None:
         self._step(

@@ -104,6 +104,19 @@ class RowSteps(NativeSteps):
             )
             first += width
 
+    def _concat(self, node: Node) -> None:
+        x, y = node.inputs["x"], node.inputs["y"]
+        self._step(
+            "concat",
+            x=self._buffer(x),
+            y=self._buffer(y),
+            out=self._buffer(node.output),
+            x_width=self._width(x),
+            y_width=self._width(y),
+            num_heads=node.attrs["num_heads"],
+            rows=self._rows(node.output),
+        )
+
     def _gather_last(self, node: Node) -> None:
         x, out = self._buffer(node.inputs["x"]), self._buffer(node.output)
         self._step("gather_rows", x=x, out=out, width=self._width(node.output))

@@ -63,6 +63,7 @@ class Op(IntEnum):
     EXPERT_LINEAR = 21
     EXPERT_GATED_ACT = 22
     COMBINE = 23
+    CONCAT = 24
 
 
 class TlStep(ctypes.Structure):

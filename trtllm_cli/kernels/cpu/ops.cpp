@@ -61,5 +61,6 @@ void run_piece(const Context& c, bool prepares) {
         case kRoute: return route(c);
         case kExpertGatedAct: return expert_gated_act(c);
         case kCombine: return combine(c);
+        case kConcat: return concat(c);
     }
 }

@@ -17,6 +17,7 @@ void embedding(const Context& c);
 void gather_rows(const Context& c);
 void copy_rows(const Context& c);
 void gather_columns(const Context& c);
+void concat(const Context& c);
 
 // norms.cpp
 void rms_norm(const Context& c);

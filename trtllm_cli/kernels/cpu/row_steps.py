@@ -172,3 +172,11 @@ def gather_columns_step(
 ) -> TlStep:
     """out [rows, width] = x[:, indices]; indices are int32 [width], x has `x_stride` columns."""
     return make_step(Op.GATHER_COLUMNS, (ROWS[rows], width, x_stride), (), (x, out, indices))
+
+
+def concat_step(
+    x: int, y: int, out: int, *, x_width: int, y_width: int, num_heads: int = 1, rows: Rows = "num_tokens"
+) -> TlStep:
+    """out [rows, x_width + y_width] = each of `num_heads` parts of x [rows, x_width], and behind it that of y."""
+    assert x_width % num_heads == y_width % num_heads == 0
+    return make_step(Op.CONCAT, (ROWS[rows], x_width + y_width, num_heads, x_width // num_heads), (), (x, out, y))

@@ -49,3 +49,14 @@ void gather_columns(const Context& c) {
         for (int64_t j = 0; j < width; j++) out[j] = x[indices[j]];
     }
 }
+
+void concat(const Context& c) {
+    const int64_t width = c.step.i[1], heads = c.step.i[2], first = c.step.i[3], second = width / heads - first;
+    int begin, end;
+    c.share(rows_of(c.step, c.batch), begin, end);
+    for (int64_t part = begin * heads; part < end * heads; part++) {
+        float* out = (float*)c.step.p[1] + part * (first + second);
+        memcpy(out, (const float*)c.step.p[0] + part * first, first * sizeof(float));
+        memcpy(out + first, (const float*)c.step.p[2] + part * second, second * sizeof(float));
+    }
+}

@@ -22,7 +22,7 @@ struct tl_batch {
 enum Op {
     kEmbedding, kRmsNorm, kAddRmsNorm, kLinear, kGatedAct, kAdd, kRopeAppend, kPagedAttention, kGatherRows, kCopyRows,
     kLayerNorm, kAddLayerNorm, kAct, kMul, kScale, kSoftcap, kRope, kKvAppend,
-    kQdq, kGatherColumns, kRoute, kExpertLinear, kExpertGatedAct, kCombine,
+    kQdq, kGatherColumns, kRoute, kExpertLinear, kExpertGatedAct, kCombine, kConcat,
 };
 enum Format { kFloat32, kBfloat16, kInt8, kInt4, kFp8 };
 enum Activation { kSilu, kGelu, kGeluTanh, kRelu, kSwigluOai };
