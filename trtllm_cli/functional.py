@@ -154,8 +154,9 @@ def qdq(x: Tensor, scale: Tensor | None, fmt: str, group_size: int | None = None
     """`x` rounded to what `fmt` ("fp8": E4M3, "int8": -127..127, or "fp4": E2M1) holds, and back: activations as a
     quantized layer sees them.
 
-    The step is `scale` [1] (of experts, which see the same x, the largest), or else found for each token: the row's largest magnitude over 448, 127 or 6, or that of
-    each `group_size` of its elements. fp4's group steps are rounded to E4M3 after division by `scale`.
+    The step is `scale` [1] (where experts have one each, the largest: they see the same x), or else found for each
+    token: the row's largest magnitude over 448, 127 or 6, or that of each `group_size` of its elements. fp4's group
+    steps are rounded to E4M3 after division by `scale`.
     """
     return _op("qdq", {"x": x, "scale": scale}, [x.type], fmt=fmt, group_size=group_size)[0]
 

@@ -31,8 +31,7 @@ INLINE vf load_fp8(const uint8_t* p) {
 #endif
 }
 
-// 2^-8 of E4M3 numbers; NaN does not occur. E4M3's bits, shifted, are those of a float16 whose exponent is 8 less, and
-// converting that costs nothing for subnormals, which multiplying does on some CPUs.
+// load_fp8 of weights, which are no NaN, without its last multiplication: 2^-8 of the numbers.
 INLINE vf load_fp8_256ths(const uint8_t* p) {
 #if defined(__AVX512F__)
     __m256i w = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
