@@ -8,7 +8,7 @@ import pytest
 from trtllm_cli import cli
 from trtllm_cli.errors import TrtllmError
 
-VERBS = [[verb] for verb in cli.VERBS if verb != "bench"]
+VERBS = [[verb] for verb in cli.VERBS if verb not in ("bench", "eval")] + [["eval", "ppl"], ["eval", "compare"]]
 VERBS += [["bench", "throughput"], ["bench", "latency"], ["bench", "prepare-dataset", "token-norm-dist"]]
 HEAVY = ("torch", "transformers", "gguf", "huggingface_hub", "tokenizers", "numpy", "mpi4py", "triton")
 

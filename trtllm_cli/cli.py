@@ -23,6 +23,7 @@ VERBS = {
     "build": "Compile a checkpoint into an engine.",
     "run": "Generate text with an engine; --streaming prints tokens as they come.",
     "bench": "Measure an engine: throughput, latency, and the datasets for them.",
+    "eval": "Measure quality: perplexity, and what quantization changed.",
     "inspect": "Say what a snapshot, checkpoint or engine is, and what to do with it next.",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it

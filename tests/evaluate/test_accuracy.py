@@ -165,6 +165,8 @@ def test_a_model_that_computes_nonsense_fails(nll):
     assert "no numbers that make sense" in report.reasons[0]
     assert report.worst(1) == [broken]
     assert report.outstanding == [broken]
+    other_way = made_report(divergence=Divergence(Score(nll, 10), Score(10.0, 10), nll, 0))
+    assert "perplexity of reference is" in other_way.reasons[0]
     assert json.loads(json.dumps(to_json(report), allow_nan=False))["quantized"]["perplexity"] is None
 
 

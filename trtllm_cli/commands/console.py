@@ -40,3 +40,19 @@ def progress_bytes() -> Progress:
         transient=True,
         disable=not stderr().is_terminal,
     )
+
+
+def progress_tokens() -> Progress:
+    """A progress bar over tokens, on stderr; silent off a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeRemainingColumn(),
+        console=stderr(),
+        transient=True,
+        disable=not stderr().is_terminal,
+    )

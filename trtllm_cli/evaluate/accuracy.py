@@ -62,8 +62,10 @@ class AccuracyReport:
         """Why the quantized model is not good enough; nothing where it is."""
         before, after = self.divergence.reference.perplexity, self.divergence.other.perplexity
         rise = self.divergence.perplexity_increase
-        if not math.isfinite(after):
-            found = [f"the perplexity of {self.names[1]} is {after}: it computes no numbers that make sense"]
+        broken = [(name, ppl) for name, ppl in zip(self.names, (before, after), strict=True) if not math.isfinite(ppl)]
+        if broken:
+            name, ppl = broken[0]
+            found = [f"the perplexity of {name} is {ppl}: it computes no numbers that make sense"]
         elif rise > self.max_ppl_increase:
             found = [
                 f"perplexity rose by {rise:.1%}, from {before:.3f} to {after:.3f}; "
