@@ -239,6 +239,52 @@ def test_layers_for_multi_token_prediction_are_left_out(tmp_path):
         convert(snapshot, tmp_path / "wrong")
 
 
+def quantize_in_blocks(snapshot):
+    """Rounds the snapshot's projections to FP8 in blocks of 128 x 128, in place, as DeepSeek publishes them, with a
+    layer past the last; the same snapshot's plain tensors."""
+    tensors, plain = {}, {}
+    for name, w in load_file(snapshot / "model.safetensors").items():
+        if "_proj" not in name:
+            tensors[name] = plain[name] = w
+            continue
+        rows, columns = w.shape
+        blocks = [[part.abs().max() / 448 for part in row.split(128, 1)] for row in w.split(128)]
+        scale = torch.tensor(blocks)
+        each = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+        tensors[name], tensors[f"{name}_scale_inv"] = (w / each).to(torch.float8_e4m3fn), scale
+        plain[name] = tensors[name].float() * each
+    extra = {name.replace("layers.2.", "layers.3."): t.clone() for name, t in tensors.items() if "layers.2." in name}
+    save_file({**tensors, **extra}, snapshot / "model.safetensors")
+    config = json.loads((snapshot / "config.json").read_text())
+    config["quantization_config"] = {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+    }  # fmt: skip
+    (snapshot / "config.json").write_text(json.dumps(config))
+    return plain
+
+
+def test_deepseek_as_it_is_published(tmp_path):
+    sizes = {"hidden_size": 192, "moe_intermediate_size": 160, "kv_lora_rank": 136}
+    for name in ("packed", "plain"):
+        save_tiny_model(tmp_path / name, "deepseek_v3", tokenizer=False, **sizes)
+    save_file(quantize_in_blocks(tmp_path / "packed"), tmp_path / "plain" / "model.safetensors")
+    report = convert(tmp_path / "packed", tmp_path / "dequantized", ConvertOptions(dequantize=True))
+    convert(tmp_path / "plain", tmp_path / "from-plain")
+    (got,), (want,) = (read_checkpoint(Checkpoint.open(tmp_path / name)) for name in ("dequantized", "from-plain"))
+    assert set(got) == set(want)
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+    assert any("multi-token prediction" in note for note in report.notes)
+    convert(tmp_path / "packed", tmp_path / "kept")
+    checkpoint = Checkpoint.open(tmp_path / "kept")
+    assert checkpoint.config.quantization.quant_algo == "FP8_BLOCK_SCALES"
+    (kept,) = read_checkpoint(checkpoint)
+    for name in ("attention.q_b_nope_proj", "mlp.fc", "mlp.shared_expert.gate"):
+        name = f"transformer.layers.1.{name}"
+        weight, scale = kept[f"{name}.weight"].float(), kept[f"{name}.weights_scaling_factor"]
+        plain = weight * scale.repeat_interleave(128, -1)[..., : weight.shape[-1]]
+        assert torch.equal(plain, want[f"{name}.weight"])
+
+
 def test_quantized_latent_attention(tmp_path, monkeypatch):
     """Parts of a quantized linear keep its numbers; what is multiplied by head is made plain."""
     want = snapshot_of(tmp_path / "snapshot", "deepseek_v3", **ALL_EXPERTS)
