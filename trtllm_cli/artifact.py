@@ -1,7 +1,7 @@
 """What every artifact on disk shares: written beside its place and renamed when complete, read with clear errors.
 
 A stage writes into `.NAME.partial`, a sibling of its output, and renames it at the end. A killed stage so leaves
-nothing that looks finished, and the next run of the same command removes what it left.
+nothing that looks finished, and the next run of the same command removes what it left, or goes on with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -219,16 +219,29 @@ def locked(directory: Path, doing: str) -> Iterator[int]:
         os.close(lock)
 
 
+def partial_of(output_dir: Path) -> Path:
+    """Where `writing` writes what becomes `output_dir`."""
+    output_dir = Path(os.path.realpath(output_dir))
+    return output_dir.with_name(f".{output_dir.name}.partial")
+
+
 @contextlib.contextmanager
-def writing(output_dir: Path, *, force: bool = False, source: Path | None = None) -> Iterator[Path]:
+def writing(
+    output_dir: Path,
+    *,
+    force: bool = False,
+    source: Path | None = None,
+    resumes: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
     """Yields a fresh directory to write into, which becomes `output_dir` when the block ends without an error.
 
-    On an error it is removed. A partial directory that a killed run left is removed first; one that a live process
-    holds raises ResourceError. `source` is what the stage reads, and is kept apart from the output.
+    On an error it is removed. A partial directory that a killed run left is emptied first, unless `resumes` says of it
+    that this run goes on with it; such a stage's is also left when it is interrupted. One that a live process holds
+    raises ResourceError. `source` is what the stage reads, and is kept apart from the output.
     """
     check_output(output_dir, force=force, source=source)
     output_dir = Path(os.path.realpath(output_dir))  # a link stays, and what it points to is replaced
-    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    partial = partial_of(output_dir)
     with os_errors(output_dir):
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)
@@ -240,9 +253,14 @@ def writing(output_dir: Path, *, force: bool = False, source: Path | None = None
         try:
             check_output(output_dir, force=force)  # again: now nobody else writes it
             with os_errors(output_dir):
-                _empty(partial)
+                if resumes is None or not resumes(partial):
+                    _empty(partial)
                 yield partial
                 _replace(partial, output_dir)
+        except KeyboardInterrupt:
+            if resumes is None:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

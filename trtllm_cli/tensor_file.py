@@ -12,8 +12,9 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -139,19 +140,19 @@ class TensorFile:
 
     def read(self, name: str) -> bytearray:
         """The tensor's bytes, row-major, copied."""
-        return self.read_at(name, 0, self.tensors[name].nbytes)
+        out = bytearray(self.tensors[name].nbytes)
+        self.read_into(name, 0, memoryview(out))
+        return out
 
-    def read_at(self, name: str, offset: int, size: int) -> bytearray:
-        """`size` of the tensor's bytes, from byte `offset` of it, copied."""
-        assert offset + size <= self.tensors[name].nbytes, f"{name}: read past its end"
-        out = bytearray(size)
-        view, position = memoryview(out), self._data_start + self._offsets[name] + offset
+    def read_into(self, name: str, offset: int, out: memoryview) -> None:
+        """Fills `out` with the tensor's bytes, from byte `offset` of it."""
+        assert offset + len(out) <= self.tensors[name].nbytes, f"{name}: read past its end"
+        view, position = out, self._data_start + self._offsets[name] + offset
         while view:
             n = os.preadv(self._file.fileno(), [view], position)
             if n == 0:
                 raise self._damaged(f"tensor `{name}` is cut short")
             view, position = view[n:], position + n
-        return out
 
     def view(self, name: str) -> memoryview:
         """The tensor's bytes in the mapped file: no copy, read-only, paged in when touched."""
@@ -165,15 +166,23 @@ class TensorFileWriter:
     """Writes a safetensors file whose tensors are all announced first and then given, whole or in pieces, in any order.
 
     With `alignment`, each tensor starts at a multiple of that many bytes: padding is declared as a `uint8` tensor named
-    `__pad.N` where it is needed, since the format has no holes.
+    `__pad.N` where it is needed, since the format has no holes. `written` are tensors that an earlier writer of the
+    same file has finished: it is opened again, and must have the same header. Threads may write, each its own tensors.
     """
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], *, alignment: int = 8
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str],
+        *,
+        alignment: int = 8,
+        written: Collection[str] = (),
     ) -> None:
         self.path = path
         self.tensors = dict(tensors)
-        self._pending = {name: info.nbytes for name, info in tensors.items()}  # bytes not written yet
+        # bytes not written yet
+        self._pending = {name: 0 if name in written else info.nbytes for name, info in tensors.items()}
         self._offsets: dict[str, int] = {}
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         position = 0
@@ -188,9 +197,14 @@ class TensorFileWriter:
         blob = json.dumps(header, separators=(",", ":")).encode()
         blob += b" " * (-(8 + len(blob)) % alignment)
         self._data_start = 8 + len(blob)
-        self._file = path.open("wb", buffering=0)
-        self._file.write(len(blob).to_bytes(8, "little") + blob)
-        self._file.truncate(self._data_start + position)
+        self.size = self._data_start + position  # of the file
+        start = len(blob).to_bytes(8, "little") + blob
+        if written:
+            self._file = _reopen(path, start, self.size)
+        else:
+            self._file = path.open("w+b", buffering=0)
+            self._file.write(start)
+            self._file.truncate(self.size)
 
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
         """Writes one announced tensor's bytes. Each is written exactly once."""
@@ -202,21 +216,37 @@ class TensorFileWriter:
     def write_at(self, name: str, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Writes a piece of a tensor, from byte `offset` of it. Pieces do not overlap."""
         view = memoryview(data).cast("B")
-        self._count(name, offset, len(view))
+        size = len(view)
+        self._check(name, offset, size)
         position = self._data_start + self._offsets[name] + offset
         while view:
             n = os.pwrite(self._file.fileno(), view, position)
             view, position = view[n:], position + n
+        self._pending[name] -= size
 
     def leave_zeros(self, name: str, offset: int, size: int) -> None:
         """Counts a piece as written that stays zeros, as the file is made."""
-        self._count(name, offset, size)
+        self._check(name, offset, size)
+        self._pending[name] -= size
 
-    def _count(self, name: str, offset: int, size: int) -> None:
-        left = self._pending[name] - size
-        assert left >= 0, f"{name}: more bytes given than announced"
+    def _check(self, name: str, offset: int, size: int) -> None:
+        assert size <= self._pending[name], f"{name}: more bytes given than announced"
         assert offset + size <= self.tensors[name].nbytes, f"{name}: written past its end"
-        self._pending[name] = left
+
+    def finished_bytes(self) -> int:
+        """How much of the file's beginning is as it will be."""
+        for name in self.tensors:
+            if self._pending[name]:
+                return self._data_start + self._offsets[name]
+        return self.size
+
+    def read_back(self, position: int, out: memoryview) -> int:
+        """Fills `out` with the file's bytes as they are now, from `position` of the file; how many there were."""
+        return os.preadv(self._file.fileno(), [out], position)
+
+    def flush(self) -> None:
+        """What was written so far is on the disk afterwards."""
+        os.fdatasync(self._file.fileno())
 
     def close(self) -> None:
         """Flushes to disk and closes. Every announced tensor must have been written."""
@@ -234,6 +264,18 @@ class TensorFileWriter:
             self.close()
         else:
             self._file.close()
+
+
+def _reopen(path: Path, start: bytes, size: int) -> FileIO:
+    """A file that an interrupted run left, to go on with. Raises ArtifactError if it does not begin with `start`."""
+    try:
+        file = path.open("r+b", buffering=0)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is gone", fix="start over: pass --no-resume") from None
+    if os.fstat(file.fileno()).st_size != size or file.read(len(start)) != start:
+        file.close()
+        raise ArtifactError(f"{path} is not what the interrupted run wrote", fix="start over: pass --no-resume")
+    return file
 
 
 def is_padding(name: str) -> bool:

@@ -66,6 +66,12 @@ def convert(
     weight_only_precision: Annotated[
         str | None, typer.Option(help="With --use-weight-only: int8 or int4.", show_default="int8")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Weights worked on side by side. Each takes some memory; the result is the same.")
+    ] = 1,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start over, instead of where an interrupted convert stopped.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -82,7 +88,7 @@ def convert(
 
         trtllm convert SmolLM2-135M-Instruct.Q4_1.gguf --output-dir ckpt --keep-quantized
 
-        trtllm convert snapshot --output-dir ckpt --tp-size 2 --pp-size 2
+        trtllm convert snapshot --output-dir ckpt --tp-size 8 --workers 4
 
         trtllm convert snapshot --output-dir ckpt --qformat int4_wo --group-size 64
 
@@ -106,6 +112,8 @@ def convert(
         dequantize=dequantize,
         keep_quantized=keep_quantized,
         force=force,
+        workers=workers,
+        resume=not no_resume,
     )
     if options.calibrates:
         from trtllm_cli.commands.quantize import run as calibrated
@@ -119,7 +127,10 @@ def convert(
         def progress(name: str, done: int, total: int) -> None:
             bar.update(task, description=name, completed=done, total=total)
 
-        report = run(source_of(source, model_dir), output_dir, options, progress)
+        def tell(note: str) -> None:
+            bar.console.print(note, markup=False)
+
+        report = run(source_of(source, model_dir), output_dir, options, progress, tell=tell)
     if as_json:
         import json
 

@@ -135,9 +135,9 @@ class _SafetensorsFile:
         info = self.tensors[name]
         dtype, width = getattr(torch, info.dtype), info.shape[-1:] if len(info.shape) > 1 else ()
         row_bytes = math.prod(width) * ITEMSIZE[info.dtype]
-        data = self._file.read_at(name, start * row_bytes, (stop - start) * row_bytes)
-        shape = (stop - start, *width)
-        return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+        out = torch.empty((stop - start, *width), dtype=dtype)
+        self._file.read_into(name, start * row_bytes, out.flatten().view(torch.uint8).numpy().data)
+        return out
 
     def close(self) -> None:
         self._file.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from trtllm_cli.convert.plan import Job, part_of
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trtllm_cli.mapping import Rank
     from trtllm_cli.model_config import ModelConfig
 
-BLOCK = 1 << 22  # elements that go through at once
+BLOCK = 1 << 18  # elements that go through at once: they stay in the cache
 
 
 class _Made(Protocol):
@@ -98,18 +98,37 @@ def _kv_scales(job: Job, reader: Reader, quantization: Quantized) -> torch.Tenso
     return torch.tensor(scales, dtype=torch.float32)
 
 
+class StoppedError(Exception):
+    """Another job has failed, or the user wants no more."""
+
+
 def run_job(
-    job: Job, reader: Reader, config: ModelConfig, quantization: Quantized, writers: Mapping[Rank, TensorFileWriter]
-) -> int:
-    """Writes every rank's part of one whole weight; bytes. Raises SnapshotError, UnsupportedError for its numbers."""
+    job: Job,
+    reader: Reader,
+    config: ModelConfig,
+    quantization: Quantized,
+    writers: Mapping[Rank, TensorFileWriter],
+    stopped: Callable[[], bool],
+) -> None:
+    """Writes every rank's part of one whole weight. Raises SnapshotError, UnsupportedError for its numbers.
+
+    Asks before each block of rows whether it is `stopped`, and raises StoppedError if so.
+    """
+    if stopped():
+        raise StoppedError
     if job.source is None:
         _write_fixed(job, part_of(job.name), _kv_scales(job, reader, quantization), config, writers)
     else:
-        _write_rows(job, _made(job, reader, config, quantization), config, writers)
-    return sum(math.prod(w.shape) * ITEMSIZE[w.dtype] for weights in job.parts.values() for w in weights.values())
+        _write_rows(job, _made(job, reader, config, quantization), config, writers, stopped)
 
 
-def _write_rows(job: Job, made: _Made, config: ModelConfig, writers: Mapping[Rank, TensorFileWriter]) -> None:
+def _write_rows(
+    job: Job,
+    made: _Made,
+    config: ModelConfig,
+    writers: Mapping[Rank, TensorFileWriter],
+    stopped: Callable[[], bool],
+) -> None:
     missing = set(job.wholes) - set(made.fixed)
     outputs = [
         _Output(name, weight, job.wholes[part_of(name)], made.rows, config, rank, writers[rank])
@@ -122,6 +141,8 @@ def _write_rows(job: Job, made: _Made, config: ModelConfig, writers: Mapping[Ran
     width = job.weight.shape[-1] if len(job.weight.shape) > 1 else 1
     step = max(1, BLOCK // width // made.rows_multiple) * made.rows_multiple
     for start in range(0, made.rows, step):
+        if stopped():
+            raise StoppedError
         parts = made(start, min(made.rows, start + step))
         assert set(parts) == missing, f"{job.name}: {sorted(parts)} made, {sorted(missing)} declared"
         for output in outputs:

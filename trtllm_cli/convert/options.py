@@ -27,6 +27,8 @@ class ConvertOptions:
     dequantize: bool = False  # a source that is quantized already is made plain first
     keep_quantized: bool = False  # a GGUF file's Q4_0, Q4_1 and Q8_0 weights stay as they are
     force: bool = False
+    workers: int = 1  # weights that are worked on side by side
+    resume: bool = True  # what an interrupted run of the same command left is used
 
     @property
     def calibrates(self) -> bool:
@@ -46,7 +48,8 @@ class ConvertOptions:
         if self.qformat is not None:
             qformat_named(self.qformat)
         for flag, number in (
-            ("--tp-size", self.tp_size), ("--pp-size", self.pp_size), ("--group-size", self.group_size)
+            ("--tp-size", self.tp_size), ("--pp-size", self.pp_size), ("--group-size", self.group_size),
+            ("--workers", self.workers),
         ):  # fmt: skip
             if number is not None and number < 1:
                 raise UsageError(f"{flag} is {number}", where=flag, fix="give 1 or more")

@@ -11,29 +11,27 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-from trtllm_cli.artifact import check_output, human_bytes, sha256, writing
+from trtllm_cli.artifact import check_output, human_bytes, partial_of, writing
 from trtllm_cli.checkpoint import SUMS, TOKENIZER, write_config, write_sums
 from trtllm_cli.convert.decide import Decided, read_config, whole_tensor
-from trtllm_cli.convert.jobs import run_job
 from trtllm_cli.convert.options import ConvertOptions, ConvertReport
 from trtllm_cli.convert.plan import Stage, make_plan
 from trtllm_cli.convert.quantize.rows import Quantized
 from trtllm_cli.convert.reader import Reader, open_reader
+from trtllm_cli.convert.resume import State, identity
 from trtllm_cli.convert.tokenizer_files import check_tokenizer
 from trtllm_cli.convert.verify import verify_aside
+from trtllm_cli.convert.write_ranks import Progress, write_ranks
 from trtllm_cli.errors import ResourceError, SnapshotError, UnsupportedError
 from trtllm_cli.model_config import ModelConfig
-from trtllm_cli.tensor_file import TensorFileWriter, total_bytes
+from trtllm_cli.tensor_file import total_bytes
 
 __all__ = ["ConvertOptions", "ConvertReport", "Decided", "convert", "read_config", "whole_tensor"]
 
 SPARE_BYTES = 64 << 20  # room for the tokenizer and the file system's own needs
-
-# Called with the tensor just written, bytes written so far, and bytes in all.
-Progress = Callable[[str, int, int], None]
 
 Check = Callable[[Path, ModelConfig], None]
 
@@ -46,11 +44,12 @@ def convert(
     *,
     quantization: Quantized | None = None,
     check: Check | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> ConvertReport:
     """Writes the checkpoint of `source`, a snapshot directory or .gguf file, to `output_dir`.
 
     `quantization` is how, where that took calibration; `check` is called with the finished directory before it gets
-    its name, which it never does if that raises.
+    its name, which it never does if that raises; `tell` is told at once what an earlier, interrupted run has left.
 
     Raises SnapshotError for a damaged source, UnsupportedError for what cannot be honoured exactly, UsageError for
     options that do not fit the model, ResourceError for lack of disk, OutputExistsError.
@@ -71,11 +70,23 @@ def convert(
         stages = make_plan(reader, decided.family, config, tied=decided.tied, kept=decided.kept)
         sizes = [total_bytes(stage.tensors(rank).values()) for stage in stages for rank in stage.ranks]
         _check_space(output_dir, sum(sizes))
-        with writing(output_dir, force=options.force, source=source) as directory, _one_thread():
-            _write_ranks(directory, reader, decided, stages, progress)
+        state = State(partial_of(output_dir), identity(source, options, decided))
+        with (
+            writing(
+                output_dir, force=options.force, source=source, resumes=lambda _: options.resume and state.load()
+            ) as directory,
+            _one_thread(),
+        ):
+            if resumed := _resumed(state, stages):
+                notes.append(resumed)
+                if tell is not None:
+                    tell(resumed)
+            sums = write_ranks(reader, decided, stages, state, options.workers, progress)
+            write_sums(directory / SUMS, sums)
             files = _write_tokenizer(directory, reader, config)
             verified.result()
             write_config(directory, config)
+            state.remove()
             if check is not None:
                 check(directory, config)
     finally:
@@ -106,6 +117,15 @@ def _group_size(config: ModelConfig) -> int | None:
     return q.group_size if q.per_group or (q.quant_algo or "").startswith(("W4A16", "W4A8")) else None
 
 
+def _resumed(state: State, stages: list[Stage]) -> str | None:
+    """What was there already, for people."""
+    if not state.ranks and not state.weights:
+        return None
+    ranks = sum(len(stage.ranks) for stage in stages)
+    weights = f" and {len(state.weights)} weights of others" if state.weights else ""
+    return f"resuming: {len(state.ranks)} of {ranks} ranks{weights} are there"
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Torch on one thread. The work is moving bytes; two threads only wait for each other."""
@@ -123,34 +143,15 @@ def _check_space(output_dir: Path, size: int) -> None:
     parent = output_dir.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    # what an interrupted run left is used, or removed
+    left = sum(f.stat().st_blocks * 512 for f in partial_of(output_dir).glob("rank*.safetensors"))
+    free = shutil.disk_usage(parent).free + left
     if free < size + SPARE_BYTES:
         raise ResourceError(
             f"the checkpoint takes {human_bytes(size)}, and {parent} has {human_bytes(free)} free",
             where="--output-dir",
             fix="free some room, or choose another --output-dir",
         )
-
-
-def _write_ranks(
-    directory: Path, reader: Reader, decided: Decided, stages: list[Stage], progress: Progress | None
-) -> None:
-    total = sum(total_bytes(stage.tensors(rank).values()) for stage in stages for rank in stage.ranks)
-    done = 0
-    sums: dict[str, str] = {}
-    for stage in stages:
-        files = {rank: directory / f"rank{rank.rank}.safetensors" for rank in stage.ranks}
-        with ExitStack() as stack:
-            writers = {
-                rank: stack.enter_context(TensorFileWriter(path, stage.tensors(rank), {}))
-                for rank, path in files.items()
-            }
-            for job in stage.jobs:
-                done += run_job(job, reader, decided.config, decided.quantized, writers)
-                if progress is not None:
-                    progress(job.name, done, total)
-        sums |= {path.name: sha256(path) for path in files.values()}
-    write_sums(directory / SUMS, sums)
 
 
 def _num_parameters(stages: list[Stage]) -> int:
@@ -160,6 +161,7 @@ def _num_parameters(stages: list[Stage]) -> int:
 
 def _write_tokenizer(directory: Path, reader: Reader, config: ModelConfig) -> list[str]:
     tokenizer = directory / TOKENIZER
+    shutil.rmtree(tokenizer, ignore_errors=True)  # an interrupted run's
     tokenizer.mkdir()
     files = reader.write_tokenizer(tokenizer)
     if files:

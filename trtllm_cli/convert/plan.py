@@ -53,6 +53,11 @@ class Job:
         """The layer that the weight belongs to."""
         return self.name.rpartition(".")[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all ranks' parts."""
+        return sum(TensorInfo(w.dtype, w.shape).nbytes for parts in self.parts.values() for w in parts.values())
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -6,7 +6,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from threading import Lock
+from threading import local
 from typing import TYPE_CHECKING
 
 from trtllm_cli.convert.prequantized.scheme import Described, Parts, Scheme, part_infos
@@ -24,7 +24,7 @@ _WEIGHTS = re.compile(r"(.+)\.(qweight|weight_packed|weight)$")
 _KV_SCALE = re.compile(r".*\.layers\.(\d+)\..*\b([kv])_scale$")  # `self_attn.k_scale`, `self_attn.k_proj.k_scale`
 # Scales that stand for nothing when a config switches their use off.
 _IDLE = re.compile(r".*\.(q_scale|prob_output_scale|output_scale|prob_scale)$")
-_KEPT = 3  # unpacked weights in memory at a time
+_KEPT = 2  # unpacked weights in memory at a time: a block of rows may have some of two
 
 
 class QuantizedReader(Reader):
@@ -43,8 +43,7 @@ class QuantizedReader(Reader):
         self.tensors = {n: i for n, i in reader.tensors.items() if n not in self._scales and not _IDLE.match(n)}
         plain = {n: i.shape for n, i in self.tensors.items() if n not in used}
         self._weights = {**plain, **{f"{module}.weight": d.shape for module, d in self._described.items()}}
-        self._unpacked: OrderedDict[str, Parts] = OrderedDict()
-        self._lock = Lock()
+        self._unpacked = _Unpacked()
 
     @property
     def weights(self) -> Mapping[str, tuple[int, ...]]:
@@ -77,17 +76,17 @@ class QuantizedReader(Reader):
 
     def close(self) -> None:
         """See Reader."""
-        self._unpacked.clear()
+        self._unpacked.modules.clear()
         self._reader.close()
 
     def unpacked(self, module: str) -> Parts:
-        """A module's parts with rows. The last few are kept."""
-        with self._lock:
-            if module not in self._unpacked:
-                self._unpacked[module] = self._scheme.unpack(module, self._described[module], self.whole)
-                if len(self._unpacked) > _KEPT:
-                    self._unpacked.popitem(last=False)
-            return self._unpacked[module]
+        """A module's parts with rows. Each thread keeps its last few."""
+        modules = self._unpacked.modules
+        if module not in modules:
+            if len(modules) == _KEPT:
+                modules.popitem(last=False)
+            modules[module] = self._scheme.unpack(module, self._described[module], self.whole)
+        return modules[module]
 
     def fixed(self, module: str) -> Parts:
         """A module's parts without rows."""
@@ -125,6 +124,13 @@ class QuantizedReader(Reader):
             if pair.keys() != {"k", "v"}:
                 raise SnapshotError(f"layer {layer} has no scales for both k and v", where=str(self.path))
         return {layer: (pair["k"], pair["v"]) for layer, pair in pairs.items()}
+
+
+class _Unpacked(local):
+    """The unpacked modules of a thread, the latest last."""
+
+    def __init__(self) -> None:
+        self.modules: OrderedDict[str, Parts] = OrderedDict()
 
 
 class QuantizedWeight:
