@@ -120,6 +120,13 @@ def test_rank_order_and_layers_are_tensorrt_llms():
     assert [list(mapping.ranks[r].layers(8)) for r in (0, 2, 4)] == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
+def test_configs_that_were_used_are_still_equal(tmp_path):
+    a, b = (Checkpoint.open(checkpoint_dir(tmp_path)).config for _ in range(2))
+    assert a.mapping.ranks
+    assert b.mapping.ranks
+    assert a == b
+
+
 def test_excluded_modules_are_not_quantized():
     q = QuantConfig(quant_algo="W8A16", exclude_modules=["lm_head", "*.mlp.*"])
     assert q.layer_quant("lm_head") is None
