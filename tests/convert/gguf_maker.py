@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp", "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
     "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
 }  # fmt: skip
 
@@ -85,7 +88,7 @@ def write_model(
     writer = gguf.GGUFWriter(path, arch)
     add_fields(writer, fields)
     add_fields(writer, tokenizer or {})
-    for name, value in model.state_dict().items():
+    for name, value in tensors_of(model):
         if name == "lm_head.weight" and c.tie_word_embeddings:
             continue
         heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(module_of(name))
@@ -96,6 +99,16 @@ def write_model(
     for name, value in (tensors or {}).items():
         writer.add_tensor(name, np.asarray(value, dtype=np.float32))
     finish(writer)
+
+
+def tensors_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's tensors, gate and up of all experts apart."""
+    for name, value in model.state_dict().items():
+        if name.endswith(".experts.gate_up_proj"):
+            for half, part in zip(("gate", "up"), value.chunk(2, dim=1), strict=True):
+                yield name.replace("gate_up", half) + ".weight", part.contiguous()
+        else:
+            yield name + ".weight" if name.endswith(".experts.down_proj") else name, value
 
 
 def norm_epsilon(config: Any, arch: str) -> dict[str, float]:

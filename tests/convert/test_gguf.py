@@ -24,7 +24,7 @@ from trtllm_cli.checkpoint import Checkpoint
 from trtllm_cli.convert import gguf_file
 from trtllm_cli.convert.gguf_file import GgufFile
 from trtllm_cli.convert.gguf_reader import GgufReader
-from trtllm_cli.convert.pipeline import convert
+from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.errors import SnapshotError, TrtllmError, UnsupportedError
 from trtllm_cli.model_config import RopeScaling
 
@@ -75,6 +75,8 @@ OTHERS = {
                      "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"}),
     "olmo2": ({}, {}),
     "starcoder2": ({}, {}),
+    "qwen3_moe": ({}, {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
+                       "expert_feed_forward_length": "moe_intermediate_size"}),
 }  # fmt: skip
 
 
@@ -83,8 +85,9 @@ def test_others(name, tmp_path):
     """What llama.cpp says in its way is what the snapshot says."""
     settings, keys = OTHERS[name]
     model = save_tiny_model(tmp_path / "snapshot", name, **settings)
-    fields = {f"{name}.{key}": getattr(model.config, field) for key, field in keys.items()}
-    write_model(tmp_path / "m.gguf", model, name, metadata=fields)
+    arch = name.replace("_", "")
+    fields = {f"{arch}.{key}": getattr(model.config, field) for key, field in keys.items()}
+    write_model(tmp_path / "m.gguf", model, arch, metadata=fields)
     checkpoint, tensors, _ = converted(tmp_path / "m.gguf", tmp_path)
     convert(tmp_path / "snapshot", tmp_path / "expected")
     expected = Checkpoint.open(tmp_path / "expected")
@@ -92,6 +95,30 @@ def test_others(name, tmp_path):
     (theirs,) = read_checkpoint(expected)
     assert set(tensors) == set(theirs)
     assert all(torch.equal(tensors[key], value) for key, value in theirs.items())
+
+
+EXPERTS = {"qwen3moe.expert_used_count": 4, "qwen3moe.expert_feed_forward_length": 32}
+
+
+def test_quantized_experts_are_kept(tmp_path):
+    """Those of each expert are part of a tensor of all, and keep their numbers."""
+    model = tiny_model("qwen3_moe", moe_intermediate_size=32)
+    write_model(tmp_path / "m.gguf", model, "qwen3moe", Kind.Q8_0, metadata={"qwen3moe.expert_count": 6, **EXPERTS})
+    convert(tmp_path / "m.gguf", tmp_path / "ckpt", ConvertOptions(keep_quantized=True))
+    (tensors,) = read_checkpoint(Checkpoint.open(tmp_path / "ckpt"))
+    name = "transformer.layers.1.mlp.fc"
+    scale = tensors[f"{name}.weights_scaling_factor"].repeat_interleave(32, dim=-1)
+    gate, up = model.state_dict()["model.layers.1.mlp.experts.gate_up_proj"].chunk(2, dim=1)
+    expected = quantized(torch.cat([up, gate], dim=1).contiguous(), Kind.Q8_0)
+    assert torch.equal(tensors[f"{name}.weight"].float() * scale, expected)
+
+
+def test_experts_that_are_too_few(tmp_path):
+    write_model(
+        tmp_path / "m.gguf", tiny_model("qwen3_moe"), "qwen3moe", metadata={"qwen3moe.expert_count": 7, **EXPERTS}
+    )
+    with pytest.raises(SnapshotError, match="not one of 7 experts"):
+        GgufReader(tmp_path / "m.gguf")
 
 
 def test_the_largest_gemma_scales_by_its_hidden_size(tmp_path):

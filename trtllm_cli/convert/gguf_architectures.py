@@ -34,6 +34,14 @@ _AFTER_NAMES = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _GEMMA_NAMES = {**_AFTER_NAMES, "ffn_norm": "pre_feedforward_layernorm"}
+# {e} stands for each expert: the file has one tensor for all.
+_EXPERT_NAMES = {
+    **_NAMES,
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{e}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{e}.up_proj",
+    "ffn_down_exps": "mlp.experts.{e}.down_proj",
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,15 @@ def _granite(metadata: Metadata, _: Config) -> Config:
     return {ours: metadata.number(theirs) for ours, theirs in names.items()}
 
 
+def _qwen3_moe(metadata: Metadata, _: Config) -> Config:
+    return {
+        "num_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "norm_topk_prob": True,  # in llama.cpp always
+    }
+
+
 _ATTENTION_BIAS = {"attention_bias": "model.layers.0.self_attn.q_proj.bias"}
 _ALL_BIASES = _ATTENTION_BIAS | {"mlp_bias": "model.layers.0.mlp.gate_proj.bias"}
 ARCHITECTURES = {
@@ -93,6 +110,9 @@ ARCHITECTURES = {
     ),
     "qwen2": GgufArchitecture("Qwen2ForCausalLM", "qwen2"),
     "qwen3": GgufArchitecture("Qwen3ForCausalLM", "qwen3", biases=_ATTENTION_BIAS),
+    "qwen3moe": GgufArchitecture(
+        "Qwen3MoeForCausalLM", "qwen3_moe", _EXPERT_NAMES, biases=_ATTENTION_BIAS, more=_qwen3_moe
+    ),
     "starcoder2": GgufArchitecture(
         "Starcoder2ForCausalLM",
         "starcoder2",

@@ -50,10 +50,12 @@ class GgufReader(Reader):
                     where=f"{path}: split.count",
                     fix="join the parts first: llama-gguf-split --merge",
                 )
-            self._gguf_names = {
-                hf_name(name, self.architecture.names): name for name in self._file.tensors if name != _ROPE_FACTORS
-            }
-            self.tensors = {name: self._info(gguf_name) for name, gguf_name in self._gguf_names.items()}
+            self._gguf_names: dict[str, str] = {}
+            self._first_rows: dict[str, int] = {}  # of one expert's weight, in the tensor that all share
+            self.tensors: dict[str, TensorInfo] = {}
+            for name in self._file.tensors:
+                if name != _ROPE_FACTORS:
+                    self._add(hf_name(name, self.architecture.names), name)
             self.config = self._config()
             self._metadata.refuse_unread()
         except BaseException:
@@ -64,7 +66,8 @@ class GgufReader(Reader):
         """Rows as Hugging Face orders them."""
         if self.architecture.norms_plus_one and name.split(".")[-2].endswith("norm"):
             return self._file.rows(self._gguf_names[name], start, stop).float() - 1
-        return self._in_order(name, partial(self._file.rows, self._gguf_names[name]), start, stop)
+        first = self._first_rows.get(name, 0)
+        return self._in_order(name, partial(self._file.rows, self._gguf_names[name]), first + start, first + stop)
 
     def weight(self, name: str) -> SourceWeight:
         """See Reader. Blocks that are like our groups can be had as they are."""
@@ -77,8 +80,8 @@ class GgufReader(Reader):
 
     def part_rows(self, name: str, part: str, start: int, stop: int) -> torch.Tensor:
         """Rows of one part of a BlockWeight, as Hugging Face orders them."""
-        stored = self._gguf_names[name]
-        return self._in_order(name, lambda a, b: self._file.parts(stored, a, b)[part], start, stop)
+        stored, first = self._gguf_names[name], self._first_rows.get(name, 0)
+        return self._in_order(name, lambda a, b: self._file.parts(stored, a, b)[part], first + start, first + stop)
 
     def _in_order(self, name: str, read: Callable[[int, int], torch.Tensor], start: int, stop: int) -> torch.Tensor:
         """What `read` gives for rows start..stop of Hugging Face's order."""
@@ -122,11 +125,20 @@ class GgufReader(Reader):
         """Closes the file."""
         self._file.close()
 
-    def _info(self, gguf_name: str) -> TensorInfo:
+    def _add(self, name: str, gguf_name: str) -> None:
+        """Enters a tensor of the file; one of all experts, [experts, out, in], as a tensor of each."""
         from gguf import GGMLQuantizationType
 
         tensor = self._file.tensors[gguf_name]
-        return TensorInfo("float16" if tensor.kind == GGMLQuantizationType.F16 else "float32", tensor.shape)
+        dtype, shape, names = "float16" if tensor.kind == GGMLQuantizationType.F16 else "float32", tensor.shape, [name]
+        if "{e}" in name:
+            experts = self._metadata.integer("expert_count")
+            if len(shape) != 3 or shape[0] != experts:
+                raise SnapshotError(f"tensor `{gguf_name}` is not one of {experts} experts", where=str(self.path))
+            names, shape = [name.replace("{e}", str(e)) for e in range(experts)], shape[1:]
+            self._first_rows |= {each: e * shape[0] for e, each in enumerate(names)}
+        self._gguf_names |= dict.fromkeys(names, gguf_name)
+        self.tensors |= dict.fromkeys(names, TensorInfo(dtype, shape))
 
     def _config(self) -> dict[str, Any]:
         m = self._metadata
