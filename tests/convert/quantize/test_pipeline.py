@@ -72,6 +72,24 @@ def test_ranks_cache_and_head(tmp_path):
     torch.testing.assert_close(program_of(four)(ids), program_of(one)(ids))
 
 
+@pytest.mark.parametrize("qformat", ["fp8", "int4_awq", "int8_sq", "nvfp4"])
+def test_experts(tmp_path, qformat):
+    """They are quantized too; the router is not."""
+    save_tiny_model(tmp_path / "s", "qwen3_moe", moe_intermediate_size=32)
+    convert(tmp_path / "s", tmp_path / "plain")
+    quantize(tmp_path / "s", tmp_path / "ckpt", options(qformat, report=False))
+    checkpoint = Checkpoint.open(tmp_path / "ckpt")
+    program, reference = program_of(checkpoint), program_of(Checkpoint.open(tmp_path / "plain"))
+    experts = list(program.expert_linears)
+    assert experts
+    layers = {name: checkpoint.config.quantization.layer_quant(name) for name in program.linears}
+    assert all(checkpoint.config.quantization.layer_quant(name) for name in experts)
+    assert all((layer is None) == ("router" in name or name == "lm_head") for name, layer in layers.items())
+    ids = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    got, wanted = program(ids), reference(ids)
+    assert 0 < (got - wanted).norm() / wanted.norm() < 0.6
+
+
 def test_report(snapshot, tmp_path):
     report, accuracy = quantize(snapshot, tmp_path / "ckpt", options("fp8"))
     written = json.loads((tmp_path / "ckpt" / "report.json").read_text())

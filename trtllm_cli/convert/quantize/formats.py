@@ -89,6 +89,11 @@ def linears(config: ModelConfig) -> dict[str, Linear]:
     return found
 
 
+def _weights(config: ModelConfig) -> list[str]:
+    """The names of all weights of a rank."""
+    return [name for name in trace_model(config, config.mapping.ranks[0]).weights if name.endswith(".weight")]
+
+
 def _linears_of(probe: ModelConfig, rank: Rank) -> dict[str, Linear]:
     found = {}
     for name, weight in trace_model(probe, rank).weights.items():
@@ -120,45 +125,53 @@ def quant_config(
     if qformat is None or qformat == "full_prec":
         return QuantConfig(kv_cache_quant_algo=cache), []
     out = [*([] if quantize_lm_head else ["lm_head"]), *exclude]
-    out += [p for p in _KEPT if any(fnmatch(name, p) for name in known)]
+    out += [p for p in _KEPT if any(fnmatch(name, p) for name in _weights(config))]
     chosen = {n: lin for n, lin in known.items() if not any(fnmatch(n, pattern) for pattern in out)}
     layer, left_out, notes = fit(qformat, group_size, chosen)
+    if layer.get("pre_quant_scale") and any(lin.experts for lin in chosen.values()):
+        layers = {name: _of(layer, lin) for name, lin in chosen.items() if name not in left_out}
+        layer = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+        notes.append("the experts' inputs are not scaled: tokens find their experts by them as they are")
     quantization = QuantConfig(**layer, exclude_modules=[*out, *left_out], kv_cache_quant_algo=cache)
     trace_checked(config.model_copy(update={"quantization": quantization}))
     return quantization, notes
+
+
+def _of(fields: dict[str, Any], linear: Linear) -> LayerQuant:
+    """One layer's; a scale for each input is only for layers whose inputs are theirs alone, which experts' are not."""
+    made = LayerQuant(**fields)
+    return made.model_copy(update={"pre_quant_scale": False}) if linear.experts else made
 
 
 def fit(qformat: str, group_size: int | None, chosen: dict[str, Linear]) -> tuple[dict[str, Any], list[str], list[str]]:
     """The fields of LayerQuant that suit the layers `chosen`, the layers that it does not suit, and notes."""
     fields = dict(_LAYERS[qformat])
     notes: list[str] = []
-    left_out = {
-        name: "it is of experts" for name, lin in chosen.items() if fields.get("pre_quant_scale") and lin.experts
-    }
-    rest = {name: lin for name, lin in chosen.items() if name not in left_out}
+    left_out: dict[str, str] = {}
     if qformat in _GROUP_SIZES and (qformat != "int8_wo" or _INT8_PER_GROUP):
         asked = group_size or _GROUP_SIZES[qformat]
-        size = best_group_size(asked, rest)
+        size = best_group_size(asked, chosen)
         if size == 0 and qformat == "int8_wo":
             notes.append(f"no groups of up to {asked} inputs divide the layers: one scale for each output was taken")
         elif size == 0:
+            widths = sorted({linear.columns for linear in chosen.values()})
             raise UnsupportedError(
-                f"no group size up to {asked} divides the layers' inputs {sorted({n.columns for n in rest.values()})}",
+                f"no group size up to {asked} divides the layers' inputs {widths}",
                 where="--group-size",
                 fix="give a larger one, or use --qformat int8_wo",
             )
         else:
             fields["group_size"] = size
             fields |= {"per_group": True} if qformat == "int8_wo" else {}
-            left_out |= {n: f"{lin.columns} inputs" for n, lin in rest.items() if lin.columns % size}
+            left_out |= {n: f"{lin.columns} inputs" for n, lin in chosen.items() if lin.columns % size}
             if size != asked:
                 notes.append(f"groups of {asked} do not divide every layer: {size} was taken")
     elif qformat == "nvfp4":
-        left_out |= {n: f"{lin.columns} inputs" for n, lin in rest.items() if lin.columns % FP4_GROUP}
+        left_out |= {n: f"{lin.columns} inputs" for n, lin in chosen.items() if lin.columns % FP4_GROUP}
     elif qformat == "fp8_block":
         left_out |= {
             n: f"{lin.columns} inputs a rank"
-            for n, lin in rest.items()
+            for n, lin in chosen.items()
             if lin.columns % FP8_BLOCK and lin.splits_inputs
         }
     if left_out:
@@ -213,4 +226,4 @@ def layer_quant(qformat: str, group_size: int | None, name: str, linear: Linear)
         fields, _, _ = fit(qformat, group_size, {name: linear})
     except UnsupportedError:
         return None
-    return LayerQuant(**fields)
+    return _of(fields, linear)

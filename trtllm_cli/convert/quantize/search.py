@@ -40,11 +40,12 @@ class Weighted:
 
 def calibrate_group(stats: InputStats, linears: list[Weighted]) -> dict[str, LayerCalibration]:
     """What the linears that read the same input get."""
-    if not any(linear.layer.pre_quant_scale for linear in linears):
-        return {linear.name: _calibration(stats, linear, None) for linear in linears}
-    trials = [_trial(stats, linears, scale, fraction) for scale, fraction in _candidates(stats, linears)]
-    _, best = min(trials, key=lambda trial: trial[0])
-    return best
+    made = {linear.name: _calibration(stats, linear, None) for linear in linears if not linear.layer.pre_quant_scale}
+    scaled = [linear for linear in linears if linear.layer.pre_quant_scale]
+    if scaled:
+        trials = [_trial(stats, scaled, scale, fraction) for scale, fraction in _candidates(stats, scaled)]
+        made |= min(trials, key=lambda trial: trial[0])[1]
+    return made
 
 
 def _candidates(stats: InputStats, linears: list[Weighted]) -> Iterator[tuple[Tensor, float]]:
