@@ -92,9 +92,12 @@ class AccuracyReport:
     def advice(self) -> str:
         """What to try when it failed."""
         if outstanding := self.outstanding:
-            modules = ", ".join(e.module for e in outstanding)
-            return f"leave these layers unquantized: {modules}; or take smaller groups, or another format"
-        return "take smaller groups, a format with more bits, or one that is calibrated; no single layer stands out"
+            flags = " ".join(f"--exclude {e.module}" for e in outstanding)
+            return f"quantize again and leave out what stands out ({flags}), with smaller groups, or another --qformat"
+        return (
+            "no single layer stands out: quantize again with smaller groups (--group-size), a --qformat of more bits, "
+            "or one that is calibrated"
+        )
 
     def raise_if_failed(self) -> None:
         """Raises AccuracyError with the reasons."""

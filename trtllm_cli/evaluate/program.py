@@ -53,12 +53,11 @@ class Program(nn.Module):
     ) -> None:
         super().__init__()
         self.graph, self.dtype, self.device = graph, dtype, torch.device(device)
-        self._parts, self.layers = cut(graph), linears(graph)
+        self._parts = cut(graph)
+        self.layers: dict[str, Linear] = linears(graph)  # linears and the experts', by their modules' names
         self._module_of = {linear.node.output: name for name, linear in self.layers.items()}
         self._ops = _Ops(graph, self.device)
         self._load(weights)
-
-    layers: dict[str, Linear]  # every linear and expert_linear of the graph, by its module's name
 
     def forward(self, ids: Tensor) -> Tensor:
         """float32 logits [batch, length, vocab] of `ids`, int64 [batch, length]."""
