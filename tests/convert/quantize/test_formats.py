@@ -22,7 +22,7 @@ def test_linears_of_all_stages():
 @pytest.mark.parametrize(
     ("qformat", "algo", "group", "zero", "smooth"),
     [
-        ("int8_wo", "W8A16", 128, False, False), ("int4_wo", "W4A16", 32, True, False),
+        ("int8_wo", "W8A16", 64, False, False), ("int4_wo", "W4A16", 32, True, False),
         ("fp8_pc_pt", "FP8_PER_CHANNEL_PER_TOKEN", 128, False, False),
         ("fp8_block", "FP8_BLOCK_SCALES", 128, False, False), ("fp8", "FP8", 128, False, False),
         ("int8_sq", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", 128, False, True),
@@ -35,6 +35,7 @@ def test_formats(qformat, algo, group, zero, smooth):
     assert got.quant_algo == algo
     assert (got.group_size, got.has_zero_point, got.pre_quant_scale) == (group, zero, smooth)
     assert got.exclude_modules == ["lm_head"]
+    assert got.per_group == (qformat == "int8_wo")
     assert bool(notes) == (qformat in ("int4_awq", "w4a8_awq"))  # 128 does not divide 192
 
 
@@ -70,8 +71,8 @@ def test_spellings():
         qformat_named("int8_sqq")
 
 
-def test_int8_in_groups(monkeypatch):
-    monkeypatch.setattr(formats, "_INT8_PER_GROUP", True)
-    got, notes = quant_config("int8_wo", None, config("llama", **WIDE))
-    assert got.per_group
-    assert (got.group_size, notes) == (64, [])
+def test_int8_without_groups():
+    """7 inputs suit no group: a scale for each output."""
+    got, notes = formats.fit("int8_wo", None, {"a": formats.Linear(8, 7, None)})[0::2]
+    assert got == {"quant_algo": "W8A16"}
+    assert "one scale for each output" in notes[0]

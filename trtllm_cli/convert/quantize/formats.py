@@ -42,7 +42,6 @@ _LAYERS: dict[str, dict[str, Any]] = {
     "nvfp4": {"quant_algo": "NVFP4", "group_size": FP4_GROUP},
 }
 _GROUP_SIZES = {"int8_wo": 64, "int4_wo": 32, "int4_awq": 128, "w4a8_awq": 128}  # where the caller may choose
-_INT8_PER_GROUP = False  # a scale for each group of int8_wo: nearer, where the engine's kernels take it
 _SMALLEST_GROUP = 8  # rather than smaller groups everywhere, a narrow layer is left out
 # What chooses experts decides too much to be rounded, and is small.
 _KEPT = ("*router*", "*shared_expert_gate*")
@@ -148,7 +147,7 @@ def fit(qformat: str, group_size: int | None, chosen: dict[str, Linear]) -> tupl
     fields = dict(_LAYERS[qformat])
     notes: list[str] = []
     left_out: dict[str, str] = {}
-    if qformat in _GROUP_SIZES and (qformat != "int8_wo" or _INT8_PER_GROUP):
+    if qformat in _GROUP_SIZES:
         asked = group_size or _GROUP_SIZES[qformat]
         size = best_group_size(asked, chosen)
         if size == 0 and qformat == "int8_wo":
