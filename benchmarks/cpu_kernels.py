@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from trtllm_cli.kernels.cpu import attention_steps, compiler, library, row_steps
-from trtllm_cli.kernels.cpu.pack import pack_linear
+from trtllm_cli.kernels.cpu.pack import pack_linear, step_arguments
+from trtllm_cli.kernels.linear_format import LinearFormat
 from trtllm_cli.run.model_inputs import ModelInputs
 
 SHAPES = [(576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152)]  # in, out
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 30, 576, 9, 3, 64, 1536, 49152
-FORMATS = ("float32", "bfloat16", "int8", "int4")
-GROUP_SIZE = 32
+FORMATS = ("float32", "bfloat16", "int8", "int4", "fp8")
+GROUP_SIZES = {"int8": 64, "int4": 32}  # fp8 has a scale an output
 BLOCK_SIZE = 32
 CACHE_BYTES = 100 << 20  # weights of a shape are copied until they are larger than this
 
@@ -50,11 +51,10 @@ class Linear:
     """A random packed weight; `step` makes its step."""
 
     def __init__(self, in_features, out_features, fmt):
-        self.packed = pack_linear(torch.randn(out_features, in_features) * in_features**-0.5, fmt, GROUP_SIZE)
+        stored = LinearFormat(fmt, GROUP_SIZES.get(fmt))
+        self.packed = pack_linear(torch.randn(out_features, in_features) * in_features**-0.5, stored)
         self.nbytes = sum(t.nbytes for t in self.packed.values())
-        self.arguments = {"in_features": in_features, "out_features": out_features, "fmt": fmt}
-        if fmt == "int4":
-            self.arguments["group_size"] = GROUP_SIZE
+        self.arguments = {"in_features": in_features, "out_features": out_features, **step_arguments(stored)}
 
     def copy(self):
         other = object.__new__(Linear)

@@ -38,13 +38,6 @@ def quantize_fp8(weight: torch.Tensor, group_size: int | None = None) -> tuple[t
     return values, scale if group_size else scale.squeeze(1)
 
 
-def dequantize_int8(
-    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None, group_size: int | None = None
-) -> torch.Tensor:
-    """float32 [out, in] of int8 [out, in] and scale [1], [out] or [out, groups]; zero 0 where there is none."""
-    return dequantize(weight, "int8", scale, zero, None, group_size)
-
-
 def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """weight [out, in] -> uint8 [out, ceil(in / 2)], float32 scale and zero [out, ceil(in / group_size)].
 
