@@ -135,3 +135,11 @@ def test_exit_codes(capsys, monkeypatch, error, code, words):
     assert got == code
     assert words in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("verb", ["bench", "eval"])
+def test_a_verb_of_several_alone_prints_its_help(verb, capsys):
+    code, out, err = trtllm(capsys, verb)
+    assert code == 2
+    assert f"Usage: trtllm {verb} " in out + err
+    assert "error" not in err

@@ -137,6 +137,8 @@ def _report(e: Exception) -> int:
         return INTERRUPTED
     if name == "Exit":
         return int(getattr(e, "exit_code", 0))
+    if name == "NoArgsIsHelpError":  # a verb of several, alone: its help is printed by now
+        return UsageError.exit_code
     if hasattr(e, "format_message"):  # typer's own: an unknown flag, a missing argument
         e = _usage_error(e)
     if isinstance(e, MemoryError):
