@@ -20,9 +20,10 @@ import common
 import torch
 
 FORMATS = (
-    "int8_wo", "int4_wo", "fp8_pc_pt", "fp8_block", "fp8", "fp8+kv", "int8_sq", "int4_awq", "w4a8_awq", "nvfp4"
+    "int8_wo", "int4_wo", "fp8_pc_pt", "fp8_block", "fp8", "fp8+kv", "int8_sq",
+    "int8_sq_static", "int4_awq", "w4a8_awq", "nvfp4",
 )  # fmt: skip
-PEERS = ("fp8", "int8_sq", "int4_awq", "w4a8_awq", "nvfp4", "fp8_pc_pt")
+PEERS = ("fp8", "int8_sq", "int8_sq_static", "int4_awq", "w4a8_awq", "nvfp4", "fp8_pc_pt")
 
 
 def packaged_gemma(work):
@@ -127,8 +128,8 @@ def measure(source, args):
 def markdown(data):
     text = "# What quantization costs\n\n"
     text += f"{common.machine_line(data['machine'])}; {', '.join(f'{k} {v}' for k, v in data['versions'].items())}.\n\n"
-    text += f"Perplexity over {data['eval']}, calibrated on {data['calibration']}. ModelOpt's int8_sq rounds "
-    text += "activations by one scale, ours each token by its own; its int4 has no zero points.\n"
+    text += f"Perplexity over {data['eval']}, calibrated on {data['calibration']}. ModelOpt's int8_sq is static: "
+    text += "one scale for all activations, where ours has one for each token; its int4 has no zero points.\n"
     for model in data["models"]:
         text += f"\n## {model['model']}: {model['perplexity']:.3f} as it is\n\n"
         rows = []

@@ -27,7 +27,8 @@ def quantize(
     qformat: Annotated[
         str | None,
         typer.Option(
-            help="fp8, fp8_pc_pt, fp8_block, int8_sq, int4_awq, w4a8_awq, nvfp4, int8_wo, int4_wo or full_prec.",
+            help="fp8, fp8_pc_pt, fp8_block, int8_sq, int8_sq_static, int4_awq, w4a8_awq, nvfp4, int8_wo, int4_wo"
+            " or full_prec.",
             show_default=False,
         ),
     ] = None,

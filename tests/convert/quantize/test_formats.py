@@ -26,6 +26,7 @@ def test_linears_of_all_stages():
         ("fp8_pc_pt", "FP8_PER_CHANNEL_PER_TOKEN", 128, False, False),
         ("fp8_block", "FP8_BLOCK_SCALES", 128, False, False), ("fp8", "FP8", 128, False, False),
         ("int8_sq", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", 128, False, True),
+        ("int8_sq_static", "W8A8_SQ_PER_CHANNEL", 128, False, True),
         ("int4_awq", "W4A16_AWQ", 64, True, True), ("w4a8_awq", "W4A8_AWQ", 64, True, True),
         ("nvfp4", "NVFP4", 16, False, False),
     ],

@@ -40,7 +40,8 @@ def options(qformat=None, **fields):
     [
         ("int8_wo", "W8A16", 0.02), ("int4_wo", "W4A16", 0.35), ("fp8_pc_pt", "FP8_PER_CHANNEL_PER_TOKEN", 0.15),
         ("fp8_block", "FP8_BLOCK_SCALES", 0.15), ("fp8", "FP8", 0.15),
-        ("int8_sq", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", 0.05), ("int4_awq", "W4A16_AWQ", 0.4),
+        ("int8_sq", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", 0.05),
+        ("int8_sq_static", "W8A8_SQ_PER_CHANNEL", 0.3), ("int4_awq", "W4A16_AWQ", 0.4),
         ("w4a8_awq", "W4A8_AWQ", 0.4), ("nvfp4", "NVFP4", 0.4),
     ],
 )  # fmt: skip

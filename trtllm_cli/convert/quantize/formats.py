@@ -18,9 +18,10 @@ from trtllm_cli.quant_config import KvCacheQuantAlgo, LayerQuant, QuantConfig
 
 # The names of TensorRT-LLM's quantize.py, and fp8_pc_pt and fp8_block as ModelOpt's examples call them.
 QFormat = Literal[
-    "full_prec", "int8_wo", "int4_wo", "fp8_pc_pt", "fp8_block", "fp8", "int8_sq", "int4_awq", "w4a8_awq", "nvfp4"
+    "full_prec", "int8_wo", "int4_wo", "fp8_pc_pt", "fp8_block", "fp8", "int8_sq", "int8_sq_static", "int4_awq",
+    "w4a8_awq", "nvfp4",
 ]  # fmt: skip
-CALIBRATED: frozenset[str] = frozenset({"fp8", "int8_sq", "int4_awq", "w4a8_awq", "nvfp4"})
+CALIBRATED: frozenset[str] = frozenset({"fp8", "int8_sq", "int8_sq_static", "int4_awq", "w4a8_awq", "nvfp4"})
 KvCache = Literal["fp8", "int8"]
 
 _SPELLINGS: dict[str, QFormat] = {
@@ -29,7 +30,8 @@ _SPELLINGS: dict[str, QFormat] = {
     "fp8_pb_wo": "fp8_block", "smoothquant": "int8_sq", "awq": "int4_awq", "w4a16_awq": "int4_awq", "fp4": "nvfp4",
 }  # fmt: skip
 
-# TensorRT-LLM's words for each format. int4_awq has zero points, which its own export has not but its kernels take.
+# TensorRT-LLM's words for each format. int4_awq has zero points, which its own export has not but its kernels take;
+# int8_sq has a scale for each token, where ModelOpt's has one for all (int8_sq_static), which costs far more.
 _LAYERS: dict[str, dict[str, Any]] = {
     "int8_wo": {"quant_algo": "W8A16"},
     "int4_wo": {"quant_algo": "W4A16", "has_zero_point": True},
@@ -37,6 +39,7 @@ _LAYERS: dict[str, dict[str, Any]] = {
     "fp8_block": {"quant_algo": "FP8_BLOCK_SCALES", "group_size": FP8_BLOCK},
     "fp8": {"quant_algo": "FP8"},
     "int8_sq": {"quant_algo": "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "pre_quant_scale": True},
+    "int8_sq_static": {"quant_algo": "W8A8_SQ_PER_CHANNEL", "pre_quant_scale": True},
     "int4_awq": {"quant_algo": "W4A16_AWQ", "has_zero_point": True, "pre_quant_scale": True},
     "w4a8_awq": {"quant_algo": "W4A8_AWQ", "has_zero_point": True, "pre_quant_scale": True},
     "nvfp4": {"quant_algo": "NVFP4", "group_size": FP4_GROUP},

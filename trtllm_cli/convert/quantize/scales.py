@@ -16,7 +16,7 @@ TINY = 1e-30
 # Steps from a group's smallest to its largest weight. Below 15: weights that lie on fewer levels than there are stay
 # exactly as they were. Above: the ends are clipped, and the rest is finer.
 _STEPS = (15.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0, 7.0, 15.7, 16.5, 17.5, 19.0)
-_FP8_TRIALS = 12  # scales within an octave
+_FP8_TRIALS = 24  # scales within an octave
 _REFINEMENTS = 2
 _SYMMETRIC = (7.0, 7.5, 8.0, 8.5, 9.0, 10.0)  # the largest magnitude, in steps
 
