@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trtllm_cli.mapping import Rank
     from trtllm_cli.model_config import ModelConfig
 
-BLOCK = 1 << 18  # elements that go through at once: they stay in the cache
+BLOCK = 1 << 18  # elements that go through at once to a rank: they stay in the cache
 
 
 class _Made(Protocol):
@@ -139,7 +139,8 @@ def _write_rows(
     for part, value in made.fixed.items():
         _write_fixed(job, part, value, config, writers)
     width = job.weight.shape[-1] if len(job.weight.shape) > 1 else 1
-    step = max(1, BLOCK // width // made.rows_multiple) * made.rows_multiple
+    ranks = len(job.parts) if job.weight.shard in ("columns", "expert_columns") else 1  # that a block is cut for
+    step = max(1, BLOCK * ranks // width // made.rows_multiple) * made.rows_multiple
     for start in range(0, made.rows, step):
         if stopped():
             raise StoppedError
