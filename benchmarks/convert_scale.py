@@ -31,6 +31,10 @@ SPEED = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 32000,
 }  # fmt: skip
+TINY = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "vocab_size": 256,
+}  # fmt: skip
 LAYERS_A_FILE = 8
 SPEED_RUNS = [
     ("bfloat16, 1 worker", []),
@@ -130,23 +134,27 @@ def measure_speed(work, gigabytes, rounds):
     snapshot, out = work / "random", work / "random-out"
     block = (torch.randn(32 << 20) * 0.02).bfloat16().view(torch.uint8).numpy().data
     write_snapshot(snapshot, config, block)
+    tiny = work / "tiny"
+    write_snapshot(tiny, TINY, block)
     size = sum(f.stat().st_size for f in snapshot.iterdir())
-    runs = [("cp and sync", None), *SPEED_RUNS]
-    seconds = {name: [] for name, _ in runs}
+    runs = [("cp and sync", snapshot, None), *((name, snapshot, flags) for name, flags in SPEED_RUNS)]
+    runs.append(("a model of 1 MB: starting Python and torch", tiny, []))
+    seconds = {name: [] for name, _, _ in runs}
     for turn in range(rounds):
-        for name, flags in runs:
+        for name, source, flags in runs:
             if flags is None:
                 command = f"cp -r '{snapshot}' '{out}' && sync '{out}'/*"
                 start = time.perf_counter()
                 subprocess.run(["sh", "-c", command], check=True)
             else:
-                command = [*common.TRTLLM, "convert", snapshot, "--output-dir", out, *flags]
+                command = [*common.TRTLLM, "convert", source, "--output-dir", out, *flags]
                 start = time.perf_counter()
                 common.run(command)
             seconds[name].append(time.perf_counter() - start)
             common.say(f"turn {turn + 1}: {seconds[name][-1]:7.2f} s  {name}")
             shutil.rmtree(out)
     shutil.rmtree(snapshot)
+    shutil.rmtree(tiny)
     base = statistics.median(seconds["cp and sync"])
     return size, [
         {"name": n, "median_s": statistics.median(v), "ratio": statistics.median(v) / base, "seconds": v}
