@@ -236,7 +236,7 @@ def writing(
     """Yields a fresh directory to write into, which becomes `output_dir` when the block ends without an error.
 
     On an error it is removed. A partial directory that a killed run left is emptied first, unless `resumes` says of it
-    that this run goes on with it; such a stage's is also left when it is interrupted. One that a live process holds
+    that a run can go on with it; if so it is also left when this one is interrupted. One that a live process holds
     raises ResourceError. `source` is what the stage reads, and is kept apart from the output.
     """
     check_output(output_dir, force=force, source=source)
@@ -258,7 +258,7 @@ def writing(
                 yield partial
                 _replace(partial, output_dir)
         except KeyboardInterrupt:
-            if resumes is None:
+            if resumes is None or not resumes(partial):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         except BaseException:

@@ -226,7 +226,7 @@ def test_an_artifact_of_another_stage(tiny, trtllm, given, wanted, fix):
         ("snapshot", {"intermediate_size": 1000}, ARTIFACT, "by the config it should be [1000, 64]"),
         ("snapshot", {"new_thing": 1}, UNSUPPORTED, "`new_thing` is 1"),
         ("snapshot", {"hidden_act": "swishy"}, UNSUPPORTED, "`hidden_act` is 'swishy'"),
-        ("snapshot", {"quantization_config": {"quant_method": "gptq"}}, UNSUPPORTED, "quantized already"),
+        ("snapshot", {"quantization_config": {"quant_method": "bitsandbytes"}}, UNSUPPORTED, "by bitsandbytes"),
         ("checkpoint", {"hidden_size": ...}, ARTIFACT, "field `hidden_size` is missing"),
         ("checkpoint", {"num_hidden_layers": "three"}, ARTIFACT, "field `num_hidden_layers`"),
         ("checkpoint", {"num_hidden_layers": 10**9}, ARTIFACT, "field `num_hidden_layers`"),
@@ -513,11 +513,11 @@ def command(*args, **more):
 SLOW = """
 import sys, time
 from trtllm_cli.tensor_file import TensorFileWriter
-write = TensorFileWriter.write
+write_at = TensorFileWriter.write_at
 def slowly(self, *args):
-    write(self, *args)
+    write_at(self, *args)
     time.sleep(0.2)
-TensorFileWriter.write = slowly
+TensorFileWriter.write_at = slowly
 from trtllm_cli.cli import call
 sys.exit(call(sys.argv[1:]))
 """
