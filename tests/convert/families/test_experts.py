@@ -162,7 +162,7 @@ def test_quantized_experts(family, settings, tmp_path):
     assert not any("router" in name or "shared_expert_gate" in name for name in kept)
     assert tensors["transformer.layers.2.mlp.router.weight"].dtype == torch.float32
     got = ranks_logits(checkpoint, [PROMPT])
-    assert relative(got[0][:, :VOCAB_SIZE], want) < 0.1
+    assert relative(got[0][:, :VOCAB_SIZE], want) < 0.15
 
 
 def quantize_experts(snapshot, seed=0):
@@ -299,4 +299,4 @@ def test_quantized_latent_attention(tmp_path, monkeypatch):
     assert tensors[f"{attention}.q_b_nope_proj.weight"].dtype == torch.float8_e4m3fn
     assert tensors[f"{attention}.k_b_proj.weight"].dtype == torch.float32
     got = ranks_logits(checkpoint, [PROMPT])
-    assert relative(got[0][:, :VOCAB_SIZE], want) < 0.1
+    assert relative(got[0][:, :VOCAB_SIZE], want) < 0.15
