@@ -5,7 +5,8 @@
 
 Ours is scored as what is on disk: the checkpoint of `trtllm quantize`, read back. ModelOpt's is its own fake-quantized
 model: mtq.quantize on the same traced program, with the same calibration tokens. Time is of calibration and conversion,
-and with ModelOpt of calibration alone. Text: the held-out and the calibration text that the package ships, or --text.
+and with ModelOpt of calibration alone. Text: the two parts of the held-out text that the package ships (addresses and a
+novel), or --text.
 """
 
 import argparse
@@ -55,6 +56,21 @@ def options_of(name, args):
     )
 
 
+def texts_of(spec):
+    """Name -> texts: of the shipped held-out text, its two parts apart."""
+    from trtllm_cli.evaluate.text import HELDOUT, load_texts
+
+    texts = load_texts(spec)
+    if spec != HELDOUT:
+        return {Path(spec).stem: texts}
+    novel = [text for text in texts if text.lstrip().startswith("CHAPTER")]
+    return {"addresses": [text for text in texts if text not in novel], "novel": novel}
+
+
+def said(perplexities):
+    return ", ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
+
+
 class Model:
     """A source, its program, and the text that it is measured on."""
 
@@ -72,14 +88,17 @@ class Model:
         tokenizer_dir.mkdir(parents=True, exist_ok=True)
         self.reader.write_tokenizer(tokenizer_dir)
         tokenizer = load_tokenizer(tokenizer_dir, self.config.vocab_size)
-        self.heldout = heldout_windows(load_texts(args.text), tokenizer, args.eval_windows, args.eval_length)
+        self.heldout = {
+            name: heldout_windows(texts, tokenizer, args.eval_windows, args.eval_length)
+            for name, texts in texts_of(args.text).items()
+        }
         calibration = windows(load_texts(args.calib_text), tokenizer, args.calib_size, args.calib_length)
         self.calibration = torch.tensor(calibration)
 
     def perplexity(self, program):
         from trtllm_cli.evaluate.scoring import ProgramScorer, perplexity
 
-        return perplexity(ProgramScorer(program), self.heldout).perplexity
+        return {name: perplexity(ProgramScorer(program), w).perplexity for name, w in self.heldout.items()}
 
     def ours(self, name):
         """Perplexity, seconds, bytes and the algorithm's name of our checkpoint."""
@@ -114,13 +133,13 @@ def measure(source, args):
     common.say(f"reading {source.name}")
     model = Model(source, args)
     rows, plain = [], model.perplexity(model.program)
-    common.say(f"  as it is: {plain:.3f}")
+    common.say(f"  as it is: {said(plain)}")
     for name in args.formats:
         row = {"format": name, "ours": model.ours(name)}
-        common.say(f"  {name}: {row['ours']['perplexity']:.3f}, {row['ours']['seconds']:.1f} s")
+        common.say(f"  {name}: {said(row['ours']['perplexity'])}, {row['ours']['seconds']:.1f} s")
         if args.peers and name in PEERS:
             row["modelopt"] = model.modelopts(name)
-            common.say(f"    ModelOpt: {row['modelopt']['perplexity']:.3f}, {row['modelopt']['seconds']:.1f} s")
+            common.say(f"    ModelOpt: {said(row['modelopt']['perplexity'])}, {row['modelopt']['seconds']:.1f} s")
         rows.append(row)
     return {"model": source.name, "dtype": model.config.dtype, "perplexity": plain, "rows": rows}
 
@@ -128,26 +147,30 @@ def measure(source, args):
 def markdown(data):
     text = "# What quantization costs\n\n"
     text += f"{common.machine_line(data['machine'])}; {', '.join(f'{k} {v}' for k, v in data['versions'].items())}.\n\n"
-    text += f"Perplexity over {data['eval']}, calibrated on {data['calibration']}. ModelOpt's int8_sq is static: "
+    text += f"How much perplexity rises, over {data['eval']}, calibrated on {data['calibration']}; ratio: of our\n"
+    text += (
+        "perplexity to ModelOpt's; s: calibration and conversion, its s: calibration. ModelOpt's int8_sq is static:\n"
+    )
     text += "one scale for all activations, where ours has one for each token; its int4 has no zero points.\n"
     for model in data["models"]:
-        text += f"\n## {model['model']}: {model['perplexity']:.3f} as it is\n\n"
-        rows = []
-        for row in model["rows"]:
-            ours, theirs = row["ours"], row.get("modelopt")
-            cells = [row["format"], ours["algo"] or "–", f"{ours['perplexity']:.3f}"]
-            cells += [f"{ours['perplexity'] / model['perplexity'] - 1:+.2%}", f"{ours['seconds']:.0f}"]
-            cells.append(f"{ours['bytes'] / 2**20:.0f}")
-            if theirs is None:
-                cells += ["–", "–", "–", "–"]
-            else:
-                ratio = ours["perplexity"] / theirs["perplexity"]
-                change = theirs["perplexity"] / model["perplexity"] - 1
-                cells += [f"{theirs['perplexity']:.3f}", f"{change:+.2%}", f"{theirs['seconds']:.0f}", f"{ratio:.4f}"]
-            rows.append(cells)
-        headings = ["format", "algorithm", "ours", "change", "s", "MiB", "ModelOpt", "its change", "its s", "ratio"]
-        text += common.table(headings, rows)
+        text += f"\n## {model['model']}: {said(model['perplexity'])} as it is\n\n"
+        headings = ["format", "algorithm", "s", "MiB", "its s"]
+        for name in model["perplexity"]:
+            headings += [name, "ModelOpt", "ratio"]
+        text += common.table(headings, [cells_of(row, model["perplexity"]) for row in model["rows"]])
     return text
+
+
+def cells_of(row, plain):
+    """A row of the table: the rise of perplexity on each text, ours and ModelOpt's, and the ratio of the two."""
+    ours, theirs = row["ours"], row.get("modelopt")
+    cells = [row["format"], ours["algo"] or "–", f"{ours['seconds']:.0f}", f"{ours['bytes'] / 2**20:.0f}"]
+    cells.append(f"{theirs['seconds']:.0f}" if theirs else "–")
+    for name, value in plain.items():
+        mine, other = ours["perplexity"][name], theirs and theirs["perplexity"][name]
+        cells += [f"{mine / value - 1:+.2%}", f"{other / value - 1:+.2%}" if theirs else "–"]
+        cells.append(f"{mine / other:.4f}" if theirs else "–")
+    return cells
 
 
 def main():
@@ -178,7 +201,7 @@ def main():
     data = {
         "machine": common.machine(),
         "versions": versions,
-        "eval": f"{args.eval_windows} x {args.eval_length} tokens of {args.text}",
+        "eval": f"{args.eval_windows} x {args.eval_length} tokens of each text",
         "calibration": f"{args.calib_size} x {args.calib_length} tokens of {args.calib_text}",
         "models": models,
     }
