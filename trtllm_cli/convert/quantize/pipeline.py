@@ -7,6 +7,7 @@ the checkpoint while that has no name yet, so that one that is too far off is ne
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from trtllm_cli.errors import ResourceError, UsageError
 from trtllm_cli.evaluate.text import CALIBRATION, HELDOUT
 from trtllm_cli.model_config import ModelConfig
 from trtllm_cli.quant_config import QuantConfig
+from trtllm_cli.tensor_file import ITEMSIZE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -249,7 +251,7 @@ class _Run:
             quantized,
             self.heldout(),
             None if self.progress is None else lambda done, total: self._tell("compare", done, total),
-            bytes_before=sum(info.nbytes for info in self.reader.tensors.values()),
+            bytes_before=sum(map(math.prod, self.reader.weights.values())) * ITEMSIZE[config.dtype],
             bytes_after=written,
             max_ppl_increase=MAX_PPL_INCREASE if allowed is None else allowed,
             names=(self.reader.path.name, config.quantization.quant_algo or "checkpoint"),
