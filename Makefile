@@ -7,14 +7,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup demo test lint format bench bench-peers clean
+.PHONY: help setup demo test lint format bench bench-peers bench-quantize bench-convert fuzz clean
 
 help:
 	@echo "make demo     fetch a small real model, convert, build, run it"
 	@echo "make test     all tests"
 	@echo "make lint     ruff, mypy, import-linter"
 	@echo "make format   rewrite the code as ruff has it"
-	@echo "make bench    this machine's figures: start-up, quality, kernels; bench-peers compares with other engines"
+	@echo "make bench    this machine's figures: start-up, quality, kernels; bench-peers compares with other engines,"
+	@echo "              bench-quantize with ModelOpt, bench-convert with cp; fuzz reads mutated files"
 
 setup: $(READY)
 
@@ -49,6 +50,15 @@ bench: $(READY)
 
 bench-peers: $(READY)
 	$(BIN)/python benchmarks/cpu_peers.py --peer-python $(PEER_PYTHON)
+
+bench-quantize: $(READY)
+	$(BIN)/python benchmarks/quantize_quality.py
+
+bench-convert: $(READY)
+	$(BIN)/python benchmarks/convert_scale.py
+
+fuzz: $(READY)
+	$(BIN)/python benchmarks/fuzz_readers.py
 
 clean:
 	rm -rf build/lib dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
