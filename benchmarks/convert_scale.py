@@ -8,6 +8,7 @@ figure is the process's peak of resident memory, and how much of it was there on
 
 Time: random weights, converted with the same dtype, beside `cp` of the same files, each with its bytes brought to the
 disk at the end. The two take turns; the median of each is compared. Files are in the page cache where it holds them.
+`cp` alone, which leaves its bytes in memory, is there too. CPU seconds are user and system time of all threads.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -137,29 +137,38 @@ def measure_speed(work, gigabytes, rounds):
     tiny = work / "tiny"
     write_snapshot(tiny, TINY, block)
     size = sum(f.stat().st_size for f in snapshot.iterdir())
-    runs = [("cp and sync", snapshot, None), *((name, snapshot, flags) for name, flags in SPEED_RUNS)]
+    copies = {"cp and sync": f"cp -r '{snapshot}' '{out}' && sync '{out}'/*", "cp": f"cp -r '{snapshot}' '{out}'"}
+    runs = [*((name, snapshot, None) for name in copies), *((name, snapshot, flags) for name, flags in SPEED_RUNS)]
     runs.append(("a model of 1 MB: starting Python and torch", tiny, []))
-    seconds = {name: [] for name, _, _ in runs}
+    seconds, cpu = {name: [] for name, _, _ in runs}, {name: [] for name, _, _ in runs}
     for turn in range(rounds):
         for name, source, flags in runs:
             if flags is None:
-                command = f"cp -r '{snapshot}' '{out}' && sync '{out}'/*"
-                start = time.perf_counter()
-                subprocess.run(["sh", "-c", command], check=True)
+                command = ["sh", "-c", copies[name]]
             else:
                 command = [*common.TRTLLM, "convert", source, "--output-dir", out, *flags]
-                start = time.perf_counter()
-                common.run(command)
+            start, start_cpu = time.perf_counter(), children_cpu()
+            common.run(command)
             seconds[name].append(time.perf_counter() - start)
-            common.say(f"turn {turn + 1}: {seconds[name][-1]:7.2f} s  {name}")
+            cpu[name].append(children_cpu() - start_cpu)
+            common.say(f"turn {turn + 1}: {seconds[name][-1]:7.2f} s, {cpu[name][-1]:6.2f} s of CPU  {name}")
             shutil.rmtree(out)
     shutil.rmtree(snapshot)
     shutil.rmtree(tiny)
-    base = statistics.median(seconds["cp and sync"])
+    median = {name: statistics.median(times) for name, times in seconds.items()}
     return size, [
-        {"name": n, "median_s": statistics.median(v), "ratio": statistics.median(v) / base, "seconds": v}
-        for n, v in seconds.items()
-    ]
+        {
+            "name": n, "median_s": s, "cpu_s": statistics.median(cpu[n]), "ratio": s / median["cp and sync"],
+            "ratio_cp": s / median["cp"], "seconds": seconds[n],
+        }
+        for n, s in median.items()
+    ]  # fmt: skip
+
+
+def children_cpu():
+    """User and system seconds of all processes that have been run."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def markdown(data):
@@ -188,11 +197,13 @@ def markdown(data):
                 f"{r['median_s']:.2f}",
                 f"{min(r['seconds']):.2f}",
                 f"{max(r['seconds']):.2f}",
+                f"{r['cpu_s']:.2f}",
                 f"{r['ratio']:.2f}",
+                f"{r['ratio_cp']:.2f}",
             ]
             for r in data["speed"]
         ]
-        text += common.table(["", "median s", "least", "most", "times cp"], rows)
+        text += common.table(["", "median s", "least", "most", "CPU s", "times cp and sync", "times cp"], rows)
     return text
 
 
