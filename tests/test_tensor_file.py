@@ -112,3 +112,22 @@ def test_too_short_files(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ArtifactError, match="nothing.safetensors is missing"):
         TensorFile(tmp_path / "nothing.safetensors")
+
+
+def test_what_is_finished_of_a_file_grows_within_a_tensor(tmp_path):
+    infos = {"a": TensorInfo("uint8", (4,)), "b": TensorInfo("uint8", (6,))}
+    with TensorFileWriter(tmp_path / "f", infos, {}) as out:
+        start = out.size - 10
+        assert out.finished_bytes() == start
+        out.write_at("a", 2, b"34")  # not from its beginning on
+        assert out.finished_bytes() == start
+        out.write_at("a", 0, b"1")
+        assert out.finished_bytes() == start + 1
+        out.write_at("b", 0, b"56")
+        assert out.finished_bytes() == start + 1
+        out.write_at("a", 1, b"2")
+        assert out.finished_bytes() == start + 6
+        out.begin_flush(0, start + 6)
+        out.leave_zeros("b", 2, 4)
+        assert out.finished_bytes() == out.size
+    assert (tmp_path / "f").read_bytes()[start:] == b"123456" + bytes(4)

@@ -181,8 +181,11 @@ class TensorFileWriter:
     ) -> None:
         self.path = path
         self.tensors = dict(tensors)
+        self._names = list(tensors)
         # bytes not written yet
         self._pending = {name: 0 if name in written else info.nbytes for name, info in tensors.items()}
+        self._begun = dict.fromkeys(tensors, 0)  # bytes from each one's beginning on that are there
+        self._unfinished = 0  # the first tensor that is not known to be complete
         self._offsets: dict[str, int] = {}
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         position = 0
@@ -222,11 +225,16 @@ class TensorFileWriter:
         while view:
             n = os.pwrite(self._file.fileno(), view, position)
             view, position = view[n:], position + n
-        self._pending[name] -= size
+        self._count(name, offset, size)
 
     def leave_zeros(self, name: str, offset: int, size: int) -> None:
         """Counts a piece as written that stays zeros, as the file is made."""
         self._check(name, offset, size)
+        self._count(name, offset, size)
+
+    def _count(self, name: str, offset: int, size: int) -> None:
+        if offset == self._begun[name]:
+            self._begun[name] += size
         self._pending[name] -= size
 
     def _check(self, name: str, offset: int, size: int) -> None:
@@ -234,15 +242,25 @@ class TensorFileWriter:
         assert offset + size <= self.tensors[name].nbytes, f"{name}: written past its end"
 
     def finished_bytes(self) -> int:
-        """How much of the file's beginning is as it will be."""
-        for name in self.tensors:
+        """How much of the file's beginning is as it will be, as far as known. For one thread."""
+        while self._unfinished < len(self._names):
+            name = self._names[self._unfinished]
+            begun = self._begun[name]  # before asking for what is pending: a thread may write the last piece now
             if self._pending[name]:
-                return self._data_start + self._offsets[name]
+                return self._data_start + self._offsets[name] + begun
+            self._unfinished += 1
         return self.size
 
     def read_back(self, position: int, out: memoryview) -> int:
         """Fills `out` with the file's bytes as they are now, from `position` of the file; how many there were."""
         return os.preadv(self._file.fileno(), [out], position)
+
+    def begin_flush(self, start: int, stop: int) -> None:
+        """Has the system write bytes start..stop of the file to the disk now, and does not wait for it.
+
+        What is on the disk already may leave memory: that is how the advice is meant.
+        """
+        os.posix_fadvise(self._file.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
 
     def flush(self) -> None:
         """What was written so far is on the disk afterwards."""

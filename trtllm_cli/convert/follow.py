@@ -1,6 +1,7 @@
 """SHA-256 of files while they are written, so that nobody has to read them again from the disk.
 
 A thread follows the part of each file that is finished from its beginning on; it finds those bytes still in memory.
+What it has hashed it sends to the disk, which so works beside the conversion and has little left to do at the end.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Self
 from trtllm_cli.tensor_file import TensorFileWriter
 
 _CHUNK = 1 << 20  # bytes hashed at once: they stay in the cache
+_FLUSH = 32 << 20  # bytes sent to the disk at once
+_LOOK_SECONDS = 0.01  # between looks at a tensor that is being written
 
 
 class Follower:
@@ -49,7 +52,7 @@ class Follower:
     def _run(self) -> None:
         try:
             while not self._stop and any(not file.done for file in self._files):
-                self._wake.wait()
+                self._wake.wait(_LOOK_SECONDS)
                 self._wake.clear()
                 while not self._stop and sum(file.step() for file in self._files):
                     pass  # each file had a turn
@@ -60,6 +63,7 @@ class Follower:
 class _File:
     def __init__(self, writer: TensorFileWriter) -> None:
         self.writer, self.digest, self.position = writer, hashlib.sha256(), 0
+        self._sent = 0  # bytes on their way to the disk
         self._buffer = memoryview(bytearray(_CHUNK))
 
     @property
@@ -75,4 +79,7 @@ class _File:
         assert size, f"{self.writer.path} was cut short"
         self.digest.update(self._buffer[:size])
         self.position += size
+        if self.position - self._sent >= _FLUSH:
+            self.writer.begin_flush(self._sent, self.position)
+            self._sent = self.position
         return True
