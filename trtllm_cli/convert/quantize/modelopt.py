@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,8 @@ def _config(mtq: Any, config: QuantConfig, model: Program) -> dict[str, Any]:
     made: dict[str, Any] = copy.deepcopy(getattr(mtq, preset))
     if algo in ("W4A16_AWQ", "W4A8_AWQ"):
         _set_group_size(made["quant_cfg"], config.group_size)
+    # It takes `mlp.gate`, which is an MLP's up projection here, for a router, and leaves it out like the head.
+    made["quant_cfg"] = [e for e in made["quant_cfg"] if not re.search(r"mlp\.gate\.|lm_head", e["quantizer_name"])]
     left_out = [name for name in model.linears if config.layer_quant(name) is None]
     made["quant_cfg"] += [{"quantizer_name": f"{name}.*", "enable": False} for name in left_out]
     return made
