@@ -5,6 +5,7 @@ tests/convert/test_hostile_input.py runs a few hundred for each reader, benchmar
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import resource
@@ -161,11 +162,12 @@ def change_json(data: bytes, rng: random.Random) -> bytes:
         holder, key = rng.choice(places)
         match rng.randrange(5):
             case 0 | 1 | 2:
-                holder[key] = rng.choice(_STRANGE)
+                holder[key] = copy.deepcopy(rng.choice(_STRANGE))
             case 3:
                 del holder[key]
             case 4 if isinstance(holder, dict):
-                holder[rng.choice(("__proto__", "", "x" * 3000, str(key).upper(), "quantization_config"))] = holder[key]
+                name = rng.choice(("__proto__", "", "x" * 3000, str(key).upper(), "quantization_config"))
+                holder[name] = copy.deepcopy(holder[key])
             case _:
                 holder[key] = [holder[key]] * rng.randint(0, 3)
     text = json.dumps(tree).encode("utf-8", "surrogatepass")

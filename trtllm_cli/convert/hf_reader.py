@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import warnings
@@ -153,7 +154,11 @@ class _BinFile:
         try:
             with warnings.catch_warnings(action="ignore"):  # what is wrong is raised, below
                 # The format before torch 1.6 is no zip archive, and cannot be mapped.
-                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+                if _is_zip(path):
+                    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                else:
+                    with _WithinFile(path) as f:
+                        loaded = torch.load(f, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise SnapshotError(f"{path.name} is missing", where=str(path)) from None
         except pickle.UnpicklingError as e:
@@ -187,6 +192,19 @@ class _BinFile:
 
     def close(self) -> None:
         self._tensors.clear()
+
+
+class _WithinFile(io.BufferedReader):
+    """A file whose reads are no longer than what is left of it: a damaged length must not become a huge buffer."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.open("rb", buffering=0))
+        self._size = path.stat().st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        """At most `size` bytes."""
+        left = max(0, self._size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _is_zip(path: Path) -> bool:

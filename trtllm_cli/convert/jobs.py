@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trtllm_cli.mapping import Rank
     from trtllm_cli.model_config import ModelConfig
 
-BLOCK = 1 << 19  # elements that go through at once to a rank: they stay in the cache
+BLOCK = 1 << 18  # elements that go through at once to a rank: they stay in the cache
 
 
 class _Made(Protocol):
