@@ -56,24 +56,6 @@ def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, 
     return pack_nibbles(q.flatten(1)[:, : weight.shape[1]]), scale, zero
 
 
-def dequantize_int4(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None = None,
-    group_size: int | None = None,
-    in_features: int | None = None,
-) -> torch.Tensor:
-    """float32 [out, in] of what quantize_int4 gives; zero 8 where there is none.
-
-    By default every nibble is an input and all groups are as long; a short last group needs `group_size`.
-    """
-    in_features = in_features or 2 * weight.shape[1]
-    group_size = group_size or in_features // scale.shape[1]
-    q = grouped(unpack_nibbles(weight, in_features).float(), group_size)
-    offset = 8.0 if zero is None else zero.float()[..., None]
-    return ((q - offset) * scale.float()[..., None]).flatten(1)[:, :in_features]
-
-
 def pack_nibbles(values: torch.Tensor) -> torch.Tensor:
     """uint8 [out, in] below 16 -> uint8 [out, ceil(in / 2)], the even column in the low nibble."""
     if values.shape[1] % 2:
@@ -82,8 +64,8 @@ def pack_nibbles(values: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_nibbles(packed: torch.Tensor, in_features: int) -> torch.Tensor:
-    """What undoes pack_nibbles: uint8 [out, in_features]."""
-    return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)[:, :in_features]
+    """What undoes pack_nibbles: uint8 [..., out, in_features]."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :in_features]
 
 
 def grouped(values: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -112,7 +94,7 @@ def dequantize(
         return weight.float()
     assert scale is not None
     if quant in ("int4", "fp4"):
-        nibbles = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
+        nibbles = unpack_nibbles(weight, 2 * weight.shape[-1])
         values = nibbles.float() if quant == "int4" else fp4_values(nibbles)
     else:
         values = weight.float()

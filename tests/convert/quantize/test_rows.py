@@ -116,10 +116,11 @@ def test_search_is_better_than_the_extremes():
         back = dequantize(made["weight"], "int4", made["weights_scaling_factor"], made["zero"], None, 64)
         return float(((back - w).square() * importance).sum())
 
-    from trtllm_cli.kernels.quantization import dequantize_int4, quantize_int4
+    from trtllm_cli.kernels.quantization import dequantize, quantize_int4
 
     flat = torch.ones(64)
-    plain = float((dequantize_int4(*quantize_int4(w, 64)) - w).square().sum())
+    values, scale, zero = quantize_int4(w, 64)
+    plain = float((dequantize(values, "int4", scale, zero, group_size=64) - w).square().sum())
     assert error(None, flat) < 0.9 * plain
     importance = torch.rand(64, generator=torch.Generator().manual_seed(1)) ** 4
     assert error(LayerCalibration(importance=importance), importance) < 0.95 * error(None, importance)
