@@ -60,7 +60,7 @@ def test_flags_may_have_underscores(verb, capsys):
         command = command.commands[name]
     dashed = [o for p in command.params for o in p.opts if "-" in o.lstrip("-")]
     for flag in dashed:
-        assert cli.normalize([flag.replace("-", "_").replace("__", "--", 1), "a_b"]) == ([flag, "a_b"], False)
+        assert cli.normalize([flag.replace("-", "_").replace("__", "--", 1), "a_b"]) == ([flag, "a_b"], cli.Settings())
     assert typer
 
 

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from trtllm_cli.run.communicator import Activity
+
 T = TypeVar("T")
 PATIENCE = 60  # seconds that a rank waits for another
 
@@ -20,6 +22,7 @@ class ThreadRank:
 
     def __init__(self, rank: int, world_size: int, channels: dict[tuple[int, int], queue.Queue[Any]]) -> None:
         self.rank, self.world_size, self._channels = rank, world_size, channels
+        self.activity = Activity()
 
     def _put(self, message: Any, to: int) -> None:
         self._channels[self.rank, to].put(message)
@@ -39,6 +42,14 @@ class ThreadRank:
 
     def recv(self, out: np.ndarray, source: int) -> None:
         out[:] = self._get(source)
+
+    def exchange(self, text: str) -> list[str]:
+        for to in range(self.world_size):
+            self._put(text, to)
+        return [self._get(source) for source in range(self.world_size)]
+
+    def push(self) -> None:
+        pass
 
     def _exchange(self, x: np.ndarray, group: Sequence[int]) -> list[np.ndarray]:
         """Every rank's x, in the group's order."""

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from trtllm_cli.errors import ResourceError, TrtllmError, UsageError
+from trtllm_cli.errors import INTERNAL, ResourceError, TrtllmError, UsageError
 from trtllm_cli.version import __version__
+
+if TYPE_CHECKING:
+    from trtllm_cli.run.world import World
 
 # Verb -> what the help says of it. Its module is commands/VERB.py, which holds a function VERB or a Typer `app`.
 VERBS = {
@@ -26,8 +31,9 @@ VERBS = {
     "eval": "Measure quality: perplexity, and what quantization changed.",
     "inspect": "Say what a snapshot, checkpoint or engine is, and what to do with it next.",
 }
+# What several ranks do together; everything else is done once, without mpirun.
+RANKED = (["run"], ["bench", "throughput"], ["bench", "latency"])
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-INTERNAL = 70  # EX_SOFTWARE of sysexits.h: our own bug
 
 HELP = f"""\
 Usage: trtllm VERB [OPTIONS] ...
@@ -40,6 +46,8 @@ Verbs:
 Options:
   --version   Print the version.
   --debug     Show the traceback of an error; works with every verb.
+  --rank-timeout SECONDS
+              With several ranks: end them all when one gets nothing done for so long. Default: 6.
   -h, --help  Show this message; `trtllm VERB --help` shows a verb's options and examples.
 
 Examples:
@@ -51,9 +59,12 @@ Examples:
   All of them in one:
   trtllm run --model HuggingFaceTB/SmolLM2-135M-Instruct --streaming "Why is the sky blue?"
 
+  On several ranks, for an engine of a checkpoint that was converted with --tp-size or --pp-size:
+  mpirun -n 4 trtllm run --engine-dir engine_tp2_pp2 --streaming "Why is the sky blue?"
+
 Exit codes: 0 done, 2 wrong usage, 3 a missing or damaged artifact, 4 unsupported input, 5 the hub, 6 the machine
-(disk, memory, tools), 7 a request past the engine's limits, 8 a quality bound is exceeded,
-{INTERNAL} a bug in trtllm, {INTERRUPTED} interrupted.
+(disk, memory, tools), 7 a request past the engine's limits, 8 a quality bound is exceeded, 9 a rank was
+killed or hangs, {INTERNAL} a bug in trtllm, {INTERRUPTED} interrupted.
 """
 
 
@@ -64,41 +75,96 @@ def main() -> None:
 
 def call(args: Sequence[str]) -> int:
     """Runs the command line `args` (without the program's name); the exit code."""
-    argv, debug = normalize(args)
+    argv, settings = args, Settings()
+    world = None
     try:
-        return _dispatch(argv)
-    except BrokenPipeError:
-        # The reader of our output has gone; Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except SystemExit as e:
-        # typer's word for a closed pipe
-        return 0 if isinstance(e.__context__, BrokenPipeError) else int(e.code or 0)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception as e:
-        if debug:
+        argv, settings = normalize(args)
+        world = _join(argv, settings)
+        code = _dispatch(argv)
+    except BaseException as e:
+        error = _failure(e)
+        if settings.debug and not isinstance(e, KeyboardInterrupt | SystemExit):
             import traceback
 
             traceback.print_exc()
-        return _report(e)
+        if world is not None and error.code and not world.is_over:
+            world.fail(error.text or "interrupted", error.code)
+        if error.text:
+            _print_error(error.text, "internal error" if error.code == INTERNAL else "error")
+        code = error.code
+    if world is not None:
+        world.leave()
+    return code
 
 
-def normalize(args: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments with `--some_flag` written `--some-flag`, and `--debug` taken out and returned."""
+@dataclass(frozen=True)
+class Settings:
+    """The options that work with every verb."""
+
+    debug: bool = False
+    rank_timeout: float | None = None  # seconds
+
+
+def normalize(args: Sequence[str]) -> tuple[list[str], Settings]:
+    """The arguments with `--some_flag` written `--some-flag`, and those of every verb taken out and returned."""
     out: list[str] = []
-    debug = bool(os.environ.get("TRTLLM_DEBUG"))
-    for i, arg in enumerate(args):
+    debug, timeout = bool(os.environ.get("TRTLLM_DEBUG")), os.environ.get("TRTLLM_RANK_TIMEOUT")
+    rest = iter(args)
+    for arg in rest:
         if arg == "--":
-            return [*out, *args[i:]], debug
+            out += [arg, *rest]
+            break
+        flag, equals, value = arg.partition("=")
+        flag = flag.replace("_", "-") if arg.startswith("--") else flag
         if arg == "--debug":
             debug = True
-        elif arg.startswith("--"):
-            flag, equals, value = arg.partition("=")
-            out.append(flag.replace("_", "-") + equals + value)
+        elif flag == "--rank-timeout":
+            timeout = value if equals else next(rest, "")
         else:
-            out.append(arg)
-    return out, debug
+            out.append(flag + equals + value)
+    return out, Settings(debug, None if timeout is None else _seconds(timeout))
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < float("inf"):
+        raise UsageError(f"a timeout of {text!r} seconds", where="--rank-timeout", fix="give 1 or more, such as 60")
+    return value
+
+
+def _join(argv: Sequence[str], settings: Settings) -> World | None:
+    """Meets the other ranks, where a launcher has started several. Only rank 0 prints."""
+    from trtllm_cli.run.launched import Launched
+
+    launched = Launched.find()
+    if launched is None or launched.size == 1:
+        return None
+    if launched.rank != 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    else:
+        sys.stdout = _Pipe(sys.stdout.buffer, encoding=sys.stdout.encoding, line_buffering=True)
+    if list(argv[:1]) not in RANKED and list(argv[:2]) not in RANKED:
+        if launched.rank != 0:
+            sys.exit(UsageError.exit_code)
+        verb = " ".join(argv[:1])
+        raise UsageError(
+            f"{launched.launcher} started {launched.size} processes, and trtllm {verb} is done by one",
+            where=launched.launcher,
+            fix=f"run trtllm {verb} by itself: only run and bench take several ranks",
+        )
+    from trtllm_cli.run import world
+
+    return world.join(launched, _print_error, settings.rank_timeout)
+
+
+class _Pipe(io.TextIOWrapper):
+    """Standard output under a launcher: Open MPI makes it a terminal, although its own may be a file or a pipe."""
+
+    def isatty(self) -> bool:
+        return False
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -130,24 +196,35 @@ def _command(verb: str) -> Any:
     return typer.main.get_command(app)
 
 
-def _report(e: Exception) -> int:
-    """Prints an error for people; the exit code."""
+@dataclass(frozen=True)
+class _Failure:
+    """How a command ended: the exit code, and what is to be said of it."""
+
+    code: int
+    text: str = ""
+
+
+def _failure(e: BaseException) -> _Failure:
+    if isinstance(e, BrokenPipeError) or (isinstance(e, SystemExit) and isinstance(e.__context__, BrokenPipeError)):
+        # The reader of our output has gone (typer's word for it is SystemExit); Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _Failure(0)
+    if isinstance(e, SystemExit):
+        return _Failure(int(e.code or 0))
     name = type(e).__name__
-    if name == "Abort":  # typer's word for Ctrl-C at a prompt
-        return INTERRUPTED
+    if isinstance(e, KeyboardInterrupt) or name == "Abort":  # typer's word for Ctrl-C at a prompt
+        return _Failure(INTERRUPTED)
     if name == "Exit":
-        return int(getattr(e, "exit_code", 0))
+        return _Failure(int(getattr(e, "exit_code", 0)))
     if name == "NoArgsIsHelpError":  # a verb of several, alone: its help is printed by now
-        return UsageError.exit_code
+        return _Failure(UsageError.exit_code)
     if hasattr(e, "format_message"):  # typer's own: an unknown flag, a missing argument
         e = _usage_error(e)
     if isinstance(e, MemoryError):
         e = ResourceError(f"out of memory: {e}", fix="lower --max-batch-size or --max-seq-len, or use a larger machine")
     if isinstance(e, TrtllmError):
-        _print_error("error", str(e))
-        return e.exit_code
-    _print_error("internal error", f"{name}: {e}\n  this is a bug in trtllm; --debug shows where it happened")
-    return INTERNAL
+        return _Failure(e.exit_code, str(e))
+    return _Failure(INTERNAL, f"{name}: {e}\n  this is a bug in trtllm; --debug shows where it happened")
 
 
 def _usage_error(e: Any) -> UsageError:
@@ -160,7 +237,7 @@ def _usage_error(e: Any) -> UsageError:
     return UsageError(text[:1].lower() + text[1:], fix=fix)
 
 
-def _print_error(title: str, text: str) -> None:
+def _print_error(text: str, title: str = "error") -> None:
     from trtllm_cli.commands.console import stderr
 
     stderr().print(f"[bold red]{title}:[/] ", end="")

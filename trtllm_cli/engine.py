@@ -197,6 +197,11 @@ class Engine:
         )
 
     @property
+    def digest(self) -> str:
+        """The same for engines that are the same: config.json's digest, which covers those of the rank files."""
+        return config_digest(self.config.model_dump(mode="json", exclude_none=True))
+
+    @property
     def tokenizer_dir(self) -> Path | None:
         """The tokenizer's directory, or None where the engine carries none."""
         directory = self.path / TOKENIZER

@@ -11,7 +11,8 @@
     ├── DownloadError           exit 5   the hub said no, or cannot be reached
     ├── ResourceError           exit 6   disk, memory, permissions, a tool that the machine lacks
     ├── RequestError            exit 7   a generation request that this engine cannot serve
-    └── AccuracyError           exit 8   a model is worse than the bound that was set for it
+    ├── AccuracyError           exit 8   a model is worse than the bound that was set for it
+    └── RankError               exit 9   one of several ranks was killed, hangs, or cannot be reached
 
 Each carries what is wrong (`message`), where (`where`: a file, a field or a flag) and what to do (`fix`). The command
 line prints the three and exits with the class's code; `--debug` adds the traceback. `assert` is for our own bugs.
@@ -20,6 +21,8 @@ line prints the three and exits with the class's code; `--debug` adds the traceb
 from __future__ import annotations
 
 from typing import ClassVar
+
+INTERNAL = 70  # the exit code of our own bugs: EX_SOFTWARE of sysexits.h
 
 
 class TrtllmError(Exception):
@@ -105,3 +108,9 @@ class AccuracyError(TrtllmError):
     """A quantized model is worse than the bound that was set for it; the message says where."""
 
     exit_code = 8
+
+
+class RankError(TrtllmError):
+    """One of several ranks was killed, hangs, or cannot be reached."""
+
+    exit_code = 9

@@ -11,7 +11,7 @@ from trtllm_cli.bench.offline import RuntimeOptions, Session, bench
 from trtllm_cli.bench.report import Report, render
 from trtllm_cli.bench.workload import NormalLengths, Sample, UniformLengths, synthetic
 from trtllm_cli.engine import BuildConfig, Engine, EngineConfig
-from trtllm_cli.errors import RequestError, UnsupportedError, UsageError
+from trtllm_cli.errors import RequestError, UsageError
 from trtllm_cli.mapping import Mapping
 from trtllm_cli.model_config import ModelConfig
 
@@ -55,7 +55,7 @@ def open_session(monkeypatch):
         engine = make_engine(tp_size=tp_size, **(limits or {}))
         monkeypatch.setattr(Engine, "open", classmethod(lambda cls, path: engine))
         monkeypatch.setattr(Engine, "verify", lambda self, rank: None)
-        monkeypatch.setattr("trtllm_cli.run.backends.load_runner", lambda *args, **kwargs: FakeRunner(VOCAB))
+        monkeypatch.setattr("trtllm_cli.run.load.load_runner", lambda *args, **kwargs: FakeRunner(VOCAB))
         opened.append(Session.open(Path("engine"), RuntimeOptions(num_threads=2, **options)))
         return opened[-1]
 
@@ -141,7 +141,7 @@ def test_what_cannot_run_is_refused_first(open_session):
     assert session.executor.stats.steps == 0
     with pytest.raises(UsageError, match="concurrency of 0"):
         bench(session, [good], command="throughput", source="made up", concurrency=0)
-    with pytest.raises(UnsupportedError, match="split over 2 ranks"):
+    with pytest.raises(UsageError, match="split over 2 ranks"):
         open_session(tp_size=2)
 
 

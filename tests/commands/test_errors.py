@@ -171,7 +171,7 @@ def test_an_engine_for_another_processor(copy, trtllm, target, words):
 
 
 def test_an_engine_of_two_ranks_without_a_launcher(tiny, trtllm):
-    refused(trtllm(*run(tiny / "two-ranks")), UNSUPPORTED, "split over 2 ranks (tp_size 2", "fix:")
+    refused(trtllm(*run(tiny / "two-ranks")), USAGE, "split over 2 ranks (tp_size 2", "fix: mpirun -n 2", "--launch")
 
 
 # config.json

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fake_runner import FakeRunner, expected_tokens
+from tests.late_stage import LateStage
 from trtllm_cli.engine import BuildConfig
 from trtllm_cli.errors import RequestError
 from trtllm_cli.run.communicator import SingleRank
@@ -17,16 +18,23 @@ from trtllm_cli.run.request import SamplingParams
 VOCAB, BLOCK = 64, 4
 
 
-def make(num_blocks=64, *, vocab_size=VOCAB, eos=(), prefix=True, chunked=True, policy="max_utilization", **limits):
+def make(
+    num_blocks=64, *, vocab_size=VOCAB, eos=(), prefix=True, chunked=True, policy="max_utilization", stages=1, **limits
+):
     defaults = {"max_batch_size": 4, "max_seq_len": 64, "max_num_tokens": 16, "max_input_len": 48}
     config = BuildConfig(
         **{**defaults, **limits}, tokens_per_block=BLOCK, weight_dtype="float32", kv_cache_dtype="float32"
     )
-    runner = FakeRunner(vocab_size, BLOCK)
+    runner, comm = FakeRunner(vocab_size, BLOCK, has_logits=stages == 1), SingleRank()
     runner.allocate_kv_cache(num_blocks)
+    if stages > 1:
+        last = FakeRunner(vocab_size, BLOCK)
+        last.allocate_kv_cache(num_blocks)
+        comm = LateStage(last, config)
     executor = Executor(
-        config, runner, SingleRank(), vocab_size=vocab_size, num_blocks=num_blocks, eos_token_ids=eos,
+        config, runner, comm, vocab_size=vocab_size, num_blocks=num_blocks, eos_token_ids=eos,
         enable_prefix_cache=prefix, enable_chunked_prefill=chunked, policy=policy,
+        num_stages=stages, logits_rank=min(stages - 1, 1),
     )  # fmt: skip
     return executor, runner
 
@@ -89,7 +97,7 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(
     actions=actions,
     num_blocks=st.integers(9, 24),
@@ -98,11 +106,14 @@ actions = st.lists(
     prefix=st.booleans(),
     chunked=st.booleans(),
     policy=st.sampled_from(["max_utilization", "guaranteed_no_evict"]),
+    stages=st.integers(1, 3),
 )
-def test_whatever_happens_each_sequence_gets_its_tokens(actions, num_blocks, batch, extra, prefix, chunked, policy):
+def test_whatever_happens_each_sequence_gets_its_tokens(
+    actions, num_blocks, batch, extra, prefix, chunked, policy, stages
+):
     eos = 3
     executor, runner = make(
-        num_blocks, eos=[eos], prefix=prefix, chunked=chunked, policy=policy,
+        num_blocks, eos=[eos], prefix=prefix, chunked=chunked, policy=policy, stages=stages,
         max_batch_size=batch, max_num_tokens=max(batch, 20 if not chunked else 1) + extra,
     )  # fmt: skip
     log, wanted, ended = Log(executor, runner), {}, set()
@@ -124,6 +135,7 @@ def test_whatever_happens_each_sequence_gets_its_tokens(actions, num_blocks, bat
             ended.add((args[0], args[1]))
         executor.check_integrity()
     log.drain()
+    executor.close()
     assert log.ends.keys() | ended == wanted.keys()
     for key, tokens in wanted.items():
         got = log.tokens.get(key, [])
@@ -168,6 +180,9 @@ def roomy():
         {"num_blocks": 14, "prefix": False, "max_num_tokens": 5},
         {"num_blocks": 14, "policy": "guaranteed_no_evict"},
         {"max_batch_size": 1},
+        {"stages": 2},
+        {"stages": 3, "num_blocks": 14},
+        {"stages": 2, "num_blocks": 14, "policy": "guaranteed_no_evict", "max_num_tokens": 5},
     ],
     ids=str,
 )

@@ -7,7 +7,7 @@ import pytest
 
 from tests.fake_runner import FakeRunner, expected_tokens
 from tests.run.tiny import byte_level, fake_runners, write_engine  # noqa: F401
-from trtllm_cli.errors import EngineError, RequestError, ResourceError, UnsupportedError, UsageError
+from trtllm_cli.errors import EngineError, RequestError, ResourceError, UsageError
 from trtllm_cli.run import kv_budget
 from trtllm_cli.run.llm import LLM, AsyncLLM
 from trtllm_cli.run.request import SamplingParams
@@ -250,7 +250,7 @@ def test_several_ranks_are_refused(tmp_path):
     (engine / "rank1.engine").write_bytes(b"w")
     config["rank_files"].append({**config["rank_files"][0], "name": "rank1.engine", "size": 1})
     (engine / "config.json").write_text(json.dumps({**config, "sha256": config_digest(config)}))
-    with pytest.raises(UnsupportedError, match="split over 2 ranks"):
+    with pytest.raises(UsageError, match="split over 2 ranks"):
         LLM(engine)
 
 

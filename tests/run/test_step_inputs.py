@@ -2,6 +2,7 @@ from trtllm_cli.run.request import SamplingParams
 from trtllm_cli.run.scheduler import Batch
 from trtllm_cli.run.sequence import Request, Sequence
 from trtllm_cli.run.step_inputs import InputBuilder
+from trtllm_cli.run.step_plan import plan_step
 
 
 def sequence(token_ids: list[int], num_computed: int, blocks: list[int], row: int) -> Sequence:
@@ -14,7 +15,7 @@ def test_a_decode_and_a_chunk():
     batch = Batch()
     batch.add(sequence([10, 11, 12], 2, [7, 3], row=2), 1)
     batch.add(sequence([20, 21, 22, 23, 24], 1, [5, 9, 4], row=0), 3)
-    inputs = builder.build(batch)
+    inputs = builder.build(plan_step(batch))
     assert {name: array.tolist() for name, array in vars(inputs).items()} == {
         "input_ids": [12, 21, 22, 23],
         "positions": [2, 1, 2, 3],
@@ -32,7 +33,7 @@ def test_only_new_blocks_are_written_and_old_rows_are_cleared():
     def tables(seq: Sequence) -> list[list[int]]:
         batch = Batch()
         batch.add(seq, 1)
-        return builder.build(batch).block_tables.tolist()
+        return builder.build(plan_step(batch)).block_tables.tolist()
 
     seq = sequence([1, 2], 1, [6, 7], row=0)
     assert tables(seq) == [[6, 7]]

@@ -8,6 +8,7 @@ from tests.thread_ranks import thread_ranks
 from trtllm_cli.engine import BuildConfig
 from trtllm_cli.run.executor import Executor
 from trtllm_cli.run.request import SamplingParams
+from trtllm_cli.run.step_inputs import InputBuilder
 from trtllm_cli.run.worker import follow
 
 
@@ -21,9 +22,13 @@ def test_the_other_rank_does_the_same_steps(logits_rank):
     runners = [FakeRunner(has_logits=rank >= logits_rank) for rank in range(2)]
     for runner in runners:
         runner.allocate_kv_cache(12)
-    follower = threading.Thread(target=follow, args=(runners[1], comms[1]), daemon=True)
+    follower = threading.Thread(
+        target=follow, args=(runners[1], comms[1], InputBuilder.of(config), logits_rank), daemon=True
+    )
     follower.start()
-    executor = Executor(config, runners[0], comms[0], vocab_size=64, num_blocks=12, logits_rank=logits_rank)
+    executor = Executor(
+        config, runners[0], comms[0], vocab_size=64, num_blocks=12, num_stages=1 + logits_rank, logits_rank=logits_rank
+    )
     prompts = [[i, 1, 2, 3, i, i] * (1 + i) for i in range(5)]
     for i, prompt in enumerate(prompts):
         executor.add_request(i, prompt, SamplingParams(max_tokens=9, n=2))

@@ -116,12 +116,12 @@ def fake_runners(monkeypatch) -> list[FakeRunner]:
     """Makes every engine load a FakeRunner; those that were loaded."""
     loaded: list[FakeRunner] = []
 
-    def load(engine, rank, comm, *, num_threads=None):
+    def load(engine, rank, comm, *, num_threads=None, local_ranks=1):
         config = engine.config
         loaded.append(FakeRunner(config.pretrained_config.vocab_size, config.build_config.tokens_per_block))
         return loaded[-1]
 
-    monkeypatch.setattr("trtllm_cli.run.llm.load_runner", load)
+    monkeypatch.setattr("trtllm_cli.run.load.load_runner", load)
     return loaded
 
 

@@ -24,8 +24,10 @@ from trtllm_cli.bench.report import (
 )
 from trtllm_cli.bench.workload import Sample, check_fits
 from trtllm_cli.engine import BuildConfig, Engine
-from trtllm_cli.errors import UnsupportedError, UsageError
+from trtllm_cli.errors import UsageError
+from trtllm_cli.run.load import LoadOptions, load_executor, verify_aside
 from trtllm_cli.run.request import SamplingParams
+from trtllm_cli.run.world import current
 
 if TYPE_CHECKING:
     from trtllm_cli.run.backends import Runner
@@ -62,17 +64,13 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class RuntimeOptions:
-    """How the engine is run. None: as it was built, or what this machine gives."""
+class RuntimeOptions(LoadOptions):
+    """How the engine is run; the prefix cache is off, so that every prompt token is computed."""
 
-    num_threads: int | None = None
+    enable_prefix_cache: bool = False
+    scheduler_policy: Policy = "guaranteed_no_evict"
     max_batch_size: int | None = None
     max_num_tokens: int | None = None
-    scheduler_policy: Policy = "guaranteed_no_evict"
-    enable_prefix_cache: bool = False
-    enable_chunked_prefill: bool = True
-    kv_cache_memory: str | None = None
-    max_num_blocks: int | None = None
 
 
 class Session:
@@ -87,48 +85,17 @@ class Session:
 
     @classmethod
     def open(cls, engine_dir: Path, options: RuntimeOptions | None = None, *, verify: bool = True) -> Session:
-        """Loads the engine. `verify` False skips the check of its SHA-256."""
-        from trtllm_cli.run import kv_budget
-        from trtllm_cli.run.backends import load_runner
-        from trtllm_cli.run.communicator import SingleRank
-        from trtllm_cli.run.executor import Executor
-
+        """Loads the engine, on every rank of the world. `verify` False skips the check of its SHA-256."""
         options = options or RuntimeOptions()
+        options.check()
         engine = Engine.open(engine_dir)
-        config = engine.config.pretrained_config
-        if config.mapping.world_size > 1:
-            raise UnsupportedError(
-                f"this engine is split over {config.mapping.world_size} ranks; bench measures engines of one rank",
-                where=str(engine.path),
-                fix="convert with --tp-size 1 --pp-size 1 and build that",
-            )
-        limits = _runtime_limits(engine.config.build_config, options)
-        memory = options.kv_cache_memory
-        rank = config.mapping.ranks[0]
-        if verify:
-            engine.verify(rank)
-        comm = SingleRank()
-        runner = load_runner(engine, rank, comm, num_threads=options.num_threads or available_cores())
+        limits, world = _runtime_limits(engine.config.build_config, options), current()
+        runner, executor = load_executor(engine, world, limits, options)
         try:
-            blocks = kv_budget.num_blocks(
-                limits,
-                runner.bytes_per_block,
-                memory=None if memory is None else kv_budget.parse_bytes(memory, "--kv-cache-memory"),
-                max_blocks=options.max_num_blocks,
-                available=kv_budget.available_memory(),
-            )
-            runner.allocate_kv_cache(blocks)
-            executor = Executor(
-                limits,
-                runner,
-                comm,
-                vocab_size=config.vocab_size,
-                num_blocks=blocks,
-                enable_prefix_cache=options.enable_prefix_cache,
-                enable_chunked_prefill=options.enable_chunked_prefill,
-                policy=options.scheduler_policy,
-            )
+            if verify:
+                verify_aside(engine, world).result()
         except BaseException:
+            executor.close()
             runner.close()
             raise
         return cls(engine, runner, executor, options)

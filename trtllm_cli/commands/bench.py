@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from trtllm_cli.commands import bench_dataset, model_flags
+from trtllm_cli.commands import bench_dataset, launch_flags, model_flags
+from trtllm_cli.commands.launch_flags import LaunchFlags
 from trtllm_cli.commands.model_flags import ModelFlags
 
 if TYPE_CHECKING:
@@ -184,6 +185,9 @@ def throughput(
     request_json: RequestJson = None,
     iteration_log: IterationLog = None,
     json_: Json = False,
+    launch: launch_flags.Launch = False,
+    hostfile: launch_flags.Hostfile = None,
+    mpirun_args: launch_flags.MpirunArgs = "",
 ) -> None:
     """Measure how much an engine generates in a given time, many requests together.
 
@@ -195,6 +199,8 @@ def throughput(
         trtllm bench throughput --engine-dir engine --num-requests 32 --input-len 128 --output-len 64
 
         trtllm bench throughput --engine-dir engine --dataset data.jsonl --concurrency 8 --report-json report.json
+
+        mpirun -n 4 trtllm bench throughput --engine-dir engine_tp2_pp2
     """
     _measure(
         "throughput",
@@ -213,6 +219,7 @@ def throughput(
             max_num_blocks=max_num_blocks,
         ),
         _Outputs(report_json, output_json, request_json, iteration_log, json_),
+        LaunchFlags(launch, hostfile, mpirun_args),
         warmup=warmup,
         concurrency=concurrency,
         with_streaming=streaming,
@@ -243,6 +250,9 @@ def latency(
     request_json: RequestJson = None,
     iteration_log: IterationLog = None,
     json_: Json = False,
+    launch: launch_flags.Launch = False,
+    hostfile: launch_flags.Hostfile = None,
+    mpirun_args: launch_flags.MpirunArgs = "",
 ) -> None:
     """Measure how fast an engine answers one user: one request after another, alone.
 
@@ -260,6 +270,7 @@ def latency(
         _Workload(dataset, num_requests, input_len, output_len, seed),
         _runtime(num_threads=num_threads, kv_cache_memory=kv_cache_memory, enable_prefix_cache=prefix_cache),
         _Outputs(report_json, output_json, request_json, iteration_log, json_),
+        LaunchFlags(launch, hostfile, mpirun_args),
         warmup=warmup,
         concurrency=1,
         with_streaming=True,
@@ -347,6 +358,7 @@ def _measure(
     workload: _Workload,
     options: RuntimeOptions,
     outputs: _Outputs,
+    ranks: LaunchFlags,
     *,
     warmup: int,
     concurrency: int,
@@ -356,6 +368,8 @@ def _measure(
 
     workload.check()
     how.check(engine_dir, model)
+    if ranks.start_or_follow(engine_dir, _load_options(options)):
+        return
     if engine_dir is None:
         assert model is not None
         engine_dir = how.engine(model)
@@ -373,6 +387,15 @@ def _measure(
                 progress=progress,
             )
     outputs.write(report, measured)
+
+
+def _load_options(options: RuntimeOptions) -> dict[str, Any]:
+    """What every rank needs to know of them."""
+    from dataclasses import fields
+
+    from trtllm_cli.run.load import LoadOptions
+
+    return {field.name: getattr(options, field.name) for field in fields(LoadOptions)}
 
 
 def _runtime(*, scheduler_policy: str = "guaranteed_no_evict", **options: Any) -> RuntimeOptions:

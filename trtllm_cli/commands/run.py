@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from trtllm_cli.commands import model_flags
+from trtllm_cli.commands import launch_flags, model_flags
 from trtllm_cli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -173,6 +173,9 @@ def run(
         str,
         typer.Option(rich_help_panel=_ENGINE, help="max_utilization, or guaranteed_no_evict: none is ever put back."),
     ] = "max_utilization",
+    launch: launch_flags.Launch = False,
+    hostfile: launch_flags.Hostfile = None,
+    mpirun_args: launch_flags.MpirunArgs = "",
 ) -> None:
     """Generate text with an engine.
 
@@ -190,6 +193,14 @@ def run(
         trtllm run --engine-dir engine --input-file prompts.jsonl --output-file answers.jsonl --no-streaming
 
         echo "Why is the sky blue?" | trtllm run --engine-dir engine --temperature 0.7 --top-p 0.9 --seed 1
+
+    An engine of several ranks, here or on several hosts:
+
+        mpirun -n 4 trtllm run --engine-dir engine_tp2_pp2 "Why is the sky blue?"
+
+        trtllm run --engine-dir engine_tp2_pp2 --launch "Why is the sky blue?"
+
+        trtllm run --engine-dir engine_tp2_pp2 --launch --hostfile hosts "Why is the sky blue?"
     """
     from trtllm_cli.commands.choices import choice
     from trtllm_cli.commands.prompts import parse_ids, read_prompts
@@ -225,6 +236,17 @@ def run(
         output_file=None if output_file in (None, "-") else Path(output_file),
         stats=stats,
     )
+    llm_options: dict[str, Any] = {
+        "num_threads": threads,
+        "kv_cache_memory": kv_cache_memory,
+        "max_num_blocks": max_num_blocks,
+        "enable_prefix_cache": prefix_cache,
+        "enable_chunked_prefill": chunked_prefill,
+        "scheduler_policy": choice(scheduler_policy, ("max_utilization", "guaranteed_no_evict"), "--scheduler-policy"),
+    }
+    ranks = launch_flags.LaunchFlags(launch, hostfile, mpirun_args)
+    if ranks.start_or_follow(engine_dir, llm_options):
+        return
     items = []
     if not interactive:
         arguments = [*(prompts or ()), *(input_text or ())]
@@ -236,19 +258,10 @@ def run(
     if engine_dir is None:
         assert model is not None
         engine_dir = how.engine(model)
-    llm_options: dict[str, Any] = {
-        "tokenizer_dir": tokenizer_dir,
-        "num_threads": threads,
-        "kv_cache_memory": kv_cache_memory,
-        "max_num_blocks": max_num_blocks,
-        "enable_prefix_cache": prefix_cache,
-        "enable_chunked_prefill": chunked_prefill,
-        "scheduler_policy": choice(scheduler_policy, ("max_utilization", "guaranteed_no_evict"), "--scheduler-policy"),
-    }
     from trtllm_cli.run.llm import LLM
 
     try:
-        with LLM(engine_dir, **llm_options) as llm:
+        with LLM(engine_dir, tokenizer_dir=tokenizer_dir, **llm_options) as llm:
             if interactive:
                 from trtllm_cli.commands.run_interactive import converse
 

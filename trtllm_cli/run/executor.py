@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,8 @@ from trtllm_cli.run.sampler import SamplingState, sample
 from trtllm_cli.run.scheduler import Policy, Scheduler
 from trtllm_cli.run.sequence import Request, Sequence, State
 from trtllm_cli.run.step_inputs import InputBuilder
-from trtllm_cli.run.worker import Step, compute
+from trtllm_cli.run.step_plan import END, StepPlan, plan_step
+from trtllm_cli.run.worker import compute
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -27,6 +29,15 @@ if TYPE_CHECKING:
     from trtllm_cli.run.scheduler import Batch
 
 DEFAULT_MAX_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A step that has been started."""
+
+    plan: StepPlan
+    wanted: list[Sequence]  # whose next token it gives
+    logits: npt.NDArray[np.float32] | None  # where rank 0 itself computes them; valid until the next step
 
 
 @dataclass
@@ -63,9 +74,10 @@ class Executor:
         enable_prefix_cache: bool = True,
         enable_chunked_prefill: bool = True,
         policy: Policy = "max_utilization",
+        num_stages: int = 1,
         logits_rank: int = 0,
     ) -> None:
-        """`logits_rank`: the first rank of the last pipeline stage."""
+        """`num_stages`: pipeline stages; `logits_rank`: the first rank of the last of them."""
         self.config = config
         self.vocab_size = vocab_size
         self._runner = runner
@@ -79,10 +91,10 @@ class Executor:
             max_num_tokens=config.max_num_tokens,
             enable_chunked_prefill=enable_chunked_prefill,
             policy=policy,
+            num_stages=num_stages,
         )
-        self._inputs = InputBuilder(
-            config.max_batch_size, self._blocks.blocks_for(config.max_seq_len), config.tokens_per_block
-        )
+        self._inputs = InputBuilder.of(config)
+        self._under_way: deque[_UnderWay] = deque()  # at most a step for each stage, the oldest first
         self._requests: dict[int, Request] = {}
         self._ended: dict[int, Request] = {}  # since the last step began, for late questions
         self._news: list[TokenEvent] = []  # of cancelled sequences, for the next step to tell
@@ -143,7 +155,7 @@ class Executor:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do or to tell."""
-        return bool(self._scheduler.running or self._scheduler.waiting or self._news)
+        return bool(self._scheduler.running or self._scheduler.waiting or self._news or self._under_way)
 
     @property
     def stats(self) -> ExecutorStats:
@@ -164,13 +176,24 @@ class Executor:
         return self._find(request_id).seed
 
     def step(self) -> list[TokenEvent]:
-        """Runs one step: at most one new token for each running sequence."""
+        """Starts steps until every stage has one, and ends the oldest: at most one new token for each of its sequences.
+
+        In a world of one stage that is one step.
+        """
+        with self._comm.activity.working("step"):
+            return self._step()
+
+    def _step(self) -> list[TokenEvent]:
         self._ended.clear()
         events, self._news = self._news, []
-        batch = self._scheduler.schedule()
-        if batch.sequences:
-            logits = self._forward(batch)
-            sequences, logits = self._fork(self._scheduler.advance(batch), logits)
+        while len(self._under_way) < self._scheduler.num_stages:
+            batch = self._scheduler.schedule()
+            if not batch.sequences:
+                break
+            self._under_way.append(self._start(batch))
+        if self._under_way:
+            oldest = self._under_way.popleft()
+            sequences, logits = self._fork(oldest.wanted, self._receive(oldest))
             tokens, logprobs = self._sample(sequences, logits)
             events += self._postprocess(sequences, tokens, logprobs)
         return events
@@ -181,26 +204,43 @@ class Executor:
         assert self.has_work or self._blocks.num_held == 0
 
     def close(self) -> None:
-        """Tells the other ranks to stop."""
-        self._comm.broadcast(None)
+        """Tells the other ranks to stop, when they have done what is under way."""
+        while self._under_way:
+            self._receive(self._under_way.popleft())
+        self._comm.broadcast(END)
+        self._comm.activity.released = True
 
-    def _forward(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """The step's logits [num_logits, vocab], wherever they are computed."""
+    def _start(self, batch: Batch) -> _UnderWay:
+        """Computes rank 0's part of a step, once the others have theirs."""
         self._count(batch)
-        step = Step(self._inputs.build(batch), batch.copies, self._logits_rank)
-        self._comm.broadcast(step)
-        logits = compute(self._runner, step)
-        if self._logits_rank != 0:
-            logits = np.empty((len(step.inputs.logits_indices), self.vocab_size), np.float32)
-            if len(logits):
-                self._comm.recv(logits, source=self._logits_rank)
-        assert logits is not None
+        plan = plan_step(batch)
+        self._scheduler.advance(batch)
+        self._comm.activity.stage = plan.stage
+        if self._comm.world_size > 1:
+            self._comm.broadcast(plan.message())
+        logits = compute(self._runner, self._inputs, plan)
+        wanted = [seq for seq, is_wanted in zip(batch.sequences, batch.wanted, strict=True) if is_wanted]
+        return _UnderWay(plan, wanted, logits)
+
+    def _receive(self, step: _UnderWay) -> npt.NDArray[np.float32]:
+        """The step's logits [num_logits, vocab], wherever they are computed."""
+        if self._logits_rank == 0:
+            assert step.logits is not None
+            return step.logits
+        logits = np.empty((step.plan.num_logits, self.vocab_size), np.float32)
+        self._comm.recv(logits, source=self._logits_rank)
         return logits
 
     def _fork(
         self, complete: list[Sequence], logits: npt.NDArray[np.float32]
     ) -> tuple[list[Sequence], npt.NDArray[np.float32]]:
-        """The sequences to sample for, with their logits: a new prompt's logits serve all its n sequences."""
+        """The sequences to sample for, with their logits: a new prompt's logits serve all its n sequences.
+
+        Sequences that were ended while the step was under way are left out.
+        """
+        if any(seq.state is State.FINISHED for seq in complete):
+            alive = [row for row, seq in enumerate(complete) if seq.state is not State.FINISHED]
+            complete, logits = [complete[row] for row in alive], logits[alive]
         if all(seq.request.params.n == len(seq.request.sequences) for seq in complete):
             return complete, logits
         sequences: list[Sequence] = []

@@ -18,20 +18,17 @@ import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from threading import Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from trtllm_cli.engine import Engine
-from trtllm_cli.errors import EngineError, TrtllmError, UnsupportedError, UsageError
-from trtllm_cli.mapping import Rank
-from trtllm_cli.run import kv_budget
-from trtllm_cli.run.backends import load_runner
-from trtllm_cli.run.communicator import SingleRank
+from trtllm_cli.errors import EngineError, TrtllmError, UsageError
+from trtllm_cli.run.load import LoadOptions, load_executor, serve_rank, verify_aside
 from trtllm_cli.run.outputs import LiveRequest, accumulate, named_error
 from trtllm_cli.run.request import CompletionOutput, RequestOutput, RequestTimes, SamplingParams
 from trtllm_cli.run.step_loop import StepLoop
 from trtllm_cli.run.tokenizer import Message, Tokenizer
+from trtllm_cli.run.world import join_for
 
 if TYPE_CHECKING:
     from trtllm_cli.engine import BuildConfig
@@ -39,6 +36,7 @@ if TYPE_CHECKING:
     from trtllm_cli.run.executor import Executor, ExecutorStats
     from trtllm_cli.run.outputs import Sink
     from trtllm_cli.run.scheduler import Policy
+    from trtllm_cli.run.world import World
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 Params: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
@@ -64,48 +62,29 @@ class _Model:
         `tokenizer_dir` takes the place of the engine's own. `kv_cache_memory` is bytes, or text such as "2GiB"; by
         default the cache holds max_batch_size requests of max_seq_len, in at most half of the free memory.
         `max_num_blocks` caps it. The rank file's SHA-256 is checked meanwhile: the first result waits for it.
+
+        Under mpirun every rank's program comes here. Rank 0 goes on with it and leads; the others serve rank 0 until it
+        closes the engine, and then exit. `num_threads` and `kv_cache_memory` are each rank's.
         """
-        memory = None if kv_cache_memory is None else kv_budget.parse_bytes(kv_cache_memory, "--kv-cache-memory")
-        for name, value in (("num_threads", num_threads), ("max_num_blocks", max_num_blocks)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}, it must be at least 1", where="--" + name.replace("_", "-"))
+        options = LoadOptions(
+            num_threads, kv_cache_memory, max_num_blocks, enable_prefix_cache, enable_chunked_prefill, scheduler_policy
+        )
+        options.check()
         self.engine = Engine.open(Path(engine_dir))
         config = self.engine.config
-        rank = _single_rank(self.engine)
+        world = join_for(self.engine)
+        if world.rank != 0:
+            serve_rank(self.engine, world, options)
         eos: Future[frozenset[int]] = Future()
 
         def load() -> tuple[Runner, Executor]:
-            from trtllm_cli.run.executor import Executor
+            runner, executor = load_executor(self.engine, world, self.build_config, options, eos.result)
+            self.num_blocks = executor.stats.blocks_total
+            self.kv_cache_bytes = self.num_blocks * runner.bytes_per_block
+            return runner, executor
 
-            comm = SingleRank()
-            runner = load_runner(self.engine, rank, comm, num_threads=num_threads)
-            try:
-                self.num_blocks = kv_budget.num_blocks(
-                    self.build_config,
-                    runner.bytes_per_block,
-                    memory=memory,
-                    max_blocks=max_num_blocks,
-                    available=kv_budget.available_memory(),
-                )
-                self.kv_cache_bytes = self.num_blocks * runner.bytes_per_block
-                runner.allocate_kv_cache(self.num_blocks)
-                return runner, Executor(
-                    self.build_config,
-                    runner,
-                    comm,
-                    vocab_size=config.pretrained_config.vocab_size,
-                    num_blocks=self.num_blocks,
-                    eos_token_ids=eos.result(),
-                    enable_prefix_cache=enable_prefix_cache,
-                    enable_chunked_prefill=enable_chunked_prefill,
-                    policy=scheduler_policy,
-                )
-            except BaseException:
-                runner.close()
-                raise
-
-        self._loop = StepLoop(load, _verify_aside(self.engine, rank))
-        self._finalizer = weakref.finalize(self, self._loop.close)  # at the latest when Python ends
+        self._loop = StepLoop(load, verify_aside(self.engine, world))
+        self._finalizer = weakref.finalize(self, _close, self._loop, world)  # at the latest when Python ends
         try:
             # Meanwhile, here:
             directory = Path(tokenizer_dir) if tokenizer_dir is not None else self.engine.tokenizer_dir
@@ -319,31 +298,10 @@ class AsyncLLM(_Model):
         await asyncio.to_thread(self.close)
 
 
-def _single_rank(engine: Engine) -> Rank:
-    mapping = engine.config.pretrained_config.mapping
-    if mapping.world_size > 1:
-        raise UnsupportedError(
-            f"this engine is split over {mapping.world_size} ranks (tp_size {mapping.tp_size}, pp_size "
-            f"{mapping.pp_size}); running several ranks together is not available yet",
-            where=str(engine.path),
-            fix="convert the model with --tp-size 1 --pp-size 1 and build that",
-        )
-    return mapping.ranks[0]
-
-
-def _verify_aside(engine: Engine, rank: Rank) -> Future[None]:
-    """Checks the rank file's SHA-256 in a thread (hashing releases the GIL)."""
-    done: Future[None] = Future()
-
-    def verify() -> None:
-        try:
-            engine.verify(rank)
-            done.set_result(None)
-        except BaseException as e:
-            done.set_exception(e)
-
-    Thread(target=verify, name="trtllm-verify", daemon=True).start()
-    return done
+def _close(loop: StepLoop, world: World) -> None:
+    loop.close()
+    if world.ends_with_engine and world.is_over:
+        world.leave()
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:

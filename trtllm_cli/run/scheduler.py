@@ -4,10 +4,15 @@ Each step has one budget of tokens. Sequences that decode get theirs first; what
 of running sequences, then of waiting ones, in order of arrival. When blocks run out, the newest sequence is preempted:
 it gives up its blocks, keeps its tokens, and waits to be prefilled again. A sequence that could not run alone is never
 accepted (`Executor.add_request`), so the oldest can always go on, and every sequence ends.
+
+A pipeline of several stages has as many steps under way. Then a step takes its share of the sequences and of the
+prompts' tokens, and leaves the others for the steps that follow it. Every stage computes the steps in order, so blocks
+may be freed, shared and handed on as soon as a step that uses them is scheduled.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
@@ -19,12 +24,16 @@ from trtllm_cli.run.sequence import Sequence, State
 Policy = Literal["max_utilization", "guaranteed_no_evict"]
 
 
+MIN_CHUNK = 64  # tokens of a prompt below which a stage takes as long for fewer
+
+
 @dataclass(slots=True)
 class Batch:
     """One step's sequences: those that decode, then those that prefill."""
 
     sequences: list[Sequence] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)  # tokens of each in this step
+    wanted: list[bool] = field(default_factory=list)  # whether that is all it has: its next token is sampled
     copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy before, in order
     num_decode: int = 0
 
@@ -32,6 +41,7 @@ class Batch:
         """Puts the next `length` tokens of `seq` into the step."""
         self.sequences.append(seq)
         self.lengths.append(length)
+        self.wanted.append(length == seq.num_remaining)
 
 
 class Scheduler:
@@ -50,12 +60,15 @@ class Scheduler:
         max_num_tokens: int,
         enable_chunked_prefill: bool = True,
         policy: Policy = "max_utilization",
+        num_stages: int = 1,
     ) -> None:
+        """`num_stages`: pipeline stages, and so steps under way."""
         self.blocks = blocks
         self.max_batch_size = max_batch_size
         self.max_num_tokens = max_num_tokens
         self.enable_chunked_prefill = enable_chunked_prefill
         self.policy = policy
+        self.num_stages = num_stages
         self.waiting: deque[Sequence] = deque()  # by priority
         self.running: list[Sequence] = []  # by priority
         self.num_preemptions = 0
@@ -68,10 +81,10 @@ class Scheduler:
         self.waiting.append(seq)
 
     def schedule(self) -> Batch:
-        """The next step; empty when there is nothing to do."""
+        """The next step; empty when there is nothing to do but wait for those under way."""
         batch = Batch()
         self._schedule_decodes(batch)
-        budget = self.max_num_tokens - batch.num_decode
+        budget = min(self.max_num_tokens - batch.num_decode, self._share_of_prompts())
         for seq in self.running:
             if budget and seq.num_remaining > 1:
                 budget -= self._schedule_chunk(batch, seq, budget)
@@ -79,15 +92,11 @@ class Scheduler:
         batch.copies, self._copies = self._copies, []
         return batch
 
-    def advance(self, batch: Batch) -> list[Sequence]:
-        """Notes that the step is computed. The sequences that have all their tokens computed, in the batch's order."""
-        complete = []
+    def advance(self, batch: Batch) -> None:
+        """Notes that the step is under way: later ones may count on what it puts into the cache."""
         for seq, length in zip(batch.sequences, batch.lengths, strict=True):
             seq.num_computed += length
             self.blocks.register(seq)
-            if seq.num_computed == len(seq.token_ids):
-                complete.append(seq)
-        return complete
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Starts `child`, which has the tokens of its just prefilled parent.
@@ -125,18 +134,33 @@ class Scheduler:
 
     def _schedule_decodes(self, batch: Batch) -> None:
         """Adds the sequences with one token to compute, oldest first, so that none is preempted that is added."""
-        position = 0
-        while position < len(self.running):
+        position, share = 0, -(-len(self.running) // self.num_stages)
+        while position < len(self.running) and len(batch.sequences) < share:
             seq = self.running[position]
             position += 1
-            if seq.num_remaining != 1:
-                continue
-            while not self.blocks.grow(seq):
-                if self._preempt_newest() is seq:
-                    break
-            else:
+            if seq.num_remaining == 1 and self._make_room(seq):
                 batch.add(seq, 1)
         batch.num_decode = len(batch.sequences)
+
+    def _make_room(self, seq: Sequence) -> bool:
+        """Whether the sequence has a block for its next token, which newer ones give up if need be, or it itself."""
+        while not self.blocks.grow(seq):
+            if self.running[-1].is_pending:  # it will give up its blocks when its token is there
+                return False
+            if self._preempt_newest() is seq:
+                return False
+        return True
+
+    def _share_of_prompts(self) -> int:
+        """Tokens of prompts that a step takes, so that every stage has some to compute."""
+        if self.num_stages == 1 or not self.enable_chunked_prefill:
+            return self.max_num_tokens
+        enough, total = self.num_stages * self.max_num_tokens, 0
+        for seq in itertools.chain(self.running, self.waiting):
+            total += seq.num_remaining if seq.num_remaining > 1 else 0
+            if total >= enough:
+                break
+        return max(-(-total // self.num_stages), MIN_CHUNK)
 
     def _schedule_chunk(self, batch: Batch, seq: Sequence, budget: int) -> int:
         length = min(seq.num_remaining, budget)

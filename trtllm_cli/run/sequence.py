@@ -39,8 +39,9 @@ class Request:
 class Sequence:
     """One growing list of tokens and the blocks that hold its keys and values.
 
-    The first `num_computed` tokens are in the KV cache. The last token never is: it is the next step's input. So
-    `num_computed` is one less than the length while decoding, and further behind while prefilling.
+    The first `num_computed` tokens are in the KV cache, or will be when the steps under way are done. The last token
+    never is: it is the next step's input. So `num_computed` is one less than the length while decoding, further behind
+    while prefilling, and equal while the step that gives the next token is under way.
     """
 
     request: Request
@@ -64,6 +65,11 @@ class Sequence:
     def num_remaining(self) -> int:
         """Tokens to compute before the next can be sampled."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether its next token is being computed: until it is there, nothing can be done with the sequence."""
+        return self.state is State.RUNNING and self.num_remaining == 0
 
     @property
     def num_output(self) -> int:

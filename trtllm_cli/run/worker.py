@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from trtllm_cli.run.step_plan import StepPlan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -11,29 +12,25 @@ if TYPE_CHECKING:
 
     from trtllm_cli.run.backends import Runner
     from trtllm_cli.run.communicator import Communicator
-    from trtllm_cli.run.model_inputs import ModelInputs
+    from trtllm_cli.run.step_inputs import InputBuilder
 
 
-@dataclass(frozen=True)
-class Step:
-    """Rank 0's broadcast: one step's work. None in its place ends the loop."""
-
-    inputs: ModelInputs
-    copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination), in order, before the forward
-    logits_rank: int = 0  # who sends its logits to rank 0, where it is not rank 0 itself
-
-
-def compute(runner: Runner, step: Step) -> npt.NDArray[np.float32] | None:
+def compute(runner: Runner, inputs: InputBuilder, plan: StepPlan) -> npt.NDArray[np.float32] | None:
     """This rank's part of a step; the logits where this rank has them."""
-    if step.copies:
-        runner.copy_blocks(step.copies)
-    return runner.forward(step.inputs)
+    if len(plan.copies):
+        runner.copy_blocks(plan.copies.tolist())
+    return runner.forward(inputs.build(plan))
 
 
-def follow(runner: Runner, comm: Communicator) -> None:
-    """Computes what rank 0 schedules, until it says stop."""
-    while (step := comm.broadcast(None)) is not None:
-        logits = compute(runner, step)
-        if comm.rank == step.logits_rank and len(step.inputs.logits_indices):
-            assert logits is not None
-            comm.send(logits, to=0)
+def follow(runner: Runner, comm: Communicator, inputs: InputBuilder, logits_rank: int) -> None:
+    """Computes what rank 0 schedules, until it says stop. `logits_rank` sends it the logits, also where there are none:
+    so rank 0 is never more steps ahead than it has under way.
+    """
+    while len(message := comm.broadcast(None)):
+        plan = StepPlan.of_message(message)
+        with comm.activity.working(plan.stage):
+            logits = compute(runner, inputs, plan)
+            if comm.rank == logits_rank:
+                assert logits is not None
+                comm.send(logits, to=0)
+    comm.activity.released = True

@@ -15,6 +15,7 @@ import ctypes
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Literal
@@ -24,7 +25,7 @@ from trtllm_cli.errors import EngineError, ResourceError
 if TYPE_CHECKING:
     from trtllm_cli.run.model_inputs import ModelInputs
 
-ABI_VERSION = 2  # of the structures below; steps.h has the same
+ABI_VERSION = 3  # of the structures below; steps.h has the same
 TILE = 16  # outputs of a linear layer that lie side by side
 
 Rows = Literal["num_tokens", "num_logits"]
@@ -171,6 +172,8 @@ class Library:
         if found != ABI_VERSION:
             raise EngineError(f"the engine's kernels have interface {found}, this trtllm needs {ABI_VERSION}",
                               fix="build the engine again, with this trtllm")  # fmt: skip
+        self._lib.tl_pool_progress.argtypes = (ctypes.c_void_p,)
+        self._lib.tl_pool_progress.restype = ctypes.c_int64
 
     @classmethod
     def load(cls, image: bytes | memoryview) -> Library:
@@ -219,6 +222,7 @@ class Pool:
     def __init__(self, lib: ctypes.CDLL, handle: int, num_threads: int) -> None:
         self._lib = lib
         self._handle: int | None = handle
+        self._lock = threading.Lock()  # over the handle's end
         self.num_threads = num_threads
 
     def run(self, steps: ctypes.Array[TlStep], batch: TlBatch) -> None:
@@ -229,11 +233,17 @@ class Pool:
             op = Op(steps[failed - 1].op).name
             raise ResourceError(f"step {failed - 1} of the plan ({op}) found no memory for its scratch")
 
+    def progress(self) -> int:
+        """Pieces of steps that were computed so far; may be called from any thread."""
+        with self._lock:
+            return int(self._lib.tl_pool_progress(self._handle)) if self._handle is not None else 0
+
     def close(self) -> None:
         """Ends the threads. May be called again."""
-        if self._handle is not None:
-            self._lib.tl_pool_destroy(self._handle)
-            self._handle = None
+        with self._lock:
+            handle, self._handle = self._handle, None
+        if handle is not None:
+            self._lib.tl_pool_destroy(handle)
 
     def __enter__(self) -> Pool:
         return self

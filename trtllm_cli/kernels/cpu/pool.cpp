@@ -135,6 +135,7 @@ void Pool::take_part(int thread) {
         bool first = true;
         for (int i; (i = phase.taken.fetch_add(1, std::memory_order_relaxed)) < phase.pieces; first = false) {
             run_piece({*this, *phase.step, *batch, thread, i, phase.pieces, first}, phase.prepares);
+            progress.fetch_add(1, std::memory_order_relaxed);
             if (phase.done.fetch_add(1, std::memory_order_acq_rel) + 1 == phase.pieces)
                 current.set(at + 1 < num_phases ? at + 1 : kOver);
         }
@@ -169,6 +170,8 @@ EXPORT Pool* tl_pool_create(int32_t num_threads) {
     tl_pool_destroy(pool);
     return nullptr;
 }
+
+EXPORT int64_t tl_pool_progress(const Pool* pool) { return pool->progress.load(std::memory_order_relaxed); }
 
 // 0, or the number (from 1) of a step that found no memory for its scratch; nothing was computed then.
 EXPORT int32_t tl_run(Pool* pool, const tl_step* steps, int32_t n, const tl_batch* batch) {

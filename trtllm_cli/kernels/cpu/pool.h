@@ -53,6 +53,8 @@ struct Pool {
     Signal inside;   // other threads that may look at phases
     Signal current;  // the phase whose pieces are to be done, or kOver
 
+    alignas(64) std::atomic<int64_t> progress{0};  // pieces done, ever; for those who watch
+
     Pool() { current.value = kOver; }
 
     void take_part(int thread);

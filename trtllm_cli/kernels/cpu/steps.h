@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 constexpr int kTile = 16;  // outputs of a linear layer, or keys of a cache strip, that lie side by side
 
 struct tl_step {

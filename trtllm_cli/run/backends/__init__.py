@@ -47,10 +47,15 @@ class Runner(Protocol):
         ...
 
 
-def load_runner(engine: Engine, rank: Rank, comm: Communicator, *, num_threads: int | None = None) -> Runner:
-    """The runner for the engine's backend. Raises EngineError when this machine cannot run it."""
+def load_runner(
+    engine: Engine, rank: Rank, comm: Communicator, *, num_threads: int | None = None, local_ranks: int = 1
+) -> Runner:
+    """The runner for the engine's backend. Raises EngineError when this machine cannot run it.
+
+    `num_threads` None: this rank's share of the processors, which `local_ranks` ranks of this host have among them.
+    """
     match engine.config.backend:
         case "cpu":
-            from trtllm_cli.run.backends.cpu import load
+            from trtllm_cli.run.backends.cpu import default_threads, load
 
-            return load(engine, rank, comm, num_threads)
+            return load(engine, rank, comm, num_threads or default_threads(local_ranks))

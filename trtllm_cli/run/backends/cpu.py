@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 COLLECTIVES = ("all_reduce", "all_gather", "send", "recv")
 ALIGNMENT = 64  # bytes
+MOST_STEPS = 16  # computed at a time where there are other ranks, to which messages are under way
 
 
-def load(engine: Engine, rank: Rank, comm: Communicator, num_threads: int | None) -> Runner:
+def load(engine: Engine, rank: Rank, comm: Communicator, num_threads: int) -> Runner:
     """The runner of a cpu engine. Raises EngineError when it was compiled for another processor."""
     target = engine.config.target
     if target.get("kernels") == "torch":
@@ -56,15 +57,17 @@ def load(engine: Engine, rank: Rank, comm: Communicator, num_threads: int | None
     return CpuRunner(engine, rank, comm, num_threads=num_threads)
 
 
-def default_threads() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_threads(local_ranks: int = 1) -> int:
+    """The processors that this process may use: those that a launcher has bound it to, or else its share of all."""
+    cores = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return max(1, min(usable, cores // local_ranks))
 
 
 class CpuRunner:
     """One rank's native program. `close` it, or its threads live on."""
 
-    def __init__(self, engine: Engine, rank: Rank, comm: Communicator, *, num_threads: int | None = None) -> None:
+    def __init__(self, engine: Engine, rank: Rank, comm: Communicator, *, num_threads: int) -> None:
         self._comm = comm
         self._limits = engine.config.build_config
         self._file = engine.tensors(rank)
@@ -73,7 +76,8 @@ class CpuRunner:
             self._weights = _Weights(self._file)
             self._buffers = self._allocate_buffers()
             lib = library.Library.load(self._weights.view(KERNELS))
-            self._pool = lib.pool(num_threads or default_threads())
+            self._pool = lib.pool(num_threads)
+            comm.activity.kernels = self._pool.progress
         except BaseException:
             self._file.close()
             raise
@@ -122,6 +126,7 @@ class CpuRunner:
         batch = library.TlBatch.of(inputs)
         rows = {"num_tokens": inputs.num_tokens, "num_logits": len(inputs.logits_indices)}
         for segment in self._program:
+            self._comm.push()
             if segment.steps is not None:
                 self._pool.run(segment.steps, batch)
             else:
@@ -134,6 +139,7 @@ class CpuRunner:
 
     def close(self) -> None:
         """See Runner."""
+        self._comm.activity.kernels = None
         self._pool.close()
         self._file.close()
 
@@ -169,11 +175,13 @@ class CpuRunner:
         """The plan's steps with addresses for names, cut where ranks talk."""
         program: list[_Segment] = []
         run: list[library.TlStep] = []
+        most = MOST_STEPS if self._comm.world_size > 1 else len(self._plan["steps"])
         for step in self._plan["steps"]:
-            if step["op"] in COLLECTIVES:
-                if run:
-                    program.append(_Segment(library.plan(run), {}))
-                    run = []
+            is_collective = step["op"] in COLLECTIVES
+            if run and (is_collective or len(run) == most):
+                program.append(_Segment(library.plan(run), {}))
+                run = []
+            if is_collective:
                 program.append(_Segment(None, step))
             else:
                 run.append(STEPS[step["op"]](**{k: self._address(v) for k, v in step["args"].items()}))

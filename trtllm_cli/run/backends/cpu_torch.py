@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 class TorchRunner:
     """One rank's graph, computed by torch."""
 
-    def __init__(self, engine: Engine, rank: Rank, comm: Communicator, *, num_threads: int | None = None) -> None:
-        if num_threads:
-            torch.set_num_threads(num_threads)
+    def __init__(self, engine: Engine, rank: Rank, comm: Communicator, *, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
         self._limits = engine.config.build_config
         with engine.tensors(rank) as file:
             plan = engine.plan(file)
@@ -96,6 +95,7 @@ class _Program(reference.Reference):
     ) -> None:
         self.graph, self.block_size = graph, block_size
         self.comm = _TorchCollectives(comm)
+        self.activity = comm.activity
         self.caches: dict[int, tuple[Tensor, Tensor]] = {}
         self.tables: dict[str, Tensor] = {}
         self.weights = {}
@@ -109,23 +109,25 @@ class _Program(reference.Reference):
 
     def compute(self, node: Node, values: Mapping[str, Tensor]) -> list[Tensor]:
         """A linear by its packed weight, any other node by the reference."""
+        self.activity.progress += 1
         if node.op not in ("linear", "expert_linear"):
             return [_numbers(t) for t in super().compute(node, values)]
         members, x = self.linears[node.inputs["weight"]], values[node.inputs["x"]]
         bias = values[node.inputs["bias"]] if "bias" in node.inputs else None
         if node.op == "expert_linear":
-            return [_by_expert(members, x, values[node.inputs["ids"]], bias)]
+            return [_by_expert(members, x, values[node.inputs["ids"]], bias, node.attrs.get("first_expert", 0))]
         y = members[0](x)
         return [y if bias is None else y + bias]
 
 
-def _by_expert(members: Sequence[TorchLinear], x: Tensor, ids: Tensor, bias: Tensor | None) -> Tensor:
+def _by_expert(
+    members: Sequence[TorchLinear], x: Tensor, ids: Tensor, bias: Tensor | None, first_expert: int
+) -> Tensor:
     """functional.expert_linear."""
     top_k = ids.shape[1]
     parts = x.unflatten(-1, (-1, members[0].in_features)).expand(-1, top_k, -1)  # [num_tokens, top_k, in]
-    out = x.new_empty(*ids.shape, members[0].out_features)
-    for expert in ids.unique().tolist():
-        chosen = ids == expert
+    out = x.new_zeros(*ids.shape, members[0].out_features)
+    for expert, chosen in reference.own_choices(ids, first_expert, len(members)):
         y = members[expert](parts[chosen])
         out[chosen] = y if bias is None else y + bias[expert]
     return out.flatten(-2)
