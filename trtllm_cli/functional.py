@@ -154,9 +154,9 @@ def qdq(x: Tensor, scale: Tensor | None, fmt: str, group_size: int | None = None
     """`x` rounded to what `fmt` ("fp8": E4M3, "int8": -127..127, or "fp4": E2M1) holds, and back: activations as a
     quantized layer sees them.
 
-    The step is `scale` [1] (where experts have one each, the largest: they see the same x), or else found for each
-    token: the row's largest magnitude over 448, 127 or 6, or that of each `group_size` of its elements. fp4's group
-    steps are rounded to E4M3 after division by `scale`.
+    The step is `scale` [1] (where a rank's experts have one each, the largest: they see the same x), or else found for
+    each token: the row's largest magnitude over 448, 127 or 6, or that of each `group_size` of its elements. fp4's
+    group steps are rounded to E4M3 after division by `scale`.
     """
     return _op("qdq", {"x": x, "scale": scale}, [x.type], fmt=fmt, group_size=group_size)[0]
 
@@ -331,11 +331,14 @@ def expert_linear(
     global_scale: Tensor | None = None,
     quant: str | None = None,
     group_size: int | None = None,
+    first_expert: int = 0,
 ) -> Tensor:
     """Each token by each of its experts: [num_tokens, top_k * out].
 
     `x` is [num_tokens, in], or [num_tokens, top_k * in] with a part for each choice; `ids` as route gives them;
     `weight` [experts, out, in] and `bias` [experts, out]. Quantized as in `linear`, scales with the experts first.
+
+    Ids outside this rank's experts, which begin at `first_expert`, give zeros.
     """
     (_, top_k), (_, out_features, _) = ids.shape, weight.shape
     assert isinstance(top_k, int)
@@ -344,7 +347,8 @@ def expert_linear(
     inputs = {
         "x": x, "ids": ids, "weight": weight, "bias": bias, "scale": scale, "zero": zero, "global_scale": global_scale,
     }  # fmt: skip
-    return _op("expert_linear", inputs, [out], quant=quant, group_size=group_size)[0]
+    attrs = {"quant": quant, "group_size": group_size, "first_expert": first_expert or None}
+    return _op("expert_linear", inputs, [out], **attrs)[0]
 
 
 def expert_gated_act(x: Tensor, top_k: int, activation: str) -> Tensor:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 Dim = int | str
 # How a weight is split over the tensor-parallel ranks: its rows (outputs, dim 0), its columns (inputs, dim 1), its rows
-# by heads (q, k and v each), or not at all. Of a weight [experts, out, in]: both halves of dim 1 (up and gate), all of
-# dim 1, or dim 2.
-Shard = Literal["rows", "columns", "qkv", "expert_halves", "expert_rows", "expert_columns"]
+# by heads (q, k and v each), or not at all. Of a weight [experts, out, in], dim 0 over the expert-parallel ranks, and
+# over those that share an expert: both halves of dim 1 (up and gate), all of dim 1, dim 2, or with "experts" nothing.
+Shard = Literal["rows", "columns", "qkv", "experts", "expert_halves", "expert_rows", "expert_columns"]
 
 
 @dataclass(frozen=True)

@@ -242,13 +242,27 @@ class ModelConfig(BaseModel):
         tp = self.mapping.tp_size
         if self.num_attention_heads % tp or self.intermediate_size % tp:
             raise ValueError(f"tp_size {tp} does not divide the heads or intermediate_size")
-        if self.moe and (self.moe.intermediate_size % tp or self.moe.shared_expert_intermediate_size % tp):
-            raise ValueError(f"tp_size {tp} does not divide the experts' intermediate_size")
+        self._experts_divide()
         if self.num_key_value_heads % tp and tp % self.num_key_value_heads:
             raise ValueError(f"tp_size {tp} neither divides the {self.num_key_value_heads} KV heads nor is a multiple")
         if self.mapping.pp_size > self.num_hidden_layers:
             raise ValueError(f"pp_size {self.mapping.pp_size} is more than the {self.num_hidden_layers} layers")
         return self
+
+    def _experts_divide(self) -> None:
+        tp, moe_tp, moe_ep = self.mapping.tp_size, self.mapping.moe_tp, self.mapping.moe_ep
+        if self.moe is None:
+            if moe_ep > 1:
+                raise ValueError(f"moe_ep_size is {moe_ep}, and {self.architecture} has no experts")
+            return
+        if self.moe.num_experts % moe_ep:
+            raise ValueError(f"moe_ep_size {moe_ep} does not divide the {self.moe.num_experts} experts")
+        if self.moe.intermediate_size % moe_tp:
+            size = f"moe_tp_size {moe_tp}" if moe_ep > 1 else f"tp_size {tp}"
+            raise ValueError(f"{size} does not divide the experts' intermediate_size {self.moe.intermediate_size}")
+        if self.moe.shared_expert_intermediate_size % tp:
+            width = self.moe.shared_expert_intermediate_size
+            raise ValueError(f"tp_size {tp} does not divide the shared experts' intermediate_size {width}")
 
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer in tokens, or None for full attention."""

@@ -75,8 +75,11 @@ def join_ranks(config: ModelConfig, ranks: list[dict[str, torch.Tensor]]) -> dic
 
 def join(config: ModelConfig, shard: Shard | None, parts: list[torch.Tensor]) -> torch.Tensor:
     """One tensor of the ranks of a stage."""
+    if shard is not None and shard.startswith("expert") and len(parts) > config.mapping.moe_tp:
+        ep = config.mapping.moe_ep
+        return torch.cat([join(config, shard, parts[i::ep]) for i in range(ep)])
     match shard:
-        case None:
+        case None | "experts":
             assert all(torch.equal(part, parts[0]) for part in parts)
             return parts[0]
         case "qkv":

@@ -155,6 +155,46 @@ def test_ranks_put_together_are_the_whole(shape, shard, tp):
         assert torch.equal(made.reshape(weight.shape), expected_part(whole, shard, config, rank)), rank
 
 
+@pytest.mark.parametrize(("tp", "ep"), [(2, 2), (4, 2), (4, 4), (8, 4)])
+@pytest.mark.parametrize(
+    ("shape", "shard"),
+    [
+        ((8, 16, 3), "expert_halves"),
+        ((8, 16), "expert_halves"),
+        ((8, 6, 3), "expert_rows"),
+        ((8, 3, 8), "expert_columns"),
+        ((8, 3), "experts"),  # a bias; and scales of each output, whose rows are counted through as the weight's
+        ((8, 1), "experts"),
+    ],
+)
+def test_experts_of_a_rank(shape, shard, tp, ep):
+    config = CONFIG.model_copy(update={"mapping": Mapping.of(tp, moe_ep_size=ep)})
+    whole = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    rows = 8 if shard == "experts" else whole.numel() // (shape[2] if len(shape) == 3 else 1)
+    for rank in config.mapping.ranks:
+        e, t, part = rank.rank % ep, rank.rank // ep, tp // ep
+        held = whole[e * 8 // ep : (e + 1) * 8 // ep]
+        match shard:
+            case "expert_halves":
+                want = torch.cat([half.chunk(part, dim=1)[t] for half in held.chunk(2, dim=1)], dim=1)
+            case "expert_rows":
+                want = held.chunk(part, dim=1)[t]
+            case "expert_columns":
+                want = held.chunk(part, dim=2)[t]
+            case _:
+                want = held
+        for flat_rows in {rows, whole.numel()} if shard == "experts" else {rows}:
+            flat, rank_cut = (
+                whole.reshape(flat_rows, -1),
+                cut(Weight("int64", want.shape, ("w",), shard), flat_rows, config, rank),
+            )
+            made = torch.full_like(want, -1).reshape(rank_cut.rows, -1)
+            for start in range(0, flat_rows, 5):
+                for row, piece in rank_cut.pieces(flat[start : start + 5], start):
+                    made[row : row + len(piece)] = piece
+            assert torch.equal(made.reshape(want.shape), want), rank
+
+
 def rank_shape(shape, shard, tp, config):
     axis = {"rows": 0, "columns": 1, "expert_halves": 1, "expert_rows": 1, "expert_columns": 2}.get(shard)
     if shard == "qkv":

@@ -222,9 +222,26 @@ def test_ranks_are_put_back_together(tp, pp, algo, tmp_path):
     assert relative(got, want) < (3e-2 if algo else 1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"qformat": "fp8_pc_pt"}])
+def test_experts_are_put_back_together(options, tmp_path):
+    """Those that only some ranks hold, and those that several ranks share; a scale for each output is cut alike."""
+    save_tiny_model(tmp_path / "snapshot", "gpt_oss", tokenizer=False, num_local_experts=6)
+    convert(tmp_path / "snapshot", tmp_path / "one", ConvertOptions(**options))
+    convert(tmp_path / "snapshot", tmp_path / "many", ConvertOptions(tp_size=4, pp_size=3, moe_ep_size=2, **options))
+    one, many = (program_of(Checkpoint.open(tmp_path / name)) for name in ("one", "many"))
+    whole = dict(many.named_parameters())
+    for name, parameter in one.named_parameters():
+        if ".mlp." in name:
+            assert torch.equal(whole[name], parameter), name
+    ids = ids_of(one.vocab_size)
+    with torch.inference_mode():
+        assert relative(many(ids), one(ids)) < 1e-6
+
+
 SHARDS = {
     "rows": (8, 6), "columns": (8, 6), "qkv": (4 * 8 + 2 * 2 * 8, 6), "expert_rows": (3, 8, 6),
     "expert_columns": (3, 8, 4), "expert_halves": (3, 8, 4),
+    "experts": (3, 6),
 }  # fmt: skip
 
 
@@ -232,7 +249,7 @@ SHARDS = {
 def test_join_undoes_split(shard):
     c = config("llama").model_copy(update={"mapping": Mapping.of(2)})
     whole = torch.randn(SHARDS[shard])
-    dim = {"columns": 1, "expert_rows": 1, "expert_columns": 2, "expert_halves": 1}.get(shard, 0)
+    dim = {"columns": 1, "expert_rows": 1, "expert_columns": 2, "expert_halves": 1, "experts": None}.get(shard, 0)
     shape = tuple(n // 2 if i == dim else n for i, n in enumerate(whole.shape))
     rows, parts = whole.flatten(0, -2), []
     for rank in c.mapping.ranks:

@@ -13,7 +13,15 @@ from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.kernels.reference import Reference
 from trtllm_cli.models import trace_model
 
-CASES = {**{family: (family, {}) for family in FAMILIES}, **SETTINGS}
+# Each family with experts, as many as two groups of ranks can divide.
+EXPERTS = {
+    f"{family}-even": (family, settings)
+    for family, settings in {
+        "mixtral": {"num_local_experts": 6}, "qwen2_moe": {}, "qwen3_moe": {}, "deepseek_v2": {}, "deepseek_v3": {},
+        "gpt_oss": {"num_local_experts": 6},
+    }.items()
+}  # fmt: skip
+CASES = {**{family: (family, {}) for family in FAMILIES}, **SETTINGS, **EXPERTS}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +77,14 @@ def test_family(family, tp, pp, snapshots, tmp_path):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_setting(name, snapshots, tmp_path):
     check(*snapshots(name), tmp_path / "ckpt", tp_size=2, pp_size=2)
+
+
+@pytest.mark.parametrize(("tp", "ep", "pp"), [(2, 2, 1), (4, 2, 1), (2, 2, 2)])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_expert_parallel(name, tp, ep, pp, snapshots, tmp_path):
+    check(*snapshots(name), tmp_path / "ckpt", tp_size=tp, pp_size=pp, moe_ep_size=ep)
+    ranks = Checkpoint.open(tmp_path / "ckpt").config.mapping.ranks
+    assert (ranks[0].mapping.moe_tp, ranks[0].mapping.moe_ep) == (tp // ep, ep)
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -24,6 +24,19 @@ def convert(
     dtype: Annotated[str, typer.Option(help="auto (the source's own), float32, float16 or bfloat16.")] = "auto",
     tp_size: Annotated[int, typer.Option(help="Tensor-parallel ranks: each layer is split over them.")] = 1,
     pp_size: Annotated[int, typer.Option(help="Pipeline stages: the layers are divided among them.")] = 1,
+    moe_tp_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the tensor-parallel ranks, those that share an expert.", show_default="--tp-size / --moe-ep-size"
+        ),
+    ] = None,
+    moe_ep_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the tensor-parallel ranks, those among which the experts are divided.",
+            show_default="1, or --tp-size / --moe-tp-size",
+        ),
+    ] = None,
     qformat: Annotated[
         str | None,
         typer.Option(
@@ -90,6 +103,8 @@ def convert(
 
         trtllm convert snapshot --output-dir ckpt --tp-size 8 --workers 4
 
+        trtllm convert snapshot --output-dir ckpt --tp-size 4 --moe-ep-size 2
+
         trtllm convert snapshot --output-dir ckpt --qformat int4_wo --group-size 64
 
         trtllm convert snapshot-gptq --output-dir ckpt --dequantize --qformat int8_wo
@@ -102,6 +117,8 @@ def convert(
         dtype=dtype,  # type: ignore[arg-type]  # checked by ConvertOptions
         tp_size=tp_size,
         pp_size=pp_size,
+        moe_tp_size=moe_tp_size,
+        moe_ep_size=moe_ep_size,
         use_parallel_embedding=use_parallel_embedding,
         embedding_sharding_dim=embedding_sharding_dim,  # type: ignore[arg-type]
         qformat=_qformat(qformat, use_weight_only, weight_only_precision),  # type: ignore[arg-type]
@@ -147,11 +164,12 @@ def summary(report: ConvertReport) -> str:
     if report.group_size:
         quantized += f" in groups of {report.group_size}"
     ranks = len(report.rank_bytes)
+    experts = f", moe_tp_size {report.moe_tp_size}, moe_ep_size {report.moe_ep_size}" if report.moe_ep_size > 1 else ""
     lines = [
         f"Wrote {report.output_dir}: {report.architecture}, {report.num_parameters / 1e6:,.1f} M parameters,"
         f" {report.dtype}{quantized}",
         f"  weights    {human_bytes(sum(report.rank_bytes))} in {ranks} file{'s' if ranks > 1 else ''}"
-        f" (tp_size {report.tp_size}, pp_size {report.pp_size})",
+        f" (tp_size {report.tp_size}, pp_size {report.pp_size}{experts})",
         f"  tokenizer  {', '.join(report.tokenizer_files) or 'none'}",
         f"  took       {report.seconds:.1f} s, at most {human_bytes(report.peak_memory_bytes)} of memory",
         *(f"  note       {note}" for note in report.notes),

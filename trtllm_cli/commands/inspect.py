@@ -28,6 +28,7 @@ class Inspection:
     tensors: dict[str, TensorInfo]
     next_command: str
     more: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # kind -> ranks that work together
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -40,6 +41,7 @@ class Inspection:
             "tensors": len(self.tensors),
             "parameters_by_dtype": _by_dtype(self.tensors),
             **self.more,
+            **({"rank_groups": self.groups} if self.groups else {}),
             "next_command": self.next_command,
         }
 
@@ -123,7 +125,8 @@ def _engine(path: Path, rank: int, verify: bool, *, want_graph: bool) -> tuple[I
     }
     next_command = f'trtllm run --engine-dir {path} --streaming "Why is the sky blue?"'
     shown = config.pretrained_config.model_dump(mode="json", exclude_defaults=True)
-    return Inspection("engine", str(path), shown, _files(path), tensors, next_command, more), traced
+    groups = _groups(config.pretrained_config)
+    return Inspection("engine", str(path), shown, _files(path), tensors, next_command, more, groups), traced
 
 
 def _checkpoint(path: Path, rank: int, verify: bool, *, want_graph: bool) -> tuple[Inspection, Graph | None]:
@@ -140,7 +143,8 @@ def _checkpoint(path: Path, rank: int, verify: bool, *, want_graph: bool) -> tup
     shown = checkpoint.config.model_dump(mode="json", exclude_defaults=True)
     next_command = f"trtllm build --checkpoint-dir {path} --output-dir engine"
     more = {"verified": verify and bool(checkpoint.sha256)}
-    return Inspection("checkpoint", str(path), shown, _files(path), tensors, next_command, more), traced
+    groups = _groups(checkpoint.config)
+    return Inspection("checkpoint", str(path), shown, _files(path), tensors, next_command, more, groups), traced
 
 
 def _snapshot(path: Path, kind: str, verify: bool, *, want_graph: bool) -> tuple[Inspection, Graph | None]:
@@ -181,6 +185,13 @@ def _rank(config: ModelConfig, rank: int) -> Rank:
     if not 0 <= rank < len(ranks):
         raise UsageError(f"there is no rank {rank}: the ranks are 0 to {len(ranks) - 1}", where="--rank")
     return ranks[rank]
+
+
+def _groups(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The groups of several ranks; those of experts where there are any."""
+    if config.mapping.world_size == 1:
+        return {}
+    return {kind: groups for kind, groups in config.mapping.groups.items() if config.moe or not kind.startswith("moe")}
 
 
 def _files(path: Path) -> dict[str, int]:
@@ -225,6 +236,11 @@ def _print(found: Inspection, *, list_tensors: bool) -> None:
     for name, size in found.files.items():
         files.add_row(name, human_bytes(size))
     out.print(files)
+    if found.groups:
+        ranks = Table("group", "size", "ranks")
+        for kind, groups in found.groups.items():
+            ranks.add_row(kind, str(len(groups[0])), "  ".join(",".join(map(str, group)) for group in groups))
+        out.print(ranks)
     if list_tensors:
         listing = Table("tensor", "dtype", "shape")
         for name, info in found.tensors.items():

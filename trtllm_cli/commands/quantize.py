@@ -78,6 +78,19 @@ def quantize(
     dtype: Annotated[str, typer.Option(help="Of what is not quantized: auto, float32, float16, bfloat16.")] = "auto",
     tp_size: Annotated[int, typer.Option(help="Tensor-parallel ranks: each layer is split over them.")] = 1,
     pp_size: Annotated[int, typer.Option(help="Pipeline stages: the layers are divided among them.")] = 1,
+    moe_tp_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the tensor-parallel ranks, those that share an expert.", show_default="--tp-size / --moe-ep-size"
+        ),
+    ] = None,
+    moe_ep_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the tensor-parallel ranks, those among which the experts are divided.",
+            show_default="1, or --tp-size / --moe-tp-size",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to calibrate: auto, cpu or cuda.")] = "auto",
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Make a snapshot plain first that is quantized already.")
@@ -112,6 +125,8 @@ def quantize(
         dtype=dtype,  # type: ignore[arg-type]  # checked by ConvertOptions
         tp_size=tp_size,
         pp_size=pp_size,
+        moe_tp_size=moe_tp_size,
+        moe_ep_size=moe_ep_size,
         qformat=qformat,  # type: ignore[arg-type]
         group_size=awq_block_size,
         exclude=tuple(exclude or ()),

@@ -53,7 +53,7 @@ def read_config(reader: Reader, options: ConvertOptions, quantization: Quantized
     base = validate(ModelConfig, fields, reader.config_path, SnapshotError)
     if any(family.is_extra(name, base.num_hidden_layers) for name in reader.tensors):
         notes.append(f"the layers from {base.num_hidden_layers} on, for multi-token prediction, were left out")
-    tied, mapping = base.share_embedding_table, Mapping.of(options.tp_size, options.pp_size)
+    tied, mapping = base.share_embedding_table, _mapping(options, base)
     keep = (reader.quant_method is not None or options.keep_quantized) and not options.dequantize
     own_head = options.quantize_lm_head or (keep and reader.weight(family.embedding).layer is not None)
     fields |= {
@@ -128,13 +128,42 @@ def _keep(
     return kept, Quantized(quantization, Calibration(kv_scales=kv_scales)), notes
 
 
+def _mapping(options: ConvertOptions, base: ModelConfig) -> Mapping:
+    """The ranks that the options ask for. Raises UsageError where they cannot divide the experts of `base` so."""
+    if base.moe is None and (options.moe_ep_size or 1, options.moe_tp_size or options.tp_size) != (1, options.tp_size):
+        flag = "--moe-ep-size" if options.moe_ep_size else "--moe-tp-size"
+        raise UsageError(
+            f"{base.architecture} has no experts to divide among ranks",
+            where=flag,
+            fix=f"leave {flag} out: --tp-size alone splits every layer",
+        )
+    try:
+        mapping = Mapping.of(options.tp_size, options.pp_size, options.moe_tp_size or 0, options.moe_ep_size or 0)
+    except ValidationError as e:
+        raise UsageError(
+            f"the ranks do not divide so: {describe(e)}",
+            where="--moe-tp-size, --moe-ep-size",
+            fix="their product is --tp-size: choose other sizes, only one of them, or another --tp-size",
+        ) from None
+    if base.moe is not None and base.moe.num_experts % mapping.moe_ep:
+        experts = base.moe.num_experts
+        sizes = [n for n in range(1, experts + 1) if experts % n == mapping.tp_size % n == 0]
+        raise UsageError(
+            f"{experts} experts cannot be divided among {mapping.moe_ep} ranks",
+            where="--moe-ep-size",
+            fix=f"with --tp-size {mapping.tp_size} it can be {', '.join(map(str, sizes))}",
+        )
+    return mapping
+
+
 def _with_mapping(fields: dict[str, Any]) -> ModelConfig:
     """The config, once it is known to be right on one rank; what is wrong with it now is the options' doing."""
     try:
         return ModelConfig.model_validate(fields)
     except ValidationError as e:
+        flags = "--tp-size, --pp-size" + (", --moe-ep-size" if fields["mapping"].moe_ep > 1 else "")
         raise UsageError(
-            f"the model does not divide so: {describe(e)}", where="--tp-size, --pp-size", fix="choose other sizes"
+            f"the model does not divide so: {describe(e)}", where=flags, fix="choose other sizes"
         ) from None
 
 

@@ -17,6 +17,8 @@ class ConvertOptions:
     dtype: DType | Literal["auto"] = "auto"
     tp_size: int = 1
     pp_size: int = 1
+    moe_tp_size: int | None = None  # None: tp_size, over moe_ep_size
+    moe_ep_size: int | None = None  # None: what is left of tp_size, 1 without moe_tp_size
     use_parallel_embedding: bool = False
     embedding_sharding_dim: Literal[0, 1] = 0
     qformat: QFormat | None = None
@@ -48,8 +50,8 @@ class ConvertOptions:
         if self.qformat is not None:
             qformat_named(self.qformat)
         for flag, number in (
-            ("--tp-size", self.tp_size), ("--pp-size", self.pp_size), ("--group-size", self.group_size),
-            ("--workers", self.workers),
+            ("--tp-size", self.tp_size), ("--pp-size", self.pp_size), ("--moe-tp-size", self.moe_tp_size),
+            ("--moe-ep-size", self.moe_ep_size), ("--group-size", self.group_size), ("--workers", self.workers),
         ):  # fmt: skip
             if number is not None and number < 1:
                 raise UsageError(f"{flag} is {number}", where=flag, fix="give 1 or more")
@@ -66,6 +68,8 @@ class ConvertReport:
     group_size: int | None
     tp_size: int
     pp_size: int
+    moe_tp_size: int  # ranks that share an expert; of no meaning without experts
+    moe_ep_size: int  # ranks among which the experts are divided
     num_parameters: int  # of the source's tensors that the checkpoint holds, each counted once
     num_tensors: int  # in all rank files
     rank_bytes: list[int]

@@ -101,6 +101,8 @@ def convert(
         group_size=_group_size(config),
         tp_size=config.mapping.tp_size,
         pp_size=config.mapping.pp_size,
+        moe_tp_size=config.mapping.moe_tp,
+        moe_ep_size=config.mapping.moe_ep,
         num_parameters=_num_parameters(stages),
         num_tensors=sum(len(stage.tensors(rank)) for stage in stages for rank in stage.ranks),
         rank_bytes=sizes,

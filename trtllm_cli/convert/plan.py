@@ -141,12 +141,16 @@ def part_of(name: str) -> str:
 
 def _check_columns(name: str, weight: Weight, whole: Weight, config: ModelConfig) -> None:
     """Blocks of inputs that share a scale must not lie across ranks."""
-    axis = {"columns": 1, "expert_columns": 2}.get(weight.shard or "")
-    if axis is not None and weight.shape[axis] * config.mapping.tp_size != whole.shape[axis]:
+    of_experts = weight.shard == "expert_columns"
+    if weight.shard != "columns" and not of_experts:
+        return
+    axis, ranks = (2, config.mapping.moe_tp) if of_experts else (1, config.mapping.tp_size)
+    if weight.shape[axis] * ranks != whole.shape[axis]:
+        flag = "--moe-tp-size" if config.mapping.moe_ep > 1 and of_experts else "--tp-size"
         raise UnsupportedError(
-            f"{name.rpartition('.')[0]}: inputs that share a scale would lie on two of {config.mapping.tp_size} ranks",
-            where="--tp-size",
-            fix="use a smaller --tp-size, or another --qformat",
+            f"{name.rpartition('.')[0]}: inputs that share a scale would lie on two of {ranks} ranks",
+            where=flag,
+            fix=f"use a smaller {flag}, or another --qformat",
         )
 
 

@@ -1,4 +1,4 @@
-"""Which rows and columns of a whole tensor a tensor-parallel rank holds."""
+"""Which experts, rows and columns of a whole tensor a rank holds."""
 
 from __future__ import annotations
 
@@ -67,8 +67,11 @@ def cut(weight: Weight, whole_rows: int, config: ModelConfig, rank: Rank) -> Cut
             return Cut(everything, whole_rows)
         case "columns":
             return Cut(everything, whole_rows, slice(t * shape[1], (t + 1) * shape[1]))
+        case "experts":
+            return _joined(_experts(shape[0], whole_rows, rank))
         case "expert_columns":
-            return Cut(everything, whole_rows, slice(t * shape[2], (t + 1) * shape[2]))
+            columns = slice(rank.moe_tp_rank * shape[2], (rank.moe_tp_rank + 1) * shape[2])
+            return _joined(_experts(shape[0], whole_rows, rank), columns)
         case "rows":  # those past the end pad the vocabulary
             first, count = t * shape[0], shape[0]
             held = min(count, max(0, whole_rows - first))
@@ -76,24 +79,32 @@ def cut(weight: Weight, whole_rows: int, config: ModelConfig, rank: Rank) -> Cut
         case "qkv":
             return _joined([(first, count) for first, count in _qkv(config, t, whole_rows)])
         case "expert_rows":
-            return _joined(_of_experts(shape[0], 1, shape[1], whole_rows, t))
+            return _joined(_of_experts(shape[0], 1, shape[1], whole_rows, rank))
         case "expert_halves":
-            return _joined(_of_experts(shape[0], 2, shape[1] // 2, whole_rows, t))
+            return _joined(_of_experts(shape[0], 2, shape[1] // 2, whole_rows, rank))
 
 
-def _joined(runs: list[tuple[int, int]]) -> Cut:
+def _joined(runs: list[tuple[int, int]], columns: slice | None = None) -> Cut:
     """Runs (first row, rows) of the whole, one after another in the rank's."""
     spans, row = [], 0
     for first, count in runs:
         spans.append(Span(first, row, count))
         row += count
-    return Cut(tuple(spans), row)
+    return Cut(tuple(spans), row, columns)
 
 
-def _of_experts(experts: int, parts: int, height: int, whole_rows: int, tp_rank: int) -> list[tuple[int, int]]:
-    """The rank's `height` rows of each of the `parts` (up's and the gate's, or all) of each expert."""
-    whole = whole_rows // (experts * parts)
-    return [(i * whole + tp_rank * height, height) for i in range(experts * parts)]
+def _experts(experts: int, whole_rows: int, rank: Rank) -> list[tuple[int, int]]:
+    """All rows of the rank's `experts`, which lie side by side."""
+    count = whole_rows // rank.mapping.moe_ep
+    assert count % experts == 0
+    return [(rank.moe_ep_rank * count, count)]
+
+
+def _of_experts(experts: int, parts: int, height: int, whole_rows: int, rank: Rank) -> list[tuple[int, int]]:
+    """The rank's `height` rows of each of the `parts` (up's and the gate's, or all) of each of its `experts`."""
+    ((first, count),) = _experts(experts, whole_rows, rank)
+    whole = count // (experts * parts)
+    return [(first + i * whole + rank.moe_tp_rank * height, height) for i in range(experts * parts)]
 
 
 def _qkv(config: ModelConfig, tp_rank: int, whole_rows: int) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from trtllm_cli.models.tensors import check_tensors, read_weight
 from trtllm_cli.tensor_file import TensorFile
 
 _DIM: dict[Shard, int] = {"rows": 0, "columns": 1, "expert_rows": 1, "expert_columns": 2}
+_OF_EXPERTS = ("experts", "expert_halves", "expert_rows", "expert_columns")
 
 
 def program_of(
@@ -56,10 +57,14 @@ class WholeModel:
 
 
 def join(name: str, parts: list[torch.Tensor], shard: Shard | None, config: ModelConfig) -> torch.Tensor:
-    """One tensor of what the tensor-parallel ranks hold of it."""
+    """One tensor of what the ranks of a stage hold of it."""
+    moe_ep = config.mapping.moe_ep
+    if moe_ep > 1 and shard in _OF_EXPERTS:  # those that hold the same experts are moe_ep apart
+        one = config.model_copy(update={"mapping": Mapping.of(config.mapping.moe_tp)})
+        return torch.cat([join(name, parts[i::moe_ep], shard, one) for i in range(moe_ep)])
     if len(parts) == 1:
         return parts[0]
-    if shard is None:
+    if shard in (None, "experts"):
         return _same(name, parts)
     if shard == "qkv":
         return _qkv(config, parts)

@@ -5,7 +5,7 @@ It computes a Graph node by node. Nothing here is fast, and nothing is rounded t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -172,15 +172,22 @@ def _top(scores: Tensor, count: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
-def expert_linear(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def expert_linear(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None = None, first_expert: int = 0) -> Tensor:
     """functional.expert_linear, of a weight that is dequantized already."""
     top_k = ids.shape[1]
     parts = x.unflatten(-1, (-1, weight.shape[2])).expand(-1, top_k, -1)  # [num_tokens, top_k, in]
-    out = x.new_empty(*ids.shape, weight.shape[1])
-    for expert in ids.unique().tolist():
-        chosen = ids == expert
+    out = x.new_zeros(*ids.shape, weight.shape[1])
+    for expert, chosen in own_choices(ids, first_expert, len(weight)):
         out[chosen] = nnf.linear(parts[chosen], weight[expert], None if bias is None else bias[expert])
     return out.flatten(-2)
+
+
+def own_choices(ids: Tensor, first_expert: int, num_experts: int) -> Iterator[tuple[int, Tensor]]:
+    """Of the `num_experts` from `first_expert` on, each that is chosen, counted from 0, and where in `ids` it is."""
+    local = ids - first_expert
+    for expert in local.unique().tolist():
+        if 0 <= expert < num_experts:
+            yield expert, local == expert
 
 
 def rope(x: Tensor, positions: Tensor, table: Tensor, num_heads: int, layout: str) -> Tensor:
@@ -255,7 +262,8 @@ def _linear(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _expert_linear(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
-    return [expert_linear(t["x"], t["ids"], _plain(node, t), t.get("bias"))]
+    first = node.attrs.get("first_expert", 0)
+    return [expert_linear(t["x"], t["ids"], _plain(node, t), t.get("bias"), first)]
 
 
 def _head_linear(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:

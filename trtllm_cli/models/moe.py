@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trtllm_cli import functional as F
 from trtllm_cli.functional import Tensor
 from trtllm_cli.models.layers import Linear
-from trtllm_cli.models.stored import declare
+from trtllm_cli.models.stored import StoredWeight, declare
 
 if TYPE_CHECKING:
     from trtllm_cli.mapping import Rank
@@ -19,39 +19,44 @@ if TYPE_CHECKING:
 
 
 class MoE:
-    """Every tensor-parallel rank has a part of each expert; the ranks' parts are summed once, at the end.
+    """Every tensor-parallel rank has a part of each expert, or with expert parallelism of some of the experts.
 
-    With the config's `mlp_bias` the router and the experts' linears have biases.
+    What others have gives zeros here, and the ranks' parts are summed once, at the end. The router is whole on every
+    rank, and a shared expert is split over all of them. With the config's `mlp_bias` the router and the experts'
+    linears have biases.
     """
 
     def __init__(self, config: ModelConfig, rank: Rank, name: str) -> None:
         assert config.moe is not None
         self.rank, self.moe, self.activation = rank, config.moe, config.hidden_act
         self.is_split = config.mapping.tp_size > 1
-        self.inner = config.moe.intermediate_size // config.mapping.tp_size
+        self.inner = config.moe.intermediate_size // config.mapping.moe_tp
         self.router = _Router(config, f"{name}.router")
-        experts, hidden = config.moe.num_experts, config.hidden_size
+        held, hidden = rank.experts(config.moe.num_experts), config.hidden_size
+        self.first, experts = held.start, len(held)
         self.fc = declare(config, rank, f"{name}.fc", 2 * self.inner, hidden, "expert_halves", experts=experts)
         self.proj = declare(config, rank, f"{name}.proj", hidden, self.inner, "expert_columns", experts=experts)
         self.fc_bias = self.proj_bias = None
         if config.mlp_bias:
             self.fc_bias = F.weight(f"{name}.fc.bias", (experts, 2 * self.inner), config.dtype, "expert_halves")
-            proj_bias = F.weight(f"{name}.proj.bias", (experts, hidden), config.dtype)
-            self.proj_bias = proj_bias if rank.tp_rank == 0 else None  # once in the sum over the ranks
+            proj_bias = F.weight(f"{name}.proj.bias", (experts, hidden), config.dtype, "experts")
+            self.proj_bias = proj_bias if rank.moe_tp_rank == 0 else None  # once in the sum over an expert's ranks
         shared = config.moe.shared_expert_intermediate_size
         self.shared = _SharedExpert(config, rank, name) if shared else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` [num_tokens, hidden_size] to the same."""
         weights, ids = self.router(x)
-        y = F.expert_linear(self.fc.prepare(x), ids, self.fc.weight, self.fc_bias, **self.fc.op_args)
+        y = self._by_expert(self.fc, self.fc.prepare(x), ids, self.fc_bias)
         y = F.expert_gated_act(y, self.moe.top_k, self.activation)
-        y = self.proj.prepare(y, part=self.inner)
-        y = F.expert_linear(y, ids, self.proj.weight, self.proj_bias, **self.proj.op_args)
+        y = self._by_expert(self.proj, self.proj.prepare(y, part=self.inner), ids, self.proj_bias)
         y = F.combine(y, weights)
         if self.shared is not None:
             y = F.add(y, self.shared(x))
         return F.all_reduce(y, self.rank.tp_group) if self.is_split else y
+
+    def _by_expert(self, stored: StoredWeight, x: Tensor, ids: Tensor, bias: Tensor | None) -> Tensor:
+        return F.expert_linear(x, ids, stored.weight, bias, first_expert=self.first, **stored.op_args)
 
 
 class _Router:

@@ -25,6 +25,7 @@ FP4_GROUP = 16  # inputs of a group of NVFP4
 _OF_INPUTS: dict[Shard | None, Shard | None] = {"columns": "rows"}  # a vector of inputs, when the weight is so split
 _OF_OUTPUTS: dict[Shard | None, Shard | None] = {
     "rows": "rows", "qkv": "qkv", "expert_halves": "expert_halves", "expert_rows": "expert_rows",
+    "expert_columns": "experts",
 }  # fmt: skip
 
 
@@ -163,7 +164,7 @@ class _Declaration:
 
     def scalar(self, part: str) -> Tensor:
         """One number for the layer; of experts, one each."""
-        return self.add(part, "float32", (1,), None)
+        return self.add(part, "float32", (1,), None if self.experts is None else "experts")
 
     def per_channel(self, part: str) -> Tensor:
         """One number an output."""
@@ -185,7 +186,7 @@ class _Declaration:
             raise UnsupportedError(
                 f"{self.name}: groups of {size} do not divide the {self.columns} inputs that a rank holds",
                 where="config.json: quantization.group_size",
-                fix="convert again with a smaller --group-size or --tp-size",
+                fix=f"convert again with a smaller --group-size or --{'moe-' if self.experts else ''}tp-size",
             )
         return self.columns // size
 

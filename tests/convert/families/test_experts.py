@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.convert.helpers import read_checkpoint
+from tests.convert.helpers import join_ranks, read_checkpoint
 from tests.convert.quantized_reader import QuantizedReader
 from tests.models.test_against_transformers import PROMPT, relative
 from tests.models.test_sharded import ranks_logits
@@ -19,7 +19,8 @@ from trtllm_cli.convert.families.fields import Fields
 from trtllm_cli.convert.hf_reader import HfReader
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.convert.reader import open_reader
-from trtllm_cli.errors import SnapshotError, UnsupportedError
+from trtllm_cli.errors import SnapshotError, UnsupportedError, UsageError
+from trtllm_cli.mapping import Mapping
 from trtllm_cli.model_config import ModelConfig, MoeConfig
 from trtllm_cli.quant_config import LayerQuant
 
@@ -139,6 +140,55 @@ def test_tensor_parallelism_divides_the_experts():
         ModelConfig.model_validate(fields)
 
 
+def test_expert_parallelism_divides_the_experts():
+    fields = read(golden("qwen3-30b-a3b")).model_dump()
+    fields["mapping"] = {"world_size": 8, "tp_size": 4, "pp_size": 2, "moe_ep_size": 2}
+    ModelConfig.model_validate(fields)
+    fields["moe"]["num_experts"] = 127
+    with pytest.raises(ValueError, match="moe_ep_size 2 does not divide the 127 experts"):
+        ModelConfig.model_validate(fields)
+    fields["moe"] |= {"num_experts": 128, "intermediate_size": 769}
+    with pytest.raises(ValueError, match="moe_tp_size 2 does not divide the experts' intermediate_size 769"):
+        ModelConfig.model_validate(fields)
+    fields["moe"] |= {"intermediate_size": 770, "shared_expert_intermediate_size": 6}
+    with pytest.raises(ValueError, match="tp_size 4 does not divide the shared experts' intermediate_size 6"):
+        ModelConfig.model_validate(fields)
+    fields["moe"] = None
+    with pytest.raises(ValueError, match="moe_ep_size is 2, and Qwen3MoeForCausalLM has no experts"):
+        ModelConfig.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        (
+            "mixtral",
+            {"tp_size": 2, "moe_ep_size": 2},
+            ["5 experts cannot be divided among 2", "--tp-size 2 it can be 1"],
+        ),
+        ("qwen3_moe", {"tp_size": 4, "moe_ep_size": 4}, ["6 experts cannot", "--tp-size 4 it can be 1, 2"]),
+        ("qwen3_moe", {"tp_size": 4, "moe_tp_size": 4, "moe_ep_size": 2}, ["4 x moe_ep_size 2 is not tp_size 4"]),
+        ("qwen3_moe", {"moe_ep_size": 2}, ["moe_ep_size 2 does not divide tp_size 1", "another --tp-size"]),
+        ("qwen3_moe", {"tp_size": 2, "moe_ep_size": 0}, ["--moe-ep-size is 0", "1 or more"]),
+        ("llama", {"tp_size": 2, "moe_ep_size": 2}, ["LlamaForCausalLM has no experts", "leave --moe-ep-size out"]),
+        ("llama", {"moe_ep_size": 2}, ["LlamaForCausalLM has no experts"]),
+        ("llama", {"tp_size": 2, "moe_tp_size": 1}, ["LlamaForCausalLM has no experts", "leave --moe-tp-size out"]),
+    ],
+)
+def test_sizes_of_expert_parallelism_that_cannot_be(family, options, words, tmp_path):
+    save_tiny_model(tmp_path / "snapshot", family, tokenizer=False)
+    with pytest.raises(UsageError) as e:
+        convert(tmp_path / "snapshot", tmp_path / "ckpt", ConvertOptions(**options))
+    assert all(word in str(e.value) for word in words), str(e.value)
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_sizes_that_change_nothing_without_experts(tmp_path):
+    save_tiny_model(tmp_path / "snapshot", "llama", tokenizer=False)
+    convert(tmp_path / "snapshot", tmp_path / "ckpt", ConvertOptions(tp_size=2, moe_tp_size=2, moe_ep_size=1))
+    assert Checkpoint.open(tmp_path / "ckpt").config.mapping == Mapping.of(2)
+
+
 # A token goes to every expert: rounding cannot change the choice.
 ALL_EXPERTS = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 8}
 
@@ -165,6 +215,39 @@ def test_quantized_experts(family, settings, tmp_path):
     assert relative(got[0][:, :VOCAB_SIZE], want) < 0.15
 
 
+KEPT = [
+    LayerQuant(quant_algo="W4A16", group_size=8, has_zero_point=True),
+    LayerQuant(quant_algo="W8A16"),
+    LayerQuant(quant_algo="FP8"),
+    LayerQuant(quant_algo="FP8_PER_CHANNEL_PER_TOKEN"),
+    LayerQuant(quant_algo="NVFP4", group_size=16),
+]
+
+
+@pytest.mark.parametrize("layer", KEPT, ids=lambda layer: layer.quant_algo)
+@pytest.mark.parametrize(("tp", "ep"), [(2, 2), (4, 2)])
+def test_experts_that_are_quantized_already_are_cut_by_expert(layer, tp, ep, tmp_path, monkeypatch):
+    """Numbers, groups, scales of outputs and those that are one for each expert: all as one rank has them, cut."""
+    save_tiny_model(tmp_path / "snapshot", "qwen3_moe", tokenizer=False, moe_intermediate_size=64)
+
+    def kept(path):
+        return QuantizedReader(open_reader(path), lambda name: layer if ".experts." in name else None)
+
+    monkeypatch.setattr(pipeline, "open_reader", kept)
+    convert(tmp_path / "snapshot", tmp_path / "one")
+    convert(tmp_path / "snapshot", tmp_path / "many", ConvertOptions(tp_size=tp, moe_ep_size=ep))
+    (one,), many = (read_checkpoint(Checkpoint.open(tmp_path / name)) for name in ("one", "many"))
+    config = Checkpoint.open(tmp_path / "many").config
+    assert config.quantization.layer_quant("transformer.layers.0.mlp.fc") == layer
+    joined = join_ranks(config, many)
+    for name, tensor in one.items():
+        if ".mlp." in name:
+            assert joined[name].dtype == tensor.dtype
+            assert torch.equal(joined[name].view(torch.uint8), tensor.view(torch.uint8)), name
+            if ".router." not in name:
+                assert all(len(rank[name]) == 6 // ep for rank in many)
+
+
 def quantize_experts(snapshot, seed=0):
     """Replaces the snapshot's experts by random numbers in MXFP4, in place; the same snapshot's plain tensors."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -185,10 +268,10 @@ def quantize_experts(snapshot, seed=0):
     return {**{n: t for n, t in tensors.items() if t.dtype != torch.uint8}, **plain}
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_mxfp4_is_read_as_transformers_does(tp, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (2, 2)])
+def test_mxfp4_is_read_as_transformers_does(tp, ep, tmp_path, monkeypatch):
     for name in ("packed", "plain"):
-        save_tiny_model(tmp_path / name, "gpt_oss", tokenizer=False, dtype=torch.bfloat16)
+        save_tiny_model(tmp_path / name, "gpt_oss", tokenizer=False, dtype=torch.bfloat16, num_local_experts=6)
     save_file(quantize_experts(tmp_path / "packed"), tmp_path / "plain" / "model.safetensors")
     most, rows = {}, HfReader.rows
 
@@ -199,8 +282,8 @@ def test_mxfp4_is_read_as_transformers_does(tp, tmp_path, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(HfReader, "rows", watched)
-        report = convert(tmp_path / "packed", tmp_path / "from-packed", ConvertOptions(tp_size=tp))
-    convert(tmp_path / "plain", tmp_path / "from-plain", ConvertOptions(tp_size=tp))
+        report = convert(tmp_path / "packed", tmp_path / "from-packed", ConvertOptions(tp_size=tp, moe_ep_size=ep))
+    convert(tmp_path / "plain", tmp_path / "from-plain", ConvertOptions(tp_size=tp, moe_ep_size=ep))
     for rank in range(tp):
         got, want = (tmp_path / name / f"rank{rank}.safetensors" for name in ("from-packed", "from-plain"))
         assert got.read_bytes() == want.read_bytes()

@@ -91,6 +91,16 @@ def test_experts(tmp_path, qformat):
     assert 0 < (got - wanted).norm() / wanted.norm() < 0.6
 
 
+def test_experts_of_ranks(tmp_path):
+    """Calibrated for the whole model, and the report is made of ranks that divide the experts."""
+    save_tiny_model(tmp_path / "s", "qwen3_moe", moe_intermediate_size=32)
+    quantize(tmp_path / "s", tmp_path / "one", options("fp8", report=False))
+    quantize(tmp_path / "s", tmp_path / "four", options("fp8", tp_size=4, moe_ep_size=2))
+    one, four = (program_of(Checkpoint.open(tmp_path / name)) for name in ("one", "four"))
+    ids = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(four(ids), one(ids))
+
+
 def test_report(snapshot, tmp_path):
     report, accuracy = quantize(snapshot, tmp_path / "ckpt", options("fp8"))
     written = json.loads((tmp_path / "ckpt" / "report.json").read_text())

@@ -6,9 +6,10 @@ import torch
 from harness import address, as_torch, random_parts, rows_batch, run
 
 from trtllm_cli.kernels import reference
-from trtllm_cli.kernels.cpu import expert_steps
+from trtllm_cli.kernels.cpu import expert_steps, row_steps
 from trtllm_cli.kernels.cpu.pack import pack, step_arguments
 from trtllm_cli.kernels.linear_format import LinearFormat
+from trtllm_cli.kernels.quantization import qdq
 
 FORMATS = [
     LinearFormat("float32"), LinearFormat("bfloat16"), LinearFormat("int8"), LinearFormat("int8", 16),
@@ -38,7 +39,8 @@ class Experts:
         self.packed = {role: torch.stack([p[role] for p in packed]) for role in packed[0]}
         self.bias = rng.standard_normal((experts, out_features), np.float32)
 
-    def __call__(self, pool, x, choices, bias=True):
+    def __call__(self, pool, x, choices, bias=True, first_expert=0):
+        """NaN where nothing is written."""
         tokens, top_k = choices.shape
         experts, out_features, in_features = self.shape
         out = np.full((tokens, top_k * out_features), np.nan, np.float32)
@@ -46,7 +48,7 @@ class Experts:
             address(x), address(choices), address(out), address(self.packed["weight"]),
             scale=address(self.packed.get("scale")), bias=address(self.bias) if bias else None,
             in_features=in_features, out_features=out_features, num_experts=experts, top_k=top_k,
-            x_per_choice=x.shape[1] != in_features, **step_arguments(self.fmt),
+            x_per_choice=x.shape[1] != in_features, first_expert=first_expert, **step_arguments(self.fmt),
         )  # fmt: skip
         run(pool, [step], rows_batch(tokens))
         return out
@@ -88,6 +90,56 @@ def test_experts_that_nobody_chose_are_not_read(pool, rng):
     experts.packed["weight"][[0, 2, 3]] = torch.nan
     x, choices = rng.standard_normal((3, 30), np.float32), np.array([[4, 1]] * 3, np.int32)
     assert np.isfinite(experts(pool, x, choices)).all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=ids)
+@pytest.mark.parametrize("per_choice", [False, True])
+def test_choices_of_other_ranks_experts_are_zeros(pools, rng, fmt, per_choice):
+    """Experts 3 to 5 of 9 are here; x of the others' choices is never looked at where each choice has its own."""
+    experts = Experts(fmt, 3, 40, 48, rng)
+    for tokens in (1, 5, 40, 150):
+        choices = choose(rng, tokens, 4, 9)
+        choices[0] = [0, 8, 2, 6]  # nothing here
+        x = rng.standard_normal((tokens, 48 * (4 if per_choice else 1)), np.float32)
+        here = as_torch((choices >= 3) & (choices < 6)).unsqueeze(-1)
+        every = torch.zeros(9, 40, 48)
+        every[3:6], biases = experts.weight, torch.zeros(9, 40)
+        biases[3:6] = as_torch(experts.bias)
+        want = reference.expert_linear(as_torch(x), as_torch(choices), every, biases).unflatten(1, (4, 40))
+        reference_here = reference.expert_linear(
+            as_torch(x), as_torch(choices), experts.weight, as_torch(experts.bias), first_expert=3
+        )
+        assert torch.equal(reference_here.unflatten(1, (4, 40)), want)
+        if per_choice:
+            x.reshape(tokens, 4, 48)[~here.squeeze(-1).numpy()] = np.nan
+        outs = [experts(pool, x, choices, first_expert=3) for pool in pools]
+        assert outs[0].tobytes() == outs[1].tobytes()
+        got = as_torch(outs[0]).unflatten(1, (4, 40))
+        assert not got.masked_select(~here).view(torch.int32).any()  # not even a sign
+        assert float((got - want).norm()) <= (5e-4 if fmt.has_zero else 1e-5) * float(want.norm()), tokens
+        for rows in (1, 2, 7):
+            part = experts(pools[1], x[-rows:].copy(), choices[-rows:].copy(), first_expert=3)
+            assert part.tobytes() == outs[0][-rows:].tobytes(), rows
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu", "swiglu_oai"])
+def test_zeros_stay_zeros_between_an_experts_linears(pool, activation):
+    """Through the activation, the rounding to a step found for each part, and the sum."""
+    x, middle = np.zeros((3, 2 * 2 * 20), np.float32), np.full((3, 2 * 20), np.nan, np.float32)
+    weights, out = np.full((3, 2), 0.5, np.float32), np.full((3, 20), np.nan, np.float32)
+    steps = [
+        expert_steps.expert_gated_act_step(address(x), address(middle), width=40, top_k=2, activation=activation),
+        *(
+            row_steps.qdq_step(address(middle), address(middle), width=40, fmt=fmt, group_size=20, scale=scale)
+            for fmt, scale in (("fp8", None), ("int8", None), ("fp4", address(np.ones(1, np.float32))))
+        ),
+        expert_steps.combine_step(address(middle), address(weights), address(out), width=20, top_k=2),
+    ]  # fmt: skip
+    run(pool, steps, rows_batch(3))
+    assert not middle.any()
+    assert not out.any()
+    for fmt in ("fp8", "int8", "fp4"):
+        assert not qdq(torch.zeros(3, 40), None, fmt, 20).any()
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])

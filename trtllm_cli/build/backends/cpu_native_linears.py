@@ -51,6 +51,7 @@ class LinearSteps(NativeSteps):
             num_experts=experts,
             top_k=top_k,
             x_per_choice=self._width(node.inputs["x"]) != in_features,
+            first_expert=node.attrs.get("first_expert", 0),
             **self._packed_weight(node, out_features, in_features, experts),
         )
 

@@ -102,7 +102,8 @@ def _linears_of(probe: ModelConfig, rank: Rank) -> dict[str, Linear]:
         if weight.dtype == "int8":
             module = rank.whole_name(name.removesuffix(".weight"), probe.num_hidden_layers)
             *lead, rows, columns = weight.shape
-            splits = probe.mapping.tp_size > 1 and weight.shard in ("columns", "expert_columns")
+            ranks = {"columns": probe.mapping.tp_size, "expert_columns": probe.mapping.moe_tp}
+            splits = ranks.get(weight.shard or "", 1) > 1
             found[module] = Linear(rows, columns, weight.shard, lead[0] if lead else None, splits)
     return found
 

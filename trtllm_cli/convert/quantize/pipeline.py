@@ -145,7 +145,7 @@ class _Run:
         plain = replace(options.convert, qformat=None, kv_cache=None)
         # a source that is quantized already is refused here
         self.target = read_config(reader, plain, Quantized(QuantConfig())).config
-        alone = replace(plain, tp_size=1, pp_size=1, use_parallel_embedding=False)
+        alone = replace(plain, tp_size=1, pp_size=1, moe_tp_size=None, moe_ep_size=None, use_parallel_embedding=False)
         self.whole = read_config(reader, alone, Quantized(QuantConfig()))
         self.tokens_seen = 0
         self.accuracy: AccuracyReport | None = None

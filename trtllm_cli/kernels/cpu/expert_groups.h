@@ -9,12 +9,16 @@
 struct ExpertStep {
     int tokens, experts, top_k;
     bool x_per_choice;  // x has a part for each choice
+    int first_expert;   // ids outside the `experts` from here on are other ranks', and give zeros
     const int32_t* ids;
 
     ExpertStep(const tl_step& s, int tokens)
-        : tokens(tokens), experts(s.i[9]), top_k(s.i[10]), x_per_choice(s.i[11]), ids((const int32_t*)s.p[5]) {}
+        : tokens(tokens), experts(s.i[9]), top_k(s.i[10]), x_per_choice(s.i[11]), first_expert(s.i[12]),
+          ids((const int32_t*)s.p[5]) {}
 
     int pairs() const { return tokens * top_k; }
+    // The expert of a pair, counted from 0; at least `experts` where it is another rank's.
+    uint32_t expert_of(int pair) const { return (uint32_t)ids[pair] - (uint32_t)first_expert; }
     int most_active() const { return pairs() < experts ? pairs() : experts; }
     // Rows that are multiplied at a time.
     int most_rows() const { return pairs() < kRowGroup ? pairs() : kRowGroup; }
@@ -34,9 +38,12 @@ struct ExpertGroups {
     int active() const { return *count; }
 
     // Experts that have pairs, in order: group i is `expert[i]`, its pairs [start[i], start[i + 1]) in order of tokens.
+    // Behind the last group's are the pairs of other ranks' experts.
     void find(const ExpertStep& s) {
-        memset(next, 0, s.experts * sizeof(int32_t));
-        for (int p = 0; p < s.pairs(); p++) next[s.ids[p]]++;
+        const uint32_t experts = s.experts;
+        memset(next, 0, experts * sizeof(int32_t));
+        for (int p = 0; p < s.pairs(); p++)
+            if (s.expert_of(p) < experts) next[s.expert_of(p)]++;
         int32_t found = 0, total = 0;
         for (int e = 0; e < s.experts; e++) {
             if (!next[e]) continue;
@@ -44,6 +51,6 @@ struct ExpertGroups {
             total += next[e], next[e] = total - next[e];
         }
         start[found] = total, *count = found;
-        for (int p = 0; p < s.pairs(); p++) pairs[next[s.ids[p]]++] = p;
+        for (int p = 0; p < s.pairs(); p++) pairs[s.expert_of(p) < experts ? next[s.expert_of(p)]++ : total++] = p;
     }
 };

@@ -1,6 +1,6 @@
 """The steps of a mixture of experts; see library.py, and functional.py for what they compute.
 
-A token's `ids` are int32 [num_tokens, top_k], the numbers of different experts.
+A token's `ids` are int32 [num_tokens, top_k], the numbers of different experts, all ranks' counted through.
 """
 
 from __future__ import annotations
@@ -47,15 +47,17 @@ def expert_linear_step(
     bias: int | None = None,
     group_size: int | None = None,
     minima: bool = False,
+    first_expert: int = 0,
 ) -> TlStep:
     """out [num_tokens, top_k * out_features] = each token's x by each of its experts.
 
     x is [num_tokens, in_features], or has a part for each choice with `x_per_choice`. `weight` and `scale` are those of
-    the experts, as pack.py lays each out, one after another; bias is float32 [num_experts, out_features].
+    the experts, as pack.py lays each out, one after another; bias is float32 [num_experts, out_features]. Ids outside
+    the `num_experts` from `first_expert` on give zeros.
     """
     ints = (
         0, in_features, out_features, FORMATS[fmt], group_size or 0, 0, in_features, out_features, int(minima),
-        num_experts, top_k, int(x_per_choice),
+        num_experts, top_k, int(x_per_choice), first_expert,
     )  # fmt: skip
     return make_step(Op.EXPERT_LINEAR, ints, (), (x, out, weight, scale, bias, ids))
 

@@ -70,10 +70,16 @@ void expert_linear(const Context& c, bool prepares) {
     ExpertGroups groups(step, (int32_t*)memory);
     if (prepares || (step.alone() && c.first)) groups.find(step);
     if (prepares) return;
+    const Linear first(c.step, 0);
+    const int foreign = groups.start[groups.active()];  // from here on pairs are other ranks'
+    int from_pair, to_pair;
+    c.share(step.pairs() - foreign, from_pair, to_pair);
+    for (int p = from_pair; p < to_pair; p++)
+        memset(first.y + groups.pairs[foreign + p] * first.out_stride, 0, first.out * sizeof(float));
     const int ranges = c.pieces / step.most_active(), which = c.piece / ranges, range = c.piece % ranges;
     if (which >= groups.active()) return;
 
-    Linear l = member<F>(Linear(c.step, 0), groups.expert[which]);
+    Linear l = member<F>(first, groups.expert[which]);
     const int begin = part_of(l.tiles, range, ranges), end = part_of(l.tiles, range + 1, ranges);
     float* rows = (float*)((char*)c.scratch() + (step.alone() ? step.group_bytes() : 0));
     const int64_t stride = l.prepared_stride();
