@@ -9,7 +9,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trtllm_cli.bench.report import available_cores, cpu_name
+from trtllm_cli.machine import available_cores, cpu_name
 from trtllm_cli.version import __version__
 
 HERE = Path(__file__).parent
@@ -116,11 +116,11 @@ def _commit():
     return short + (" + changes" if dirty else "")
 
 
-def write_results(name, data, markdown):
+def write_results(name, data, markdown, directory=RESULTS):
     """benchmarks/results/NAME.json and .md; prints the Markdown, tables last."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n")
-    (RESULTS / f"{name}.md").write_text(markdown)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n")
+    (directory / f"{name}.md").write_text(markdown)
     say("\n" + markdown)
 
 

@@ -19,12 +19,12 @@ from trtllm_cli.bench.report import (
     Report,
     StepSection,
     WorldSection,
-    available_cores,
     build_report,
 )
 from trtllm_cli.bench.workload import Sample, check_fits
 from trtllm_cli.engine import BuildConfig, Engine
 from trtllm_cli.errors import UsageError
+from trtllm_cli.machine import default_threads
 from trtllm_cli.run.load import LoadOptions, load_executor, verify_aside
 from trtllm_cli.run.request import SamplingParams
 from trtllm_cli.run.world import current
@@ -171,7 +171,7 @@ class Session:
             world_size=mapping.world_size,
             tp_size=mapping.tp_size,
             pp_size=mapping.pp_size,
-            num_threads=options.num_threads or available_cores(),
+            num_threads=options.num_threads or default_threads(current().local_size),
             max_batch_size=limits.max_batch_size,
             max_num_tokens=limits.max_num_tokens,
             scheduling_policy=options.scheduler_policy,

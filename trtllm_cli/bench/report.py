@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +25,7 @@ from trtllm_cli.bench.metrics import (
     streaming,
 )
 from trtllm_cli.engine import Engine
+from trtllm_cli.machine import available_cores, cpu_name
 from trtllm_cli.version import __version__
 
 
@@ -349,22 +349,3 @@ def _lengths(d: Distribution) -> str:
     if d.minimum == d.maximum:
         return f"{d.minimum:.0f} tokens each"
     return f"{d.minimum:.0f} to {d.maximum:.0f} tokens, average {d.average:.1f}, median {d.p50:.0f}"
-
-
-def cpu_name() -> str:
-    """The processor's name, as the system has it."""
-    if sys.platform == "linux":
-        try:
-            for line in Path("/proc/cpuinfo").read_text().splitlines():
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-        except OSError:
-            pass
-    return platform.processor() or platform.machine()
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

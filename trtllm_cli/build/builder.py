@@ -1,20 +1,18 @@
-"""Checkpoint -> engine: trace, passes, lower, pack each weight and write it, one at a time."""
+"""Checkpoint -> engine: trace, passes, lower, pack each weight and write it."""
 
 from __future__ import annotations
 
-import functools
-import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
-from trtllm_cli.artifact import human_bytes, os_errors, sha256, writing
+from trtllm_cli.artifact import human_bytes, writing
 from trtllm_cli.build.lowered import Lowered
 from trtllm_cli.build.passes import run_passes
 from trtllm_cli.build.passes.quantize_kv_cache import quantize_kv_cache
+from trtllm_cli.build.write_ranks import Progress, write_ranks
 from trtllm_cli.checkpoint import Checkpoint
 from trtllm_cli.engine import (
     FORMAT_VERSION,
@@ -23,32 +21,22 @@ from trtllm_cli.engine import (
     BuildConfig,
     EngineConfig,
     KvCacheDType,
-    RankFile,
     WeightDType,
-    program_digest,
     write_config,
 )
 from trtllm_cli.errors import ResourceError, TrtllmError, UnsupportedError, UsageError
 from trtllm_cli.graph import Graph
 from trtllm_cli.kernels.linear_format import DEFAULT_GROUP_SIZE, INT8_GROUP_SIZE
 from trtllm_cli.kernels.rope_spec import RopeSpec
+from trtllm_cli.machine import available_cores
 from trtllm_cli.models import Define, load_model_file, model_file_error, trace_model
-from trtllm_cli.models.tensors import check_tensors, read_weight
-from trtllm_cli.tensor_file import ENGINE_ALIGNMENT, TensorFile, TensorFileWriter, total_bytes
+from trtllm_cli.models.tensors import check_tensors
+from trtllm_cli.tensor_file import total_bytes
 from trtllm_cli.version import __version__
 
 if TYPE_CHECKING:
-    import torch
-
     from trtllm_cli.mapping import Rank
     from trtllm_cli.model_config import ModelConfig
-
-
-class Progress(Protocol):
-    """Told how far the packing of weights is."""
-
-    def __call__(self, done: int, total: int) -> None:
-        """`done` bytes of `total`."""
 
 
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens, where the model itself allows more
@@ -70,6 +58,7 @@ class BuildOptions:
     kv_cache_dtype: KvCacheDType | None = None
     kernels: str = "auto"  # cpu backend: "native", "torch", or the faster by timing
     model_file: Path | None = None
+    workers: int | None = None  # ranks that are packed side by side, a thread each; the files are the same for any
     force: bool = False
 
 
@@ -124,12 +113,8 @@ def build(
         total = sum(total_bytes(lowered.tensors.values()) for lowered in plan.lowered)
         _check_space(partial, total)
         plan.checkpoint.verify()
-        files, done = [], 0
-        for rank, graph, lowered in zip(config.mapping.ranks, plan.graphs, plan.lowered, strict=True):
-            path = partial / f"rank{rank.rank}.engine"
-            tell = functools.partial(progress, total=total) if progress else None
-            done = _write_rank(plan.checkpoint, rank, graph, lowered, path, tell, done)
-            files.append(_rank_file(path))
+        ranks = list(zip(config.mapping.ranks, plan.graphs, plan.lowered, strict=True))
+        files = write_ranks(plan.checkpoint, ranks, partial, options.workers or available_cores(), progress)
         if plan.checkpoint.tokenizer_dir is not None:
             shutil.copytree(plan.checkpoint.tokenizer_dir, partial / TOKENIZER)
         first = plan.lowered[0]
@@ -218,7 +203,8 @@ LIMITS = {"max_batch_size": 1 << 16, "max_num_tokens": 1 << 20, "tokens_per_bloc
 
 def _check_limits(config: ModelConfig, options: BuildOptions) -> None:
     """Raises UsageError for a number that is none, or that no machine could run."""
-    for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "max_input_len", "tokens_per_block", "group_size"):
+    limits = ("max_batch_size", "max_seq_len", "max_num_tokens", "max_input_len", "tokens_per_block", "group_size")
+    for name in (*limits, "workers"):
         value, flag = getattr(options, name), "--" + name.replace("_", "-")
         least = 0 if name == "group_size" else 1
         if value is not None and value < least:
@@ -327,47 +313,3 @@ def _check_space(directory: Path, needed: int) -> None:
             f"the engine needs {human_bytes(needed)}, {directory.parent} has {human_bytes(free)} free",
             fix="free some room, or choose another --output-dir",
         )
-
-
-def _write_rank(
-    checkpoint: Checkpoint,
-    rank: Rank,
-    graph: Graph,
-    lowered: Lowered,
-    path: Path,
-    progress: Callable[[int], None] | None,
-    done: int,
-) -> int:
-    metadata = {"plan": json.dumps(lowered.plan), "graph": json.dumps(graph.to_json())}
-    with (
-        os_errors(path),
-        checkpoint.tensors(rank) as source,
-        TensorFileWriter(path, lowered.tensors, metadata, alignment=ENGINE_ALIGNMENT) as out,
-    ):
-
-        def read(name: str) -> torch.Tensor:
-            return read_weight(source, graph.weights[name])
-
-        for packing in lowered.packings:
-            for name, tensor in packing.make(read).items():
-                info = packing.tensors[name]
-                assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)}, announced {info.shape}"
-                out.write(name, memoryview(_bytes(tensor)))
-                done += info.nbytes
-            if progress:
-                progress(done)
-    return done
-
-
-def _rank_file(path: Path) -> RankFile:
-    """What config.json records of a rank's file."""
-    with TensorFile(path) as file:
-        program = program_digest(file)
-    return RankFile(name=path.name, size=path.stat().st_size, sha256=sha256(path), program_sha256=program)
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    """The tensor's memory as something that memoryview takes."""
-    import torch
-
-    return tensor.contiguous().flatten().view(torch.uint8).numpy()

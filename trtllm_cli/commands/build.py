@@ -53,6 +53,13 @@ def build(
     model_file: Annotated[
         Path | None, typer.Option(help="A Python file whose `define(t, config, rank)` is the model. It is run.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Ranks packed side by side; each holds its largest weight in memory, the result is the same.",
+            show_default="as many as cores",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its memory; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine that is there.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -67,6 +74,8 @@ def build(
         trtllm build --checkpoint-dir ckpt --output-dir engine --max-batch-size 8 --max-seq-len 2048
 
         trtllm build --checkpoint-dir ckpt --output-dir engine-int4 --weight-dtype int4
+
+        trtllm build --checkpoint-dir ckpt-tp8 --output-dir engine-tp8 --workers 2
 
         trtllm build --checkpoint-dir ckpt --dry-run
     """
@@ -87,6 +96,7 @@ def build(
         kv_cache_dtype=choice(kv_cache_dtype, KvCacheDType, "--kv-cache-dtype"),
         kernels=choice(kernels, ("auto", "native", "torch"), "--kernels"),
         model_file=model_file,
+        workers=workers,
         force=force,
     )
     if dry_run:

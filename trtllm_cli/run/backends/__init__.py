@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from trtllm_cli.machine import default_threads
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -56,6 +58,6 @@ def load_runner(
     """
     match engine.config.backend:
         case "cpu":
-            from trtllm_cli.run.backends.cpu import default_threads, load
+            from trtllm_cli.run.backends.cpu import load
 
             return load(engine, rank, comm, num_threads or default_threads(local_ranks))

@@ -6,7 +6,6 @@ Nothing here imports torch, unless the engine was built with `--kernels torch`.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +54,6 @@ def load(engine: Engine, rank: Rank, comm: Communicator, num_threads: int) -> Ru
             fix=rebuild,
         )
     return CpuRunner(engine, rank, comm, num_threads=num_threads)
-
-
-def default_threads(local_ranks: int = 1) -> int:
-    """The processors that this process may use: those that a launcher has bound it to, or else its share of all."""
-    cores = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    return max(1, min(usable, cores // local_ranks))
 
 
 class CpuRunner:

@@ -1,0 +1,32 @@
+"""What this machine has."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_threads(local_ranks: int = 1) -> int:
+    """Threads for one of the ranks on this machine: the cores that a launcher has bound it to, or its share of all."""
+    return max(1, min(available_cores(), (os.cpu_count() or 1) // local_ranks))
+
+
+def cpu_name() -> str:
+    """The processor's name, as the system has it."""
+    if sys.platform == "linux":
+        try:
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        except OSError:
+            pass
+    return platform.processor() or platform.machine()
