@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help setup gemma demo test lint format bench bench-peers bench-quantize bench-convert fuzz clean
+.PHONY: help setup gemma demo test lint format bench bench-peers bench-quantize bench-convert bench-links scaling fuzz \
+	clean
 
 help:
 	@echo "make demo     fetch a small real model, convert, build, run it"
@@ -16,6 +17,8 @@ help:
 	@echo "make format   rewrite the code as ruff has it"
 	@echo "make bench    this machine's figures: start-up, quality, kernels; bench-peers compares with other engines,"
 	@echo "              bench-quantize with ModelOpt, bench-convert with cp; fuzz reads mutated files"
+	@echo "make scaling  benchmarks/scaling.md: 1 to 64 GPUs on paper, from measured figures; bench-links measures GPUs"
+	@echo "              and the links between them, and needs 2"
 
 setup: $(READY)
 
@@ -60,6 +63,13 @@ bench-quantize: $(READY)
 
 bench-convert: $(READY)
 	$(BIN)/python benchmarks/convert_scale.py
+
+# 2 GPUs or more, and a torch that uses them.
+bench-links: $(READY)
+	$(BIN)/python benchmarks/gpu_links.py
+
+scaling: $(READY)
+	$(BIN)/python benchmarks/scaling.py
 
 fuzz: $(READY)
 	$(BIN)/python benchmarks/fuzz_readers.py
