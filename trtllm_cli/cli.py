@@ -10,14 +10,16 @@ import importlib
 import io
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trtllm_cli.errors import INTERNAL, ResourceError, TrtllmError, UsageError
+from trtllm_cli.errors import INTERNAL, ResourceError, UsageError, describe_error
 from trtllm_cli.version import __version__
 
 if TYPE_CHECKING:
+    from trtllm_cli.run.launched import Launched
     from trtllm_cli.run.world import World
 
 # Verb -> what the help says of it. Its module is commands/VERB.py, which holds a function VERB or a Typer `app`.
@@ -34,6 +36,7 @@ VERBS = {
 # What several ranks do together; everything else is done once, without mpirun.
 RANKED = (["run"], ["bench", "throughput"], ["bench", "latency"])
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+LAST_TURN = 3  # seconds; ranks that could say the same speak a second after one another, as they start unevenly
 
 HELP = f"""\
 Usage: trtllm VERB [OPTIONS] ...
@@ -75,11 +78,12 @@ def main() -> None:
 
 def call(args: Sequence[str]) -> int:
     """Runs the command line `args` (without the program's name); the exit code."""
-    argv, settings = args, Settings()
-    world = None
+    settings, launched, world = Settings(), None, None
     try:
         argv, settings = normalize(args)
-        world = _join(argv, settings)
+        launched = _launched()
+        if launched is not None:
+            world = _join(launched, argv, settings)
         code = _dispatch(argv)
     except BaseException as e:
         error = _failure(e)
@@ -89,6 +93,10 @@ def call(args: Sequence[str]) -> int:
             traceback.print_exc()
         if world is not None and error.code and not world.is_over:
             world.fail(error.text or "interrupted", error.code)
+        if world is None and launched is not None and error.code:
+            # Whatever it is, the others may meet it as well: the launcher ends them when the first has told.
+            time.sleep(min(launched.rank, LAST_TURN))
+            error = _Failure(error.code, error.text and f"rank {launched.rank}: {error.text}")
         if error.text:
             _print_error(error.text, "internal error" if error.code == INTERNAL else "error")
         code = error.code
@@ -135,20 +143,21 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _join(argv: Sequence[str], settings: Settings) -> World | None:
-    """Meets the other ranks, where a launcher has started several. Only rank 0 prints."""
+def _launched() -> Launched | None:
+    """What a launcher says, where it has started several processes."""
     from trtllm_cli.run.launched import Launched
 
     launched = Launched.find()
-    if launched is None or launched.size == 1:
-        return None
+    return None if launched is None or launched.size == 1 else launched
+
+
+def _join(launched: Launched, argv: Sequence[str], settings: Settings) -> World:
+    """Meets the other ranks. Only rank 0 prints."""
     if launched.rank != 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     else:
         sys.stdout = _Pipe(sys.stdout.buffer, encoding=sys.stdout.encoding, line_buffering=True)
     if list(argv[:1]) not in RANKED and list(argv[:2]) not in RANKED:
-        if launched.rank != 0:
-            sys.exit(UsageError.exit_code)
         verb = " ".join(argv[:1])
         raise UsageError(
             f"{launched.launcher} started {launched.size} processes, and trtllm {verb} is done by one",
@@ -222,9 +231,8 @@ def _failure(e: BaseException) -> _Failure:
         e = _usage_error(e)
     if isinstance(e, MemoryError):
         e = ResourceError(f"out of memory: {e}", fix="lower --max-batch-size or --max-seq-len, or use a larger machine")
-    if isinstance(e, TrtllmError):
-        return _Failure(e.exit_code, str(e))
-    return _Failure(INTERNAL, f"{name}: {e}\n  this is a bug in trtllm; --debug shows where it happened")
+    text, code = describe_error(e)
+    return _Failure(code, text)
 
 
 def _usage_error(e: Any) -> UsageError:

@@ -45,6 +45,13 @@ class TrtllmError(Exception):
         return "\n".join(lines)
 
 
+def describe_error(e: BaseException) -> tuple[str, int]:
+    """What to say of an error that ends a process, and its exit code."""
+    if isinstance(e, TrtllmError):
+        return str(e), e.exit_code
+    return f"{type(e).__name__}: {e}\n  this is a bug in trtllm; --debug shows where it happened", INTERNAL
+
+
 class UsageError(TrtllmError):
     """A flag or an argument is wrong."""
 

@@ -17,6 +17,9 @@ from typing import NoReturn
 from trtllm_cli.errors import ResourceError, UsageError
 
 _OWN_FLAGS = {"--launch": 0, "--hostfile": 1, "--mpirun-args": 1}  # and how many values each takes
+# A line of a host file; the first group is the host, the others are its slots.
+_LIMIT = r"(?:\s+max[_-]slots\s*=\s*\d+)?"  # for mpirun itself: how far it may go beyond the slots
+_HOST = re.compile(rf"([\w.-]+)(?::(\d+))?{_LIMIT}(?:\s+slots\s*=\s*(\d+))?{_LIMIT}")
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,13 @@ def launch_ranks(num_ranks: int, hostfile: Path | None, mpirun_args: str) -> NoR
     mpirun = Mpirun.find()
     if hostfile is not None:
         check_hostfile(hostfile, num_ranks)
-    args = without_launch(sys.argv[1:])
-    os.execv(mpirun.path, mpirun.command(num_ranks, hostfile, shlex.split(mpirun_args), args))  # noqa: S606
+    try:
+        more = shlex.split(mpirun_args)
+    except ValueError as e:
+        raise UsageError(
+            f"--mpirun-args is {mpirun_args!r}: {e}", where="--mpirun-args", fix="quote it as a shell would"
+        ) from None
+    os.execv(mpirun.path, mpirun.command(num_ranks, hostfile, more, without_launch(sys.argv[1:])))  # noqa: S606
 
 
 def without_launch(args: Sequence[str]) -> list[str]:
@@ -92,12 +100,12 @@ def check_hostfile(path: Path, num_ranks: int) -> None:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        match = re.fullmatch(r"([\w.-]+)(?::(\d+))?(?:\s+(?:slots|max_slots|max-slots)\s*=\s*(\d+))*", text)
+        match = _HOST.fullmatch(text)
         if match is None:
             raise UsageError(f"this is no host: {text!r}", where=f"{path}, line {number}", fix=fix)
         try:
             socket.getaddrinfo(match[1], None)
-        except OSError:
+        except (OSError, UnicodeError):  # UnicodeError: a name too long to be one
             raise UsageError(
                 f"the host {match[1]!r} cannot be found",
                 where=f"{path}, line {number}",

@@ -99,6 +99,7 @@ class Executor:
         self._ended: dict[int, Request] = {}  # since the last step began, for late questions
         self._news: list[TokenEvent] = []  # of cancelled sequences, for the next step to tell
         self._num_requests = 0
+        self._is_broken = False  # a step has failed: what the other ranks wait for is not known
         self._stats = ExecutorStats(blocks_total=num_blocks)
 
     def add_request(self, request_id: int, prompt_token_ids: list[int], params: SamplingParams) -> None:
@@ -181,7 +182,11 @@ class Executor:
         In a world of one stage that is one step.
         """
         with self._comm.activity.working("step"):
-            return self._step()
+            try:
+                return self._step()
+            except BaseException:
+                self._is_broken = True
+                raise
 
     def _step(self) -> list[TokenEvent]:
         self._ended.clear()
@@ -204,7 +209,12 @@ class Executor:
         assert self.has_work or self._blocks.num_held == 0
 
     def close(self) -> None:
-        """Tells the other ranks to stop, when they have done what is under way."""
+        """Tells the other ranks to stop, when they have done what is under way.
+
+        After a step that failed they cannot be told so: they end with this process (`World.fail`).
+        """
+        if self._is_broken:
+            return
         while self._under_way:
             self._receive(self._under_way.popleft())
         self._comm.broadcast(END)

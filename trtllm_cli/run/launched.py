@@ -80,9 +80,10 @@ class Launched:
         """
         if num_gpus == 1 and self.local_size > 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
             return 0
-        if num_gpus < self.local_size:
+        local_size = max(self.local_size, self.local_rank + 1)  # srun tells us of the first host alone
+        if num_gpus < local_size:
             raise ResourceError(
-                f"{self.local_size} ranks run on this host, and it has {num_gpus} GPUs: each rank needs one of its own",
+                f"{local_size} ranks run on this host, and it has {num_gpus} GPUs: each rank needs one of its own",
                 where=f"{self.launcher}, CUDA_VISIBLE_DEVICES",
                 fix="start fewer ranks a host (Open MPI: --map-by ppr:N:node; srun: --ntasks-per-node), or let the "
                 "processes see more GPUs",

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from trtllm_cli.engine import Engine
-from trtllm_cli.errors import EngineError, TrtllmError, UsageError
+from trtllm_cli.errors import EngineError, TrtllmError, UsageError, describe_error
 from trtllm_cli.run.load import LoadOptions, load_executor, serve_rank, verify_aside
 from trtllm_cli.run.outputs import LiveRequest, accumulate, named_error
 from trtllm_cli.run.request import CompletionOutput, RequestOutput, RequestTimes, SamplingParams
@@ -300,8 +300,11 @@ class AsyncLLM(_Model):
 
 def _close(loop: StepLoop, world: World) -> None:
     loop.close()
-    if world.ends_with_engine and world.is_over:
-        world.leave()
+    if world.ends_with_engine:
+        if world.is_over:
+            world.leave()
+        else:
+            world.fail(*describe_error(loop.error or RuntimeError("the engine did not close in time")))
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import TYPE_CHECKING, NoReturn
 
-from trtllm_cli.errors import INTERNAL, UsageError
+from trtllm_cli.errors import UsageError, describe_error
 from trtllm_cli.run import kv_budget
 from trtllm_cli.run.backends import load_runner
 
@@ -118,7 +118,7 @@ def serve_rank(engine: Engine, world: World, options: LoadOptions) -> NoReturn:
     try:
         follow_rank(engine, world, options)
     except Exception as e:
-        world.fail(str(e), getattr(e, "exit_code", INTERNAL))
+        world.fail(*describe_error(e))
     world.leave()
     raise SystemExit(0)
 
@@ -138,7 +138,7 @@ def verify_aside(engine: Engine, world: World) -> Future[None]:
             done.set_result(None)
         except BaseException as e:
             if world.rank != 0:
-                world.fail(str(e), getattr(e, "exit_code", INTERNAL))
+                world.fail(*describe_error(e))
             done.set_exception(e)
 
     Thread(target=verify, name="trtllm-verify", daemon=True).start()

@@ -6,6 +6,7 @@ share, and the shares are gathered. Both give the same bits.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ class MpiCommunicator:
     def __init__(self, activity: Activity) -> None:
         self._mpi = _import_mpi()
         with activity.waiting():
-            self._mpi.Init_thread(self._mpi.THREAD_MULTIPLE)
+            _initialize(self._mpi)
             self._world = self._mpi.COMM_WORLD.Dup()
         self.rank: int = self._world.rank
         self.world_size: int = self._world.size
@@ -159,3 +160,27 @@ def _import_mpi() -> Any:
     except RuntimeError as e:  # mpi4py's word for a library that is not there
         raise ResourceError(f"mpi4py finds no MPI library: {str(e).splitlines()[0]}", fix=INSTALL) from e
     return MPI
+
+
+def _initialize(mpi: Any) -> None:
+    """Starts MPI, which returns when every rank has come here.
+
+    mpi4py keeps Python's lock meanwhile, and then no other thread could say that a rank does not come: where the
+    library can be found, it is called without.
+    """
+    library = _loaded_library()
+    if library is None:
+        mpi.Init_thread(mpi.THREAD_MULTIPLE)
+    else:
+        library.MPI_Init_thread(None, None, mpi.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int()))
+
+
+def _loaded_library() -> ctypes.CDLL | None:
+    """The MPI library that mpi4py has loaded, where the system tells."""
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "/libmpi" in line}
+    except OSError:
+        return None
+    libraries = [ctypes.CDLL(path) for path in sorted(paths)]
+    return next((library for library in libraries if hasattr(library, "MPI_Init_thread")), None)

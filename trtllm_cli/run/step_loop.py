@@ -53,6 +53,11 @@ class StepLoop:
         self._thread = threading.Thread(target=self._run, name="trtllm-steps", daemon=True)
         self._thread.start()
 
+    @property
+    def error(self) -> BaseException | None:
+        """What ended it early: in loading or in a step."""
+        return self._error
+
     def wait_loaded(self) -> None:
         """Returns when requests will be served. Raises what `load` raised."""
         self._loaded.result()
@@ -89,6 +94,8 @@ class StepLoop:
         try:
             runner, executor = self._load()
         except BaseException as e:
+            with self._lock:
+                self._error = e
             self._loaded.set_exception(e)
             return
         finally:

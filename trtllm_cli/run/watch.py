@@ -83,6 +83,7 @@ class _Seen:
     stage: str = "start"
     said: set[str] = field(default_factory=set)
     connection: _Line | None = None
+    failed: bool = False  # has said so: no more is expected of it, but it is to be told the end
     left: bool = False
 
     def update(self, progress: int, waits: bool, stage: str) -> None:
@@ -166,7 +167,10 @@ class Hub:
             self._end_if_failed(now)
 
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # it has gone again, or there are too many
+            return
         line = _Line(connection)
         self._selector.register(connection, selectors.EVENT_READ, line)
 
@@ -175,15 +179,17 @@ class Hub:
             messages = line.receive()
             for message in messages or ():
                 self._take(line, message)
-        except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
-            messages = None  # a stranger, or a rank that is gone
+        except Exception:  # a stranger, who may say anything, or a rank that is gone
+            messages = None
         if messages is None:
             self._selector.unregister(line.socket)
             line.close()
             rank = line.rank
             if rank is not None and not self._ranks[rank].left:
-                self._ranks[rank].left = True
-                self.fail(Failure(rank, _ended(self._ranks[rank].stage), RankError.exit_code))
+                seen = self._ranks[rank]
+                seen.left = True
+                if not seen.failed:
+                    self.fail(Failure(rank, _ended(seen.stage), RankError.exit_code))
 
     def _take(self, line: _Line, message: dict[str, Any]) -> None:
         if line.rank is None:  # nothing counts before the token
@@ -201,7 +207,7 @@ class Hub:
                 self._heard.notify_all()
         if "failed" in message:
             self.fail(Failure(line.rank, str(message["failed"]), int(message["code"])))
-            seen.left = True
+            seen.failed = True
         seen.left = seen.left or "bye" in message
 
     def _tell(self, message: dict[str, Any]) -> None:
@@ -213,7 +219,7 @@ class Hub:
     def _judge(self, now: float) -> None:
         idle = self._activity.idle
         for rank, seen in enumerate(self._ranks):
-            if seen.left:
+            if seen.left or seen.failed:
                 continue
             if now - seen.heard > self._timeout:
                 return self.fail(Failure(rank, _silent(now - seen.heard, seen.stage), RankError.exit_code))
@@ -257,6 +263,7 @@ class Spoke:
         self._line = _Line(_connect(addresses, timeout))
         self._lock = threading.Lock()  # over what is sent
         self._closing = threading.Event()
+        self._failed: int | None = None  # the exit code of the failure that this rank has told of
         self.hosts: Sequence[str] = ()  # of the ranks; set once they are known
         self._send({"token": token, "rank": rank})
         self._thread = threading.Thread(target=self._run, name="trtllm-watch", daemon=True)
@@ -264,6 +271,7 @@ class Spoke:
 
     def fail(self, failure: Failure) -> None:
         """See Watch."""
+        self._failed = failure.code
         with contextlib.suppress(OSError):
             self._send({"failed": failure.text, "code": failure.code})
 
@@ -324,6 +332,8 @@ class Spoke:
 
     def _end_without_hub(self, text: str) -> None:
         """Rank 0 is gone: the lowest of the others tells, unless it is gone as well."""
+        if self._failed is not None:  # because of us; it has told
+            self._end(self._failed)
         time.sleep(GRACE * (self.rank - 1))
         if not self._closing.is_set():
             self._report(Failure(0, text, RankError.exit_code).told(self.hosts))

@@ -1,0 +1,74 @@
+"""Starting processes under mpirun."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from trtllm_cli.commands.launch import Mpirun
+from trtllm_cli.errors import ResourceError
+
+ROOT = Path(__file__).parents[2]
+# Of ranks: nothing here is one.
+LAUNCHERS = (
+    "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "PRTE_", "MPI_LOCAL", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def run(command, timeout=60, env=None, stdin=None):
+    """Runs a command in the repository's root. A variable that is None in `env` is unset; so are other launchers'."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+    ours |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+    ours = {name: value for name, value in {**ours, **(env or {})}.items() if value is not None}
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [str(arg) for arg in command], cwd=ROOT, env=ours, text=True, start_new_session=True,
+        stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(stdin, timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # mpirun ends its ranks, which are in process groups of their own
+        try:
+            out, err = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+        pytest.fail(f"not done after {timeout} s: {command}\n{out}\n{err}")
+    return Result(process.returncode, out, err, time.monotonic() - started)
+
+
+@pytest.fixture(scope="session")
+def mpirun():
+    """`mpirun(ranks, *args, timeout=60, env=None, stdin=None)` runs a command on so many ranks of this host.
+
+    It is the mpirun beside this Python, or else the path's; more of its flags may come first in `args`.
+    """
+    if importlib.util.find_spec("mpi4py") is None:
+        pytest.skip("mpi4py is not installed")
+    try:
+        found = Mpirun.find()
+    except ResourceError:
+        pytest.skip("there is no mpirun")
+    flags = ["--oversubscribe", "--bind-to", "none"] if found.is_open_mpi else []
+
+    def start(ranks, *args, timeout=60, env=None, stdin=None):
+        return run([found.path, "-n", str(ranks), *flags, *args], timeout, env, stdin)
+
+    return start
