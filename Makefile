@@ -15,7 +15,7 @@ help:
 	@echo "make test     all tests; make gemma first for those with Gemma 3 270M"
 	@echo "make lint     ruff, mypy, import-linter"
 	@echo "make format   rewrite the code as ruff has it"
-	@echo "make bench    this machine's figures: start-up, quality, kernels; bench-peers compares with other engines,"
+	@echo "make bench    this machine's figures: start-up, quality, kernels, ranks; bench-peers compares with other engines,"
 	@echo "              bench-quantize with ModelOpt, bench-convert with cp; fuzz reads mutated files"
 	@echo "make scaling  benchmarks/scaling.md: 1 to 64 GPUs on paper, from measured figures; bench-links measures GPUs"
 	@echo "              and the links between them, and needs 2"
@@ -54,6 +54,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/cpu_quality.py --peer-python $(PEER_PYTHON)
 	$(BIN)/python benchmarks/cpu_kernels.py
+	$(BIN)/python benchmarks/cpu_ranks.py
 
 bench-peers: $(READY)
 	$(BIN)/python benchmarks/cpu_peers.py --peer-python $(PEER_PYTHON)

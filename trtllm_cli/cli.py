@@ -164,9 +164,14 @@ def _join(launched: Launched, argv: Sequence[str], settings: Settings) -> World:
             where=launched.launcher,
             fix=f"run trtllm {verb} by itself: only run and bench take several ranks",
         )
+    from trtllm_cli.machine import available_cores
     from trtllm_cli.run import world
 
-    return world.join(launched, _print_error, settings.rank_timeout)
+    joined = world.join(launched, _print_error, settings.rank_timeout)
+    note = launched.binding_note(available_cores(), available_cores(os.getppid()))
+    if note and launched.rank == 0:
+        print(f"note: {note}", file=sys.stderr)
+    return joined
 
 
 class _Pipe(io.TextIOWrapper):

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 
-def available_cores() -> int:
-    """Cores that this process may run on."""
+def available_cores(pid: int = 0) -> int:
+    """Cores that this process may run on, or another one."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(pid))
     return os.cpu_count() or 1
 
 

@@ -139,3 +139,12 @@ def test_srun_may_start_more_ranks_on_a_later_host_than_on_the_first():
     assert third.gpu(3) == 2
     with pytest.raises(ResourceError, match="3 ranks run on this host, and it has 2 GPUs"):
         third.gpu(2)
+
+
+def test_a_binding_that_leaves_processors_idle_is_told():
+    four = Launched.find(OPEN_MPI)  # on this host
+    assert "each of 4 ranks use 1 of 64 processors" in four.binding_note(1, 64)
+    assert "--bind-to none" in four.binding_note(1, 8)
+    assert four.binding_note(2, 8) is None
+    assert four.binding_note(64, 64) is None
+    assert Launched.find(SRUN).binding_note(1, 64) is None

@@ -72,6 +72,18 @@ class Launched:
         """Whether all ranks share a host."""
         return self.local_size == self.size
 
+    def binding_note(self, usable: int, cores: int) -> str | None:
+        """What to say where this host's ranks, bound to `usable` of mpirun's `cores` each, leave half of them idle.
+
+        Open MPI binds a rank to a core unless told otherwise.
+        """
+        if self.launcher != "mpirun" or 2 * usable * self.local_size > cores:
+            return None
+        return (
+            f"mpirun lets each of {self.local_size} ranks use {usable} of {cores} processors; "
+            "mpirun --bind-to none lets them share all"
+        )
+
     def gpu(self, num_gpus: int) -> int:
         """The GPU, of those that this process sees, that is this rank's own.
 

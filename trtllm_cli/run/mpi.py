@@ -150,6 +150,7 @@ def _import_mpi() -> Any:
     if int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 0)) == int(os.environ.get("OMPI_COMM_WORLD_SIZE", -1)):
         # On one host Open MPI would spend a second on looking for networks.
         os.environ.setdefault("OMPI_MCA_pml", "ob1")
+        os.environ.setdefault("OMPI_MCA_btl", "^ofi")
     try:
         import mpi4py
 
