@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trtllm_cli.commands.mapping_flags import MoeEpSize, MoeTpSize, PpSize, TpSize
+
 if TYPE_CHECKING:
     from trtllm_cli.convert.pipeline import ConvertReport
 
@@ -22,21 +24,10 @@ def convert(
         Path | None, typer.Option("--model-dir", help="The same as SOURCE.", show_default=False)
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the source's own), float32, float16 or bfloat16.")] = "auto",
-    tp_size: Annotated[int, typer.Option(help="Tensor-parallel ranks: each layer is split over them.")] = 1,
-    pp_size: Annotated[int, typer.Option(help="Pipeline stages: the layers are divided among them.")] = 1,
-    moe_tp_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Of the tensor-parallel ranks, those that share an expert.", show_default="--tp-size / --moe-ep-size"
-        ),
-    ] = None,
-    moe_ep_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Of the tensor-parallel ranks, those among which the experts are divided.",
-            show_default="1, or --tp-size / --moe-tp-size",
-        ),
-    ] = None,
+    tp_size: TpSize = 1,
+    pp_size: PpSize = 1,
+    moe_tp_size: MoeTpSize = None,
+    moe_ep_size: MoeEpSize = None,
     qformat: Annotated[
         str | None,
         typer.Option(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trtllm_cli.commands.mapping_flags import MoeEpSize, MoeTpSize, PpSize, TpSize
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -76,21 +78,10 @@ def quantize(
         Path | None, typer.Option(help="Where tokenizer.json is, if not with the model.", show_default=False)
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of what is not quantized: auto, float32, float16, bfloat16.")] = "auto",
-    tp_size: Annotated[int, typer.Option(help="Tensor-parallel ranks: each layer is split over them.")] = 1,
-    pp_size: Annotated[int, typer.Option(help="Pipeline stages: the layers are divided among them.")] = 1,
-    moe_tp_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Of the tensor-parallel ranks, those that share an expert.", show_default="--tp-size / --moe-ep-size"
-        ),
-    ] = None,
-    moe_ep_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Of the tensor-parallel ranks, those among which the experts are divided.",
-            show_default="1, or --tp-size / --moe-tp-size",
-        ),
-    ] = None,
+    tp_size: TpSize = 1,
+    pp_size: PpSize = 1,
+    moe_tp_size: MoeTpSize = None,
+    moe_ep_size: MoeEpSize = None,
     device: Annotated[str, typer.Option(help="Where to calibrate: auto, cpu or cuda.")] = "auto",
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Make a snapshot plain first that is quantized already.")
