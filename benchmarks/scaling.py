@@ -32,7 +32,7 @@ MARGIN = 0.10  # a split that takes more GPUs, stages or groups of experts must 
 IN_SHORT = """\
 - **Saturated**: always the smallest replica that fits, as often as there is room; the price of a token is the same from
   there to 64 GPUs, within 5%. Within a replica tensor parallelism, or two stages of it where weights fill most of the
-  memory: with two stages a GPU takes part in half of the all-reduces. That gives 405B 11% more, DeepSeek-V3 27% or
+  memory: with two stages a GPU takes part in half of the all-reduces. That gives 405B 11% more, DeepSeek-V3 24% or
   more.
 - **30 tok/s each**: the same for 8B, 70B and Mixtral. 405B and DeepSeek-V3 need more tensor parallelism (TP8 to TP32),
   and pay 2 to 6 times as much for it. Stages never win: they divide the work and not the wait.

@@ -143,3 +143,10 @@ def test_a_verb_of_several_alone_prints_its_help(verb, capsys):
     assert code == 2
     assert f"Usage: trtllm {verb} " in out + err
     assert "error" not in err
+
+
+def test_what_is_for_mpirun_is_left_as_it_is():
+    args = ["run", "--engine_dir", "e", "--mpirun_args", "--mca plm_rsh_agent a_b"]
+    expected = ["run", "--engine-dir", "e", "--mpirun-args", "--mca plm_rsh_agent a_b"]
+    assert cli.normalize(args)[0] == expected
+    assert cli.normalize([*args[:3], "--mpirun_args"])[0] == [*expected[:3], "--mpirun-args"]

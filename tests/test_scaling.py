@@ -62,7 +62,7 @@ def test_one_token_on_one_gpu_takes_the_reading_of_the_weights():
     time = plan.token_time(context=0)
     assert time.products == pytest.approx(read / BARE.memory_bandwidth, rel=1e-3)  # and a few activations
     assert time.total == pytest.approx(time.products, rel=2e-3)
-    assert time.total * 1e3 == pytest.approx(3.49, abs=0.01)  # the floor at 4.3 TB/s
+    assert time.total * 1e3 == pytest.approx(3.52, abs=0.01)  # the floor at 4.27 TB/s
 
 
 def test_a_layer_by_hand():
@@ -383,7 +383,7 @@ class TestInShort:
                     p.saturated(1000, 1000) for p in case.plans if p.split.ranks == best.ranks and p.split.pp == 1
                 )
                 gain = case.saturated[64].one.tokens_per_second / max(r.tokens_per_second for r in rivals if r)
-                assert gain > 1.26 if "DeepSeek" in name else gain == pytest.approx(1.11, abs=0.01)
+                assert gain > 1.24 if "DeepSeek" in name else gain == pytest.approx(1.11, abs=0.01)
 
     def test_at_a_pace(self):
         for name, case in CASES.items():
@@ -402,7 +402,7 @@ class TestInShort:
             assert split == Split(next(tp for part, tp in expected.items() if f" {part}" in name))
         for case in CASES.values():
             time = case.alone[64].plan.token_time(scaling.CONTEXT)
-            assert 0.33 < time.links / time.total < 0.53
+            assert 0.31 < time.links / time.total < 0.53
             assert 75 < case.alone[64].cost / case.saturated[64].cost < 220
 
     def test_stages(self):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
+import itertools
 import os
 import sys
 import time
@@ -128,6 +129,8 @@ def normalize(args: Sequence[str]) -> tuple[list[str], Settings]:
             debug = True
         elif flag == "--rank-timeout":
             timeout = value if equals else next(rest, "")
+        elif flag == "--mpirun-args" and not equals:  # what follows is another program's flags
+            out += [flag, *itertools.islice(rest, 1)]
         else:
             out.append(flag + equals + value)
     return out, Settings(debug, None if timeout is None else _seconds(timeout))

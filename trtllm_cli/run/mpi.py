@@ -151,6 +151,9 @@ def _import_mpi() -> Any:
         # On one host Open MPI would spend a second on looking for networks.
         os.environ.setdefault("OMPI_MCA_pml", "ob1")
         os.environ.setdefault("OMPI_MCA_btl", "^ofi")
+    else:
+        # A connection that a killed rank closes makes Open MPI abort: the watch, which knows the rank, speaks first.
+        os.environ.setdefault("OMPI_MCA_mpi_abort_delay", "1")
     try:
         import mpi4py
 

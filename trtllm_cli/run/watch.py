@@ -310,7 +310,7 @@ class Spoke:
                     }
                     with contextlib.suppress(OSError):  # what was sent before is still to be read
                         self._send(state)
-                if now - heard > self._timeout:
+                if now - heard > self._timeout and not selector.select(0):  # nor waits to be read, after a long sleep
                     self._end_without_hub(_silent(now - heard, "watching"))
 
     def _read(self) -> bool:
