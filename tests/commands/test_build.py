@@ -26,7 +26,9 @@ def test_the_next_command_is_said(tiny, trtllm, tmp_path):
 
 def test_workers(tiny, trtllm, tmp_path):
     args = ("build", "--checkpoint-dir", tiny / "halves", "--kernels", "torch", *LIMITS)
-    assert trtllm(*args, "--output-dir", tmp_path / "engine", "--workers", "2").code == 0
+    built = trtllm(*args, "--output-dir", tmp_path / "engine", "--workers", "2")
+    assert built.code == 0
+    assert f"next: trtllm run --engine-dir {tmp_path / 'engine'} --launch" in built.out
     for name in ("rank0.engine", "rank1.engine", "config.json"):
         assert (tmp_path / "engine" / name).read_bytes() == (tiny / "two-ranks" / name).read_bytes()
     said = trtllm(*args, "--output-dir", tmp_path / "none", "--workers", "0")

@@ -121,11 +121,12 @@ def build(
         stdout().print_json(data=result)
         return
     from trtllm_cli.artifact import human_bytes
+    from trtllm_cli.commands.launch import run_command
 
     _print_plan(report.plan)
     size, out = human_bytes(report.engine_bytes), report.output_dir
     stdout().print(f"engine of {size} built in {report.seconds:.1f} s: {out}", markup=False)
-    stdout().print(f'next: trtllm run --engine-dir {out} --streaming "Why is the sky blue?"', markup=False)
+    stdout().print(f"next: {run_command(out, len(report.plan.graphs))}", markup=False)
 
 
 def _plan_json(plan: BuildPlan) -> dict[str, Any]:

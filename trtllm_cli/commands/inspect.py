@@ -102,6 +102,7 @@ def inspect(
 
 
 def _engine(path: Path, rank: int, verify: bool, *, want_graph: bool) -> tuple[Inspection, Graph | None]:
+    from trtllm_cli.commands.launch import run_command
     from trtllm_cli.engine import Engine
     from trtllm_cli.graph import Graph
 
@@ -123,7 +124,7 @@ def _engine(path: Path, rank: int, verify: bool, *, want_graph: bool) -> tuple[I
         "limits": config.build_config.model_dump(exclude_none=True),
         "verified": verify,
     }
-    next_command = f'trtllm run --engine-dir {path} --streaming "Why is the sky blue?"'
+    next_command = run_command(path, config.pretrained_config.mapping.world_size)
     shown = config.pretrained_config.model_dump(mode="json", exclude_defaults=True)
     groups = _groups(config.pretrained_config)
     return Inspection("engine", str(path), shown, _files(path), tensors, next_command, more, groups), traced

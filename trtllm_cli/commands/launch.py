@@ -58,6 +58,12 @@ class Mpirun:
         return [self.path, *flags, *more, sys.executable, "-m", "trtllm_cli", *args]
 
 
+def run_command(engine_dir: Path, num_ranks: int) -> str:
+    """What to type to run an engine."""
+    launch = " --launch" if num_ranks > 1 else ""
+    return f'trtllm run --engine-dir {engine_dir}{launch} --streaming "Why is the sky blue?"'
+
+
 def launch_ranks(num_ranks: int, hostfile: Path | None, mpirun_args: str) -> NoReturn:
     """Becomes mpirun. Raises before that for what would only fail in it."""
     mpirun = Mpirun.find()
