@@ -12,12 +12,10 @@ import json
 import os
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_cli.errors import EngineError, RankError, ResourceError, UsageError
@@ -218,38 +216,36 @@ def _start_timer(launched: Launched, report: Report, timeout: float) -> Iterator
     Ranks of one parent process leave a mark each, so that it can be said who is missing.
     """
     done = threading.Event()
-    marks = Path(tempfile.gettempdir()) / f"trtllm-{os.getuid()}-{os.getppid()}"
 
     def wait() -> None:
         # The lowest rank speaks; the launcher ends the others when it goes.
         if done.wait(timeout + 0.3 * launched.rank):
             return
         text = f"the other ranks did not start within {timeout:.0f} s{SLOW}"
-        with contextlib.suppress(OSError):
-            here = {int(mark.name) for mark in marks.iterdir()}
-            missing = [rank for rank in range(launched.size) if rank not in here]
-            if missing and launched.on_one_host:
-                text = f"rank {missing[0]}: it did not start within {timeout:.0f} s{SLOW}"
-            for rank in here:
-                _remove(marks, rank)
+        missing = [rank for rank in range(launched.size) if not _is_here(rank)]
+        if missing and launched.on_one_host and _is_here(launched.rank):
+            text = f"rank {missing[0]}: it did not start within {timeout:.0f} s{SLOW}"
         report(text)
         os._exit(RankError.exit_code)
 
-    with contextlib.suppress(OSError):
-        marks.mkdir(mode=0o700, exist_ok=True)
-        (marks / str(launched.rank)).touch()
     threading.Thread(target=wait, name="trtllm-start", daemon=True).start()
     try:
-        yield
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mark:
+            with contextlib.suppress(OSError):
+                mark.bind(_mark(launched.rank))
+            yield
     finally:
         done.set()
-        _remove(marks, launched.rank)
 
 
-def _remove(marks: Path, rank: int) -> None:
-    with contextlib.suppress(OSError):
-        (marks / str(rank)).unlink(missing_ok=True)
-        marks.rmdir()
+def _mark(rank: int) -> str:
+    """A name for a rank of this process's parent. Of Linux's kind that is no file, and ends with its process."""
+    return f"\0trtllm-{os.getuid()}-{os.getppid()}-{rank}"
+
+
+def _is_here(rank: int) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        return probe.connect_ex(_mark(rank)) == 0
 
 
 def _print(text: str) -> None:
