@@ -55,20 +55,25 @@ def run(command, timeout=60, env=None, stdin=None):
 
 
 @pytest.fixture(scope="session")
-def mpirun():
-    """`mpirun(ranks, *args, timeout=60, env=None, stdin=None)` runs a command on so many ranks of this host.
-
-    It is the mpirun beside this Python, or else the path's; more of its flags may come first in `args`.
-    """
+def installed_mpirun():
+    """The mpirun beside this Python, or else the path's."""
     if importlib.util.find_spec("mpi4py") is None:
         pytest.skip("mpi4py is not installed")
     try:
-        found = Mpirun.find()
+        return Mpirun.find()
     except ResourceError:
         pytest.skip("there is no mpirun")
-    flags = ["--oversubscribe", "--bind-to", "none"] if found.is_open_mpi else []
+
+
+@pytest.fixture(scope="session")
+def mpirun(installed_mpirun):
+    """`mpirun(ranks, *args, timeout=60, env=None, stdin=None)` runs a command on so many ranks of this host.
+
+    More of mpirun's flags may come first in `args`.
+    """
+    flags = ["--oversubscribe", "--bind-to", "none"] if installed_mpirun.is_open_mpi else []
 
     def start(ranks, *args, timeout=60, env=None, stdin=None):
-        return run([found.path, "-n", str(ranks), *flags, *args], timeout, env, stdin)
+        return run([installed_mpirun.path, "-n", str(ranks), *flags, *args], timeout, env, stdin)
 
     return start

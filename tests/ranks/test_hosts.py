@@ -1,7 +1,6 @@
 """Ranks on several hosts: network namespaces with addresses and names of their own, and an agent in place of ssh."""
 
 import contextlib
-import importlib.util
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ import pytest
 from tests.commands.conftest import save_snapshot
 from tests.ranks.conftest import run
 from trtllm_cli.commands.launch import Mpirun
-from trtllm_cli.errors import INTERNAL, ResourceError
+from trtllm_cli.errors import INTERNAL
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
@@ -97,22 +96,16 @@ def ip(*args):
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
+def hosts(tmp_path_factory, installed_mpirun):
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         pytest.skip("network namespaces are Linux's, and root's to make")
     if missing := [name for name in ("ip", "unshare", "hostname") if shutil.which(name) is None]:
         pytest.skip(f"not installed: {', '.join(missing)}")
-    if importlib.util.find_spec("mpi4py") is None:
-        pytest.skip("mpi4py is not installed")
-    try:
-        mpirun = Mpirun.find()
-    except ResourceError:
-        pytest.skip("there is no mpirun")
-    if not mpirun.is_open_mpi:
+    if not installed_mpirun.is_open_mpi:
         pytest.skip("the agent is given as Open MPI wants it")
     root = tmp_path_factory.mktemp("hosts")
     prefix = f"trtllm-{os.getpid()}"
-    made = Hosts(prefix, mpirun, root / "agent", root / "hosts")
+    made = Hosts(prefix, installed_mpirun, root / "agent", root / "hosts")
     made.agent.write_text(AGENT.replace("PREFIX", prefix))
     made.agent.chmod(0o755)
     made.hostfile.write_text("".join(f"{name} slots=1\n" for name in NAMES))
