@@ -101,6 +101,22 @@ def test_launch_starts_the_ranks(mpirun, built, llama):
     assert texts[0] == texts[1]
 
 
+def test_a_prompt_from_standard_input(mpirun, built, llama):
+    engine = built(llama[0], "stdin", "--tp-size", 2)
+    flags = ("run", "--engine-dir", engine, "--max-output-len", "8", "--ignore-eos")
+    launch = ("--launch", "--mpirun-args", "--oversubscribe")
+    argument = mpirun(2, *TRTLLM, *flags, "abc def")
+    piped = run((*TRTLLM, *flags, *launch), stdin="abc def\n")
+    assert (argument.code, piped.code) == (0, 0), piped.err
+    assert piped.out == argument.out
+    empty = run((*TRTLLM, *flags, *launch), stdin="")
+    assert empty.code == 2
+    assert "no prompt" in empty.err
+    by_hand = mpirun(2, *TRTLLM, *flags, timeout=20)  # says that there is none, or that it cannot know
+    assert by_hand.code == 2
+    assert by_hand.err.count("error:") == 1
+
+
 def test_a_wrong_number_of_ranks(mpirun, built, llama):
     engine = built(llama[0], "three", "--tp-size", 2)
     done = mpirun(3, *TRTLLM, "run", "--engine-dir", engine, "abc")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from trtllm_cli.commands.standard_input import MARKED, mark_end
 from trtllm_cli.errors import ResourceError, UsageError
 
 _OWN_FLAGS = {"--launch": 0, "--hostfile": 1, "--mpirun-args": 1}  # and how many values each takes
@@ -64,7 +65,7 @@ def run_command(engine_dir: Path, num_ranks: int) -> str:
     return f'trtllm run --engine-dir {engine_dir}{launch} --streaming "Why is the sky blue?"'
 
 
-def launch_ranks(num_ranks: int, hostfile: Path | None, mpirun_args: str) -> NoReturn:
+def launch_ranks(num_ranks: int, hostfile: Path | None, mpirun_args: str, *, reads_stdin: bool = False) -> NoReturn:
     """Becomes mpirun. Raises before that for what would only fail in it."""
     mpirun = Mpirun.find()
     if hostfile is not None:
@@ -75,6 +76,9 @@ def launch_ranks(num_ranks: int, hostfile: Path | None, mpirun_args: str) -> NoR
         raise UsageError(
             f"--mpirun-args is {mpirun_args!r}: {e}", where="--mpirun-args", fix="quote it as a shell would"
         ) from None
+    if reads_stdin and mpirun.is_open_mpi and not sys.stdin.isatty():
+        mark_end()
+        more += ["-x", MARKED]
     os.execv(mpirun.path, mpirun.command(num_ranks, hostfile, more, without_launch(sys.argv[1:])))  # noqa: S606
 
 

@@ -37,11 +37,11 @@ class LaunchFlags:
     hostfile: Path | None = None
     mpirun_args: str = ""
 
-    def start_or_follow(self, engine_dir: Path | None, options: dict[str, Any]) -> bool:
+    def start_or_follow(self, engine_dir: Path | None, options: dict[str, Any], *, reads_stdin: bool = False) -> bool:
         """Does what there is to do beside leading: starts the ranks, in this process's place, or is one that follows.
 
-        True when that is done and the command is over. `options` are run.load.LoadOptions' fields. Raises UsageError
-        for flags that do not go together.
+        True when that is done and the command is over. `options` are run.load.LoadOptions' fields; `reads_stdin` says
+        that rank 0 will want the whole of standard input. Raises UsageError for flags that do not go together.
         """
         from trtllm_cli.run.world import current
 
@@ -73,5 +73,5 @@ class LaunchFlags:
         if self.launch and num_ranks > 1:
             from trtllm_cli.commands.launch import launch_ranks
 
-            launch_ranks(num_ranks, self.hostfile, self.mpirun_args)
+            launch_ranks(num_ranks, self.hostfile, self.mpirun_args, reads_stdin=reads_stdin)
         return False

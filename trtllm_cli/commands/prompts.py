@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trtllm_cli.commands.standard_input import read_all
 from trtllm_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,12 +47,7 @@ def read_prompts(
         items.append(PromptItem(ids, "--input-token-ids"))
     if input_file is not None:
         items += _read_file(input_file)
-    if (
-        not items
-        and stdin
-        and input_file is None
-        and (text := _decode(sys.stdin.buffer.read(), "standard input")).strip()
-    ):
+    if not items and stdin and input_file is None and (text := _decode(read_all(), "standard input")).strip():
         items.append(PromptItem(text.rstrip("\n"), "standard input"))
     return items
 
@@ -98,7 +93,7 @@ def params_of(item: PromptItem, base: SamplingParams) -> SamplingParams:
 
 def _read_file(name: str) -> Iterator[PromptItem]:
     if name == STDIN:
-        text, where = _decode(sys.stdin.buffer.read(), "standard input"), "standard input"
+        text, where = _decode(read_all(), "standard input"), "standard input"
         json_lines = text.lstrip().startswith("{")
     else:
         path, where = Path(name), name

@@ -203,7 +203,7 @@ def run(
         trtllm run --engine-dir engine_tp2_pp2 --launch --hostfile hosts "Why is the sky blue?"
     """
     from trtllm_cli.commands.choices import choice
-    from trtllm_cli.commands.prompts import parse_ids, read_prompts
+    from trtllm_cli.commands.prompts import STDIN, parse_ids, read_prompts
 
     how = model_flags.ModelFlags(revision, offline, token, dtype, weight_dtype, max_seq_len, max_batch_size)
     how.check(engine_dir, model)
@@ -245,7 +245,8 @@ def run(
         "scheduler_policy": choice(scheduler_policy, ("max_utilization", "guaranteed_no_evict"), "--scheduler-policy"),
     }
     ranks = launch_flags.LaunchFlags(launch, hostfile, mpirun_args)
-    if ranks.start_or_follow(engine_dir, llm_options):
+    given = interactive or prompts or input_text or input_file not in (None, STDIN) or input_token_ids
+    if ranks.start_or_follow(engine_dir, llm_options, reads_stdin=not given):
         return
     items = []
     if not interactive:

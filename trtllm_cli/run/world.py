@@ -57,6 +57,11 @@ class World:
         """Ranks on this host, which share its memory and processors."""
         return self.launched.local_size if self.launched else 1
 
+    @property
+    def ends_stdin(self) -> bool:
+        """Whether rank 0 is told of the end of standard input."""
+        return not getattr(self.comm, "library", "").startswith("Open MPI v5.0")
+
     def place(self, engine: Engine) -> Rank:
         """This process's place in the engine's mapping. Every rank calls it, before it loads anything.
 
