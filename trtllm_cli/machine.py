@@ -1,10 +1,12 @@
-"""What this machine has."""
+"""What this machine has, and how much of it torch takes."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -30,3 +32,16 @@ def cpu_name() -> str:
         except OSError:
             pass
     return platform.processor() or platform.machine()
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Torch on so many threads meanwhile."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands.conftest import LIMITS, save_snapshot
+from trtllm_cli.cli import call
 from trtllm_cli.commands.launch import Mpirun
 from trtllm_cli.errors import ResourceError
 
@@ -52,6 +55,36 @@ def run(command, timeout=60, env=None, stdin=None):
             out, err = process.communicate()
         pytest.fail(f"not done after {timeout} s: {command}\n{out}\n{err}")
     return Result(process.returncode, out, err, time.monotonic() - started)
+
+
+def errors(text):
+    """The messages of errors in what a command said, each with its lines."""
+    text = text.replace("\0", "")  # Open MPI puts some in
+    return re.findall(r"^(?:internal )?error: (.*(?:\n  .*)*)", text, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """`built(snapshot, name, *split, limits=LIMITS)`: an engine in float32, native kernels; `split` is for convert."""
+    root = tmp_path_factory.mktemp("engines")
+
+    def build(snapshot, name, *split, limits=LIMITS):
+        ckpt, engine = root / f"{name}-ckpt", root / name
+        convert = ("convert", snapshot, "--output-dir", ckpt, "--dtype", "float32", *split)
+        build = ("build", "--checkpoint-dir", ckpt, "--output-dir", engine, "--kernels", "native", *limits)
+        for args in (convert, build):
+            assert call([str(arg) for arg in args]) == 0
+        return engine
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory):
+    """A tiny Llama."""
+    path = tmp_path_factory.mktemp("llama")
+    save_snapshot(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import LIMITS, save_snapshot
 from tests.ranks.conftest import run
 from tests.tiny_models import real_model_gguf, save_tiny_model
-from trtllm_cli.cli import call
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
@@ -17,29 +15,9 @@ SESSION = Path(__file__).with_name("session.py")
 TRTLLM = (sys.executable, "-m", "trtllm_cli")
 
 
-def make(*args):
-    assert call([str(arg) for arg in args]) == 0
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """`built(snapshot, name, *split)` converts and builds, in float32."""
-    root = tmp_path_factory.mktemp("engines")
-
-    def build(snapshot, name, *split, limits=LIMITS):
-        engine = root / name
-        make("convert", snapshot, "--output-dir", root / f"{name}-ckpt", "--dtype", "float32", *split)
-        make("build", "--checkpoint-dir", root / f"{name}-ckpt", "--output-dir", engine, "--kernels", "native", *limits)
-        return engine
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory, built):
+def llama(snapshot, built):
     """A snapshot, and what one rank makes of it."""
-    snapshot = tmp_path_factory.mktemp("llama")
-    save_snapshot(snapshot)
     return snapshot, talk(built(snapshot, "llama-1"))
 
 

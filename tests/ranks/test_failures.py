@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import LIMITS, save_snapshot
+from tests.ranks.conftest import errors
 from trtllm_cli.errors import INTERNAL, RankError
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
@@ -32,19 +32,9 @@ CODES = {
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory):
+def engines(snapshot, built):
     """Engines of two tensor-parallel ranks, and of two stages of two ranks."""
-    from trtllm_cli.cli import call
-
-    root = tmp_path_factory.mktemp("failures")
-    save_snapshot(root / "snapshot")
-    for stages, ranks in ((1, 2), (2, 4)):
-        split = ("--tp-size", "2", "--pp-size", stages)
-        convert = ("convert", root / "snapshot", "--output-dir", root / f"ckpt{ranks}", *split)
-        build = ("build", "--checkpoint-dir", root / f"ckpt{ranks}", "--output-dir", root / f"engine{ranks}")
-        for args in (convert, (*build, "--kernels", "native", *LIMITS)):
-            assert call([str(arg) for arg in args]) == 0
-    return {ranks: root / f"engine{ranks}" for ranks in (2, 4)}
+    return {2 * stages: built(snapshot, str(stages), "--tp-size", 2, "--pp-size", stages) for stages in (1, 2)}
 
 
 @pytest.fixture
@@ -57,15 +47,14 @@ def fail(mpirun, engines):
         done = mpirun(ranks, sys.executable, FAULTY, kind, stage, rank, *run)
         ended = time.time()
         assert done.code != 0
-        err = done.err.replace("\0", "")  # Open MPI puts some in
-        struck = re.search(r"struck at ([\d.]+)", err)
-        assert struck, err
-        assert "Traceback" not in err
-        messages = re.findall(r"^(?:internal )?error: (.*(?:\n  .*)*)", err, re.MULTILINE)
+        struck = re.search(r"struck at ([\d.]+)", done.err)
+        assert struck, done.err
+        assert "Traceback" not in done.err
+        messages = errors(done.err)
         if kind == "kill" and not messages:  # the launcher was faster than the other ranks
-            noticed = re.search(r"noticed that process rank (\d) .*\n?.*signal 9", err)
+            noticed = re.search(r"noticed that process rank (\d) .*\n?.*signal 9", done.err)
             messages = [f"rank {noticed.group(1)}: {SAID['kill']}"] if noticed else []
-        assert len(messages) == 1, err
+        assert len(messages) == 1, done.err
         return messages[0], done.code, ended - float(struck.group(1))
 
     return start

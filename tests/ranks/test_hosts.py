@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import save_snapshot
-from tests.ranks.conftest import run
+from tests.ranks.conftest import errors, run
 from trtllm_cli.commands.launch import Mpirun
 from trtllm_cli.errors import INTERNAL
 
@@ -131,22 +130,9 @@ def hosts(tmp_path_factory, installed_mpirun):
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory):
+def engines(snapshot, built):
     """Engines of one rank and of two."""
-    from trtllm_cli.cli import call
-
-    root = tmp_path_factory.mktemp("engines")
-    save_snapshot(root / "snapshot")
-    for ranks in (1, 2):
-        convert = ("convert", root / "snapshot", "--output-dir", root / f"ckpt{ranks}", "--tp-size", ranks)
-        build = ("build", "--checkpoint-dir", root / f"ckpt{ranks}", "--output-dir", root / f"engine{ranks}")
-        for args in (convert, (*build, "--kernels", "native", *LIMITS)):
-            assert call([str(arg) for arg in args]) == 0
-    return {ranks: root / f"engine{ranks}" for ranks in (1, 2)}
-
-
-def errors(text):
-    return re.findall(r"^(?:internal )?error: (.*(?:\n  .*)*)", text.replace("\0", ""), re.MULTILINE)
+    return {ranks: built(snapshot, str(ranks), "--tp-size", ranks, limits=LIMITS) for ranks in (1, 2)}
 
 
 def test_two_hosts_say_what_one_rank_says(hosts, engines):

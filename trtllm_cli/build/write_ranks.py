@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +13,7 @@ from trtllm_cli.artifact import os_errors, sha256
 from trtllm_cli.build.lowered import Lowered
 from trtllm_cli.engine import RankFile, program_digest
 from trtllm_cli.graph import Graph
+from trtllm_cli.machine import torch_threads
 from trtllm_cli.models.tensors import read_weight
 from trtllm_cli.tensor_file import ENGINE_ALIGNMENT, TensorFile, TensorFileWriter, total_bytes
 
@@ -42,10 +42,14 @@ def write_ranks(
 
     The first error, or an interrupt, ends them all.
     """
+    import torch
+
     shared = _Shared(progress, sum(total_bytes(lowered.tensors.values()) for _, _, lowered in ranks))
     workers = min(workers, len(ranks))
     futures: list[Future[RankFile]] = []
-    with _divided_threads(workers), ThreadPoolExecutor(workers, thread_name_prefix="trtllm-build") as pool:
+    # Torch's threads are divided among the workers: more of them than cores only wait for each other.
+    threads = max(1, torch.get_num_threads() // workers)
+    with torch_threads(threads), ThreadPoolExecutor(workers, thread_name_prefix="trtllm-build") as pool:
         try:
             for rank, graph, lowered in ranks:
                 path = directory / f"rank{rank.rank}.engine"
@@ -79,19 +83,6 @@ class _Shared:
             self._done += nbytes
             if self._progress is not None:
                 self._progress(self._done, self._total)
-
-
-@contextmanager
-def _divided_threads(workers: int) -> Iterator[None]:
-    """Torch's threads divided among the workers: more of them than cores only wait for each other."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // workers))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _write_rank(

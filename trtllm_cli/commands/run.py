@@ -207,7 +207,8 @@ def run(
 
     how = model_flags.ModelFlags(revision, offline, token, dtype, weight_dtype, max_seq_len, max_batch_size)
     how.check(engine_dir, model)
-    _check_prompts(interactive, has_prompts=bool(prompts or input_text or input_file or input_token_ids))
+    has_prompts = bool(prompts or input_text or input_file or input_token_ids)
+    _check_prompts(interactive, has_prompts=has_prompts)
     params = _sampling_params(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -245,8 +246,8 @@ def run(
         "scheduler_policy": choice(scheduler_policy, ("max_utilization", "guaranteed_no_evict"), "--scheduler-policy"),
     }
     ranks = launch_flags.LaunchFlags(launch, hostfile, mpirun_args)
-    given = interactive or prompts or input_text or input_file not in (None, STDIN) or input_token_ids
-    if ranks.start_or_follow(engine_dir, llm_options, reads_stdin=not given):
+    reads_stdin = input_file == STDIN or not (interactive or has_prompts)
+    if ranks.start_or_follow(engine_dir, llm_options, reads_stdin=reads_stdin):
         return
     items = []
     if not interactive:

@@ -20,10 +20,10 @@ def read_all() -> bytes:
     from trtllm_cli.run.world import current
 
     if os.environ.get(MARKED):
-        data = b""
-        while _MARK not in data and (more := os.read(0, 1 << 16)):
+        data = bytearray()
+        while not data.endswith(_MARK) and (more := os.read(0, 1 << 16)):
             data += more
-        return data.partition(_MARK)[0]
+        return bytes(data).removesuffix(_MARK)
     if not current().ends_stdin:
         raise UsageError(
             "Open MPI 5.0's mpirun does not pass on the end of standard input",

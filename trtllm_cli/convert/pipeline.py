@@ -10,8 +10,7 @@ import math
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from trtllm_cli.artifact import check_output, human_bytes, partial_of, writing
@@ -26,6 +25,7 @@ from trtllm_cli.convert.tokenizer_files import check_tokenizer
 from trtllm_cli.convert.verify import verify_aside
 from trtllm_cli.convert.write_ranks import Progress, write_ranks
 from trtllm_cli.errors import ResourceError, SnapshotError, UnsupportedError
+from trtllm_cli.machine import torch_threads
 from trtllm_cli.model_config import ModelConfig
 from trtllm_cli.tensor_file import total_bytes
 
@@ -75,7 +75,7 @@ def convert(
             writing(
                 output_dir, force=options.force, source=source, resumes=lambda _: options.resume and state.load()
             ) as directory,
-            _one_thread(),
+            torch_threads(1),  # the work is moving bytes; two threads only wait for each other
         ):
             if resumed := _resumed(state, stages):
                 notes.append(resumed)
@@ -126,19 +126,6 @@ def _resumed(state: State, stages: list[Stage]) -> str | None:
     ranks = sum(len(stage.ranks) for stage in stages)
     weights = f" and {len(state.weights)} weights of others" if state.weights else ""
     return f"resuming: {len(state.ranks)} of {ranks} ranks{weights} are there"
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on one thread. The work is moving bytes; two threads only wait for each other."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _check_space(output_dir: Path, size: int) -> None:
