@@ -41,12 +41,12 @@ def run(command, **options):
     return done.stdout
 
 
-def checkpoint(gguf, work):
-    """The GGUF file as a float32 checkpoint: exactly its weights."""
-    out = work / "checkpoint"
+def checkpoint(gguf, work, split=()):
+    """The GGUF file as a float32 checkpoint: exactly its weights. `split` are flags of convert, such as --pp-size 2."""
+    out = work / "-".join(("checkpoint", *(str(part).strip("-") for part in split)))
     if not (out / "config.json").is_file():
         say(f"converting {gguf.name}")
-        run([*TRTLLM, "convert", gguf, "--output-dir", out, "--dtype", "float32"])
+        run([*TRTLLM, "convert", gguf, "--output-dir", out, "--dtype", "float32", *split])
     return out
 
 
@@ -63,11 +63,12 @@ def prompts(gguf, work, length):
     return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
 
 
-def engine(gguf, work, weight_dtype, *, max_batch_size=8):
+def engine(gguf, work, weight_dtype, *, max_batch_size=8, split=()):
     """An engine of the checkpoint, built now: this package as it is is what is measured."""
-    out = work / f"engine-{weight_dtype}-{max_batch_size}"
+    source = checkpoint(gguf, work, split)
+    out = work / f"{source.name.replace('checkpoint', 'engine')}-{weight_dtype}-{max_batch_size}"
     say(f"building {out.name}")
-    command = [*TRTLLM, "build", "--checkpoint-dir", checkpoint(gguf, work), "--output-dir", out, "--force"]
+    command = [*TRTLLM, "build", "--checkpoint-dir", source, "--output-dir", out, "--force"]
     limits = ["--max-batch-size", max_batch_size, "--max-seq-len", 512, "--max-num-tokens", 1024]
     run([*command, "--weight-dtype", weight_dtype, *limits])
     return out

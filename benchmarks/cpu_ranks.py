@@ -12,7 +12,7 @@ import statistics
 import time
 from pathlib import Path
 
-from common import TRTLLM, WORK, checkpoint, machine, packaged_gguf, run, say, write_results
+from common import TRTLLM, WORK, engine, machine, packaged_gguf, run, say, write_results
 
 from trtllm_cli.commands.launch import Mpirun
 
@@ -23,19 +23,6 @@ CONFIGURATIONS = {
     "2 stages, 1 thread each": (("--pp-size", 2), 2, 1),
 }
 REQUESTS = ("--num-requests", 16, "--input-len", 128, "--output-len", 64, "--warmup", 2)
-
-
-def engine(gguf, work, split):
-    name = "-".join(map(str, ("engine-ranks", *split)))
-    out = work / name
-    if not (out / "config.json").is_file():
-        ckpt = checkpoint(gguf, work)
-        if split:
-            ckpt = work / f"{name}-checkpoint"
-            run([*TRTLLM, "convert", gguf, "--output-dir", ckpt, "--dtype", "float32", *split])
-        limits = ("--max-batch-size", 16, "--max-seq-len", 512)
-        run([*TRTLLM, "build", "--checkpoint-dir", ckpt, "--output-dir", out, "--weight-dtype", "int8", *limits])
-    return out
 
 
 def on_ranks(ranks, args):
@@ -67,8 +54,9 @@ def main():
     args = parser.parse_args()
     gguf = args.gguf or packaged_gguf()
     args.work.mkdir(exist_ok=True)
-    engines = {name: (engine(gguf, args.work, split), ranks, threads)
-               for name, (split, ranks, threads) in CONFIGURATIONS.items()}  # fmt: skip
+    built = {split: engine(gguf, args.work, "int8", max_batch_size=16, split=split)
+             for split in {split for split, _, _ in CONFIGURATIONS.values()}}  # fmt: skip
+    engines = {name: (built[split], ranks, threads) for name, (split, ranks, threads) in CONFIGURATIONS.items()}
     speeds, starts = ({name: [] for name in engines} for _ in range(2))
     for i in range(args.rounds):
         say(f"round {i + 1} of {args.rounds}")
