@@ -7,12 +7,17 @@ written twice therefore gives a wrong token. `expected_tokens` is what a correct
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from trtllm_cli.run.model_inputs import ModelInputs
+from trtllm_cli.run.request import SamplingParams
+from trtllm_cli.run.sampler import SamplingState, sample
+from trtllm_cli.run.sampling_inputs import SamplingInputs
 
 EMPTY = -1
 
@@ -119,3 +124,104 @@ class FakeRunner:
             size = self.tokens_per_block
             slots = inputs.block_tables[seq, positions // size] * size + positions % size
             assert np.array_equal(slots, inputs.slot_mapping[start:end])
+
+
+class FakeSamplingRunner(FakeRunner):
+    """Implements `trtllm_cli.run.backends.SamplingRunner`: a device that computes as late as it may.
+
+    What it is told waits in `queue` until the tokens are asked for, or a forward comes. It keeps each row's last token
+    itself, and forgets those of rows that the step before did not sample for. `num_started` counts started steps.
+    """
+
+    def __init__(self, vocab_size: int = 64, tokens_per_block: int = 4, *, max_batch_size: int = 4) -> None:
+        super().__init__(vocab_size, tokens_per_block)
+        self.last_tokens = np.full(max_batch_size, EMPTY, np.int32)
+        self.queue: deque[Callable[[], None]] = deque()
+        self.under_way: deque[FakePendingTokens] = deque()
+        self.num_started = self.num_forwards = 0
+
+    def samples(self, params: SamplingParams) -> bool:
+        return (
+            params.logprobs is None
+            and params.min_tokens == 0
+            and params.repetition_penalty == 1
+            and params.presence_penalty == params.frequency_penalty == 0
+        )
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        assert not {source for source, _ in pairs} & {destination for _, destination in pairs}, "their order matters"
+        self.queue.append(lambda: FakeRunner.copy_blocks(self, pairs))
+
+    def start(self, inputs: ModelInputs, sampling: SamplingInputs) -> FakePendingTokens:
+        assert len(self.under_way) < 2, "more steps are under way than there may be"
+        pending = FakePendingTokens(self)
+        self.under_way.append(pending)
+        self.num_started += 1
+        kept = [(a, a.copy()) for a in (*vars(inputs).values(), *vars(sampling).values())]
+
+        def compute() -> None:
+            assert all(np.array_equal(array, copy) for array, copy in kept), "inputs changed after the start"
+            pending.result = self._compute(inputs, sampling)
+
+        self.queue.append(compute)
+        return pending
+
+    def forward(self, inputs: ModelInputs) -> npt.NDArray[np.float32] | None:
+        assert not self.under_way, "forward is called while a step is under way"
+        self.num_forwards += 1
+        while self.queue:
+            self.queue.popleft()()
+        self.last_tokens[:] = EMPTY
+        return super().forward(inputs)
+
+    def _compute(self, inputs: ModelInputs, sampling: SamplingInputs) -> npt.NDArray[np.int32]:
+        ids = inputs.input_ids.copy()
+        unknown = ids < 0
+        ids[unknown] = self.last_tokens[-1 - ids[unknown]]
+        logits = FakeRunner.forward(self, replace(inputs, input_ids=ids))
+        assert logits is not None
+        self._check_sampling(sampling, len(logits))
+        states = []
+        for temperature, top_k, top_p, min_p, seed, position in zip(
+            sampling.temperatures, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seeds, sampling.positions,
+            strict=True,
+        ):  # fmt: skip
+            params = SamplingParams(
+                temperature=float(temperature), top_k=int(top_k), top_p=float(top_p), min_p=float(min_p)
+            )
+            states.append(SamplingState(params, seed=int(seed), vocab_size=self.vocab_size))
+            states[-1].num_output = int(position)
+        tokens = np.full(len(states), EMPTY, np.int32)
+        chosen = logits[sampling.logits_rows]
+        for i, state in enumerate(states):
+            if np.isfinite(chosen[i]).all():
+                [tokens[i]], _ = sample(chosen[i : i + 1], [state])
+        self.last_tokens[:] = EMPTY
+        self.last_tokens[sampling.rows] = tokens
+        return tokens
+
+    def _check_sampling(self, sampling: SamplingInputs, num_logits: int) -> None:
+        arrays = vars(sampling)
+        for name, array in arrays.items():
+            wanted = {"seeds": np.uint64, "temperatures": np.float32, "top_p": np.float32, "min_p": np.float32}
+            assert array.dtype == wanted.get(name, np.int32), name
+            assert array.flags.c_contiguous, name
+            assert len(array) == len(sampling.rows), name
+        assert len(np.unique(sampling.rows)) == len(sampling.rows), "two tokens for one row"
+        assert set(sampling.logits_rows.tolist()) == set(range(num_logits))
+        assert (sampling.rows >= 0).all()
+        assert (sampling.positions >= 0).all()
+
+
+class FakePendingTokens:
+    """Implements `trtllm_cli.run.backends.PendingTokens`."""
+
+    def __init__(self, runner: FakeSamplingRunner) -> None:
+        self.runner = runner
+        self.result: npt.NDArray[np.int32] | None = None
+
+    def tokens(self) -> npt.NDArray[np.int32]:
+        assert self.runner.under_way.popleft() is self, "asked out of order, or twice"
+        while self.result is None:
+            self.runner.queue.popleft()()
+        return self.result

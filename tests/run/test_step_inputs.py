@@ -43,3 +43,23 @@ def test_only_new_blocks_are_written_and_old_rows_are_cleared():
     assert tables(seq) == [[6, 7, 8]]
     assert tables(sequence([4], 0, [2], row=0)) == [[2]]
     assert builder._tables.tolist() == [[2, 0, 0, 0]]
+
+
+def test_a_step_of_a_token_each_is_told_as_any_other():
+    def batch(*more: Sequence) -> Batch:
+        batch = Batch()
+        for row, (tokens, computed, blocks) in enumerate([([1, 2, -3], 2, [4, 8]), ([5, 6, 7], 1, [2, 6])]):
+            batch.add(sequence(tokens, computed, blocks, row), 1)  # of the second the last token is left for later
+        for seq in more:
+            batch.add(seq, 2)
+        return batch
+
+    ones = vars(InputBuilder(3, 10, 2).build(plan_step(batch())))
+    mixed = vars(InputBuilder(3, 10, 2).build(plan_step(batch(sequence([8, 9], 0, [0], row=2)))))
+    assert ones["input_ids"].tolist() == [-3, 6]
+    assert ones["logits_indices"].tolist() == [0]
+    assert ones["query_start"].tolist() == mixed["query_start"].tolist()[:3]
+    for name in ("positions", "slot_mapping", "block_tables", "seq_lens"):
+        assert ones[name].tolist() == mixed[name].tolist()[:2]
+        assert ones[name].dtype == mixed[name].dtype
+        assert ones[name].flags.c_contiguous

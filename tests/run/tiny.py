@@ -83,7 +83,8 @@ def write_engine(directory: Path, tokenizer: Tokenizer | None, *, vocab_size: in
     """An engine directory for `fake_runners`, with ChatML as its chat template."""
     directory.mkdir(parents=True)
     data = b"weights" * 1000
-    digest = hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(data)
+    tree, program = hashlib.sha256(digest.digest()).hexdigest(), digest.hexdigest()  # of a single piece
     (directory / "rank0.engine").write_bytes(data)
     build = {"max_seq_len": 64, "max_input_len": 64, "max_num_tokens": 16, "max_batch_size": 4, "tokens_per_block": 4}
     config = EngineConfig(
@@ -101,7 +102,7 @@ def write_engine(directory: Path, tokenizer: Tokenizer | None, *, vocab_size: in
             hidden_act="silu",
         ),
         build_config=BuildConfig(weight_dtype="float32", kv_cache_dtype="float32", **{**build, **limits}),
-        rank_files=[RankFile(name="rank0.engine", size=len(data), sha256=digest, program_sha256=digest)],
+        rank_files=[RankFile(name="rank0.engine", size=len(data), tree_sha256=tree, program_sha256=program)],
     )
     write_config(directory, config)
     if tokenizer is not None:

@@ -86,11 +86,14 @@ class BlockManager:
         return True
 
     def register(self, seq: Sequence) -> None:
-        """Makes the sequence's newly full blocks known to the prefix cache. Call it when they are computed."""
+        """Makes the sequence's newly full blocks known to the prefix cache. Call it when they are computed.
+
+        A block with a token that is not known yet has to wait.
+        """
         if not self.enable_prefix_cache:
             return
-        size = self.block_size
-        while (end := (seq.num_registered + 1) * size) <= seq.num_computed:
+        size, last = self.block_size, min(seq.num_computed, seq.num_known)
+        while (end := (seq.num_registered + 1) * size) <= last:
             key = (seq.prefix, tuple(seq.token_ids[end - size : end]))
             block = self._known.setdefault(key, seq.blocks[seq.num_registered])
             if block == seq.blocks[seq.num_registered]:
@@ -144,6 +147,7 @@ class BlockManager:
         assert sorted(places) == list(range(self.num_blocks)), "a block is lost, or in two places"
         known = {block: key for block, key in enumerate(self._keys) if key is not None}
         assert {block: key for key, block in self._known.items()} == known, "the prefix cache's tables disagree"
+        assert all(token >= 0 for _, tokens in self._known for token in tokens), "a token that is not known was hashed"
         assert self._cached.keys() <= known.keys()
         assert not known.keys() & set(self._free)
 

@@ -1,30 +1,39 @@
-"""The in-flight batching executor. `Executor.step` tells the story."""
+"""The in-flight batching executor. `Executor.step` tells the story.
+
+A runner that gives logits computes a step, and numpy samples its tokens. A runner that samples is kept one step ahead:
+while it computes a step, the next one is scheduled and enqueued, with stand-ins for the tokens that are not known yet
+(`Sequence.expect_token`). Where a sequence then turns out to have ended, what the step under way gives for it is
+dropped. A step with a request that the runner cannot sample for is not run ahead: it begins when all tokens are known,
+and ends before the next one begins.
+"""
 
 from __future__ import annotations
 
 import os
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trtllm_cli.errors import RequestError
+from trtllm_cli.run.backends import SamplingRunner
 from trtllm_cli.run.block_manager import BlockManager
 from trtllm_cli.run.request import FinishReason, Logprob, SamplingParams, TokenEvent
-from trtllm_cli.run.sampler import SamplingState, sample
+from trtllm_cli.run.sampler import SamplingState, not_finite, sample
+from trtllm_cli.run.sampling_inputs import SamplingTable
 from trtllm_cli.run.scheduler import Policy, Scheduler
 from trtllm_cli.run.sequence import Request, Sequence, State
 from trtllm_cli.run.step_inputs import InputBuilder
 from trtllm_cli.run.step_plan import END, StepPlan, plan_step
-from trtllm_cli.run.worker import compute
+from trtllm_cli.run.worker import compute, start
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from trtllm_cli.engine import BuildConfig
-    from trtllm_cli.run.backends import Runner
+    from trtllm_cli.run.backends import PendingTokens, Runner
     from trtllm_cli.run.communicator import Communicator
     from trtllm_cli.run.scheduler import Batch
 
@@ -37,7 +46,8 @@ class _UnderWay:
 
     plan: StepPlan
     wanted: list[Sequence]  # whose next token it gives
-    logits: npt.NDArray[np.float32] | None  # where rank 0 itself computes them; valid until the next step
+    logits: npt.NDArray[np.float32] | None = None  # where rank 0 itself computes them; valid until the next step
+    pending: PendingTokens | None = None  # instead of logits, from a runner that samples: those of `wanted`
 
 
 @dataclass
@@ -94,8 +104,15 @@ class Executor:
             num_stages=num_stages,
         )
         self._inputs = InputBuilder.of(config)
-        self._under_way: deque[_UnderWay] = deque()  # at most a step for each stage, the oldest first
+        self._sampling_runner: SamplingRunner | None = None
+        if comm.world_size == num_stages == 1 and isinstance(runner, SamplingRunner):
+            self._sampling_runner = runner
+        self._sampling_table = SamplingTable(config.max_batch_size)
+        self._most_under_way = 2 if self._sampling_runner else num_stages
+        self._under_way: deque[_UnderWay] = deque()  # the oldest first
         self._requests: dict[int, Request] = {}
+        self._unforked: set[Request] = set()  # that want several sequences and have one
+        self._sampled_here: set[Request] = set()  # for which the runner does not sample
         self._ended: dict[int, Request] = {}  # since the last step began, for late questions
         self._news: list[TokenEvent] = []  # of cancelled sequences, for the next step to tell
         self._num_requests = 0
@@ -123,6 +140,10 @@ class Executor:
         )
         self._num_requests += 1
         self._requests[request_id] = request
+        if params.n > 1:
+            self._unforked.add(request)
+        if self._sampling_runner is not None and not _samples(self._sampling_runner, request):
+            self._sampled_here.add(request)
         self._scheduler.add(self._new_sequence(request, list(prompt_token_ids)))
 
     def cancel(self, request_id: int) -> None:
@@ -179,7 +200,7 @@ class Executor:
     def step(self) -> list[TokenEvent]:
         """Starts steps until every stage has one, and ends the oldest: at most one new token for each of its sequences.
 
-        In a world of one stage that is one step.
+        In a world of one stage that is one step, and with a runner that samples the step after it is started too.
         """
         with self._comm.activity.working("step"):
             try:
@@ -191,15 +212,15 @@ class Executor:
     def _step(self) -> list[TokenEvent]:
         self._ended.clear()
         events, self._news = self._news, []
-        while len(self._under_way) < self._scheduler.num_stages:
-            batch = self._scheduler.schedule()
-            if not batch.sequences:
-                break
-            self._under_way.append(self._start(batch))
+        self._start_steps()
         if self._under_way:
             oldest = self._under_way.popleft()
-            sequences, logits = self._fork(oldest.wanted, self._receive(oldest))
-            tokens, logprobs = self._sample(sequences, logits)
+            if oldest.pending is not None:
+                sequences, tokens = oldest.wanted, oldest.pending.tokens().tolist()
+                logprobs: list[list[Logprob] | None] = [None] * len(tokens)
+            else:
+                sequences, logits = self._fork_logits(oldest.wanted, self._receive(oldest))
+                tokens, logprobs = self._sample(sequences, logits)
             events += self._postprocess(sequences, tokens, logprobs)
         return events
 
@@ -216,21 +237,60 @@ class Executor:
         if self._is_broken:
             return
         while self._under_way:
-            self._receive(self._under_way.popleft())
+            step = self._under_way.popleft()
+            if step.pending is None:
+                self._receive(step)
         self._comm.broadcast(END)
         self._comm.activity.released = True
 
+    def _start_steps(self) -> None:
+        """Starts as many steps as may be under way, or as can be without knowing the tokens of those that are."""
+        while len(self._under_way) < self._most_under_way:
+            batch = self._scheduler.schedule()
+            if not batch.sequences:
+                return
+            if self._sampling_runner is None:
+                self._under_way.append(self._start(batch))
+            elif not self._is_sampled_here(batch):
+                self._under_way.append(self._start_sampling(self._sampling_runner, batch))
+            else:
+                if not self._under_way:  # else the batch is forgotten: what is under way ends first
+                    self._under_way.append(self._start(batch))
+                return
+
     def _start(self, batch: Batch) -> _UnderWay:
         """Computes rank 0's part of a step, once the others have theirs."""
+        plan = self._plan(batch)
+        if self._comm.world_size > 1:
+            self._comm.broadcast(plan.message())
+        return _UnderWay(plan, batch.complete, logits=compute(self._runner, self._inputs, plan))
+
+    def _start_sampling(self, runner: SamplingRunner, batch: Batch) -> _UnderWay:
+        """Enqueues a step and the sampling of its tokens."""
+        plan = self._plan(batch)
+        sequences, logits_rows = self._fork(batch.complete)
+        if logits_rows is not None:  # a child that has to wait is prefilled by itself, and then sampled
+            at_once = [i for i, seq in enumerate(sequences) if seq.state is State.RUNNING]
+            sequences, logits_rows = [sequences[i] for i in at_once], [logits_rows[i] for i in at_once]
+        sampling = self._sampling_table.build(plan, sequences, logits_rows)
+        pending = start(runner, self._inputs, plan, sampling)
+        for seq in sequences:
+            seq.expect_token()
+        return _UnderWay(plan, sequences, pending=pending)
+
+    def _plan(self, batch: Batch) -> StepPlan:
+        """Notes that the batch is under way."""
         self._count(batch)
+        if self._sampling_runner is not None:
+            self._sampling_table.join(batch.sequences)
         plan = plan_step(batch)
         self._scheduler.advance(batch)
         self._comm.activity.stage = plan.stage
-        if self._comm.world_size > 1:
-            self._comm.broadcast(plan.message())
-        logits = compute(self._runner, self._inputs, plan)
-        wanted = [seq for seq, is_wanted in zip(batch.sequences, batch.wanted, strict=True) if is_wanted]
-        return _UnderWay(plan, wanted, logits)
+        return plan
+
+    def _is_sampled_here(self, batch: Batch) -> bool:
+        """Whether the step gives a token that the runner does not sample."""
+        return bool(self._sampled_here) and any(seq.request in self._sampled_here for seq in batch.complete)
 
     def _receive(self, step: _UnderWay) -> npt.NDArray[np.float32]:
         """The step's logits [num_logits, vocab], wherever they are computed."""
@@ -241,18 +301,26 @@ class Executor:
         self._comm.recv(logits, source=self._logits_rank)
         return logits
 
-    def _fork(
+    def _fork_logits(
         self, complete: list[Sequence], logits: npt.NDArray[np.float32]
     ) -> tuple[list[Sequence], npt.NDArray[np.float32]]:
-        """The sequences to sample for, with their logits: a new prompt's logits serve all its n sequences.
+        """The sequences to sample for, with their logits.
 
         Sequences that were ended while the step was under way are left out.
         """
         if any(seq.state is State.FINISHED for seq in complete):
             alive = [row for row, seq in enumerate(complete) if seq.state is not State.FINISHED]
             complete, logits = [complete[row] for row in alive], logits[alive]
-        if all(seq.request.params.n == len(seq.request.sequences) for seq in complete):
-            return complete, logits
+        sequences, rows = self._fork(complete)
+        return sequences, logits if rows is None else logits[rows]
+
+    def _fork(self, complete: list[Sequence]) -> tuple[list[Sequence], list[int] | None]:
+        """A new prompt's logits serve all its n sequences: these, and for each which of the logits are its own.
+
+        None where each sequence has logits of its own.
+        """
+        if not self._unforked or not any(seq.request in self._unforked for seq in complete):
+            return complete, None
         sequences: list[Sequence] = []
         rows: list[int] = []
         for row, seq in enumerate(complete):
@@ -261,37 +329,43 @@ class Executor:
                 child = self._new_sequence(seq.request, list(seq.token_ids))
                 self._scheduler.fork(seq, child)
                 family.append(child)
+            self._unforked.discard(seq.request)
             sequences += family
             rows += [row] * len(family)
-        return sequences, logits[rows]
+        return sequences, rows
 
     def _sample(
         self, sequences: list[Sequence], logits: npt.NDArray[np.float32]
     ) -> tuple[list[int], list[list[Logprob] | None]]:
-        states = []
-        for seq in sequences:
-            if seq.sampling is None:
-                request = seq.request
-                seq.sampling = SamplingState(
-                    request.params,
-                    seed=request.seed + seq.index,
-                    vocab_size=self.vocab_size,
-                    prompt=seq.token_ids,
-                    stops=sorted(request.stops),
-                )
-            states.append(seq.sampling)
-        return sample(logits, states)
+        return sample(logits, [self._sampling_state(seq) for seq in sequences])
+
+    def _sampling_state(self, seq: Sequence) -> SamplingState:
+        """The sequence's state, with all its tokens noted."""
+        request = seq.request
+        if seq.sampling is None:
+            seq.sampling = SamplingState(
+                request.params,
+                seed=request.seed + seq.index,
+                vocab_size=self.vocab_size,
+                prompt=seq.token_ids[: request.num_prompt],
+                stops=sorted(request.stops),
+            )
+        for token in seq.token_ids[request.num_prompt + seq.sampling.num_output :]:
+            seq.sampling.accept(token)
+        return seq.sampling
 
     def _postprocess(
         self, sequences: list[Sequence], tokens: list[int], logprobs: list[list[Logprob] | None]
     ) -> list[TokenEvent]:
-        """Appends each sequence's token and ends those that are done."""
+        """Gives each sequence its token and ends those that are done. Drops what is for one that has ended."""
         events = []
         for seq, token, entry in zip(sequences, tokens, logprobs, strict=True):
+            if seq.state is State.FINISHED:
+                continue
+            if token < 0:
+                raise not_finite()
             request = seq.request
-            assert seq.sampling is not None
-            seq.sampling.accept(token)
-            seq.token_ids.append(token)
+            seq.receive_token(token)
             event = TokenEvent(request.id, seq.index, token, entry)
             if token in request.stops:
                 event.finish_reason = "stop"
@@ -316,6 +390,8 @@ class Executor:
 
     def _forget(self, request: Request) -> None:
         self._ended[request.id] = self._requests.pop(request.id)
+        self._unforked.discard(request)
+        self._sampled_here.discard(request)
 
     def _find(self, request_id: int) -> Request:
         return self._requests[request_id] if request_id in self._requests else self._ended[request_id]
@@ -394,3 +470,8 @@ class Executor:
             where="prompt",
             fix="give the KV cache more memory, ask for fewer tokens, or shorten the prompt",
         )
+
+
+def _samples(runner: SamplingRunner, request: Request) -> bool:
+    """Whether the runner samples for the request. Where nothing stops it, `min_tokens` asks nothing."""
+    return runner.samples(request.params if request.stops else replace(request.params, min_tokens=0))

@@ -14,7 +14,7 @@ IntArray = npt.NDArray[np.int32]
 class ModelInputs:
     """int32, C-contiguous. The tokens of sequence s are rows query_start[s] to query_start[s + 1]."""
 
-    input_ids: IntArray  # [num_tokens]
+    input_ids: IntArray  # [num_tokens]; for a runner that samples also -(row + 1): what it last sampled for that row
     positions: IntArray  # [num_tokens]
     slot_mapping: IntArray  # [num_tokens]: block * block_size + offset
     block_tables: IntArray  # [num_seqs, max_blocks]; entries past a sequence's blocks are 0 and never read

@@ -34,15 +34,17 @@ class SequenceText:
 
     def take(self, event: TokenEvent) -> CompletionOutput:
         """What is new with this event. A stop string in it ends the sequence, whatever the event says."""
-        delta = CompletionOutput(self._index, finish_reason=event.finish_reason, stop_reason=event.stop_reason)
+        token = event.token_id
+        delta = CompletionOutput(
+            self._index, "", [] if token is None else [token], None, event.finish_reason, event.stop_reason
+        )
         stop = None
-        if event.token_id is not None:
-            delta.token_ids.append(event.token_id)
+        if token is not None:
             self._num_tokens += 1
             # The token that ends an answer is no part of its text.
             hidden = event.finish_reason == "stop" and not self._params.include_stop_str_in_output
             if self._detokenizer is not None and not hidden:
-                delta.text, stop = self._shown(self._detokenizer.push(event.token_id))
+                delta.text, stop = self._shown(self._detokenizer.push(token))
         if event.logprobs is not None:
             delta.logprobs = [[self._named(entry) for entry in event.logprobs]]
         if event.finish_reason and stop is None and self._detokenizer is not None:
@@ -94,9 +96,11 @@ class LiveRequest:
         if event.token_id is not None:
             self.times.first_token = self.times.first_token or now
             self.times.last_token = now
-        delta = self.sequences[event.index].take(event)
+        sequence = self.sequences[event.index]
+        delta = sequence.take(event)
+        ended = sequence.ended and self.ended
         return RequestOutput(
-            self.id, self.prompt, self.prompt_token_ids, [delta], self.cached_tokens, self.ended, self.times
+            self.id, self.prompt, self.prompt_token_ids, [delta], self.cached_tokens, ended, self.times
         )
 
     def empty_output(self) -> RequestOutput:

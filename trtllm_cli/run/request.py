@@ -74,7 +74,7 @@ class Logprob:
     token: str = ""  # its text, filled in by the detokenizer
 
 
-@dataclass
+@dataclass(slots=True)
 class TokenEvent:
     """One step's news of one sequence, from the executor: at most one new token."""
 
@@ -86,7 +86,7 @@ class TokenEvent:
     stop_reason: int | str | None = None  # the stop token or string that ended it
 
 
-@dataclass
+@dataclass(slots=True)
 class CompletionOutput:
     """One finished or growing sequence."""
 
@@ -98,7 +98,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestTimes:
     """Seconds on `time.perf_counter`'s clock."""
 
@@ -107,7 +107,7 @@ class RequestTimes:
     last_token: float | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestOutput:
     """What a request has so far; `finished` when all its sequences are."""
 

@@ -96,10 +96,7 @@ def sample(
     tokens: list[int] = logits.argmax(axis=1).tolist()
     best = logits[np.arange(len(tokens)), tokens]  # a NaN, where there is one: argmax finds it
     if not np.isfinite(best).all():
-        raise EngineError(
-            "the model's logits are not finite",
-            fix="rebuild the engine with --weight-dtype float32 to see whether rounding is to blame",
-        )
+        raise not_finite()
     drawn = [i for i, state in enumerate(states) if not state.greedy]
     if drawn:
         for i, token in zip(drawn, _draw([(logits[i], best[i], states[i]) for i in drawn]), strict=True):
@@ -109,6 +106,14 @@ def sample(
         for i, state in enumerate(states)
     ]
     return tokens, logprobs
+
+
+def not_finite() -> EngineError:
+    """The error for logits that no token can be sampled from."""
+    return EngineError(
+        "the model's logits are not finite",
+        fix="rebuild the engine with --weight-dtype float32 to see whether rounding is to blame",
+    )
 
 
 def _draw(rows: list[tuple[FloatArray, np.float32, SamplingState]]) -> list[int]:

@@ -8,6 +8,12 @@ accepted (`Executor.add_request`), so the oldest can always go on, and every seq
 A pipeline of several stages has as many steps under way. Then a step takes its share of the sequences and of the
 prompts' tokens, and leaves the others for the steps that follow it. Every stage computes the steps in order, so blocks
 may be freed, shared and handed on as soon as a step that uses them is scheduled.
+
+So it is with a runner that samples, which has one step under way while the next is scheduled. Sequences then go on
+before their token is known (`Sequence.num_unknown`). One that is preempted then gets its token while it waits: the step
+under way ends before another is scheduled. One that turns out to have ended gives up its blocks and its row at once,
+although a step under way still computes with them. Whoever gets them is in a later step, brings the tokens of its
+prompt along, and refers to the row only after a step that sampled for itself.
 """
 
 from __future__ import annotations
@@ -36,6 +42,13 @@ class Batch:
     wanted: list[bool] = field(default_factory=list)  # whether that is all it has: its next token is sampled
     copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy before, in order
     num_decode: int = 0
+
+    @property
+    def complete(self) -> list[Sequence]:
+        """The sequences whose next token is sampled."""
+        if self.num_decode == len(self.sequences):
+            return self.sequences
+        return [seq for seq, wanted in zip(self.sequences, self.wanted, strict=True) if wanted]
 
     def add(self, seq: Sequence, length: int) -> None:
         """Puts the next `length` tokens of `seq` into the step."""
@@ -81,22 +94,29 @@ class Scheduler:
         self.waiting.append(seq)
 
     def schedule(self) -> Batch:
-        """The next step; empty when there is nothing to do but wait for those under way."""
+        """The next step; empty when there is nothing to do but wait for those under way.
+
+        A step that is not started (`advance`) may be forgotten, and another one scheduled in its place.
+        """
         batch = Batch()
         self._schedule_decodes(batch)
         budget = min(self.max_num_tokens - batch.num_decode, self._share_of_prompts())
-        for seq in self.running:
-            if budget and seq.num_remaining > 1:
-                budget -= self._schedule_chunk(batch, seq, budget)
+        if batch.num_decode < len(self.running):
+            for seq in self.running:
+                if budget and seq.num_remaining > 1:
+                    budget -= self._schedule_chunk(batch, seq, budget)
         self._schedule_waiting(batch, budget)
-        batch.copies, self._copies = self._copies, []
+        batch.copies = self._copies
         return batch
 
     def advance(self, batch: Batch) -> None:
         """Notes that the step is under way: later ones may count on what it puts into the cache."""
+        self._copies = []
+        size = self.blocks.block_size
         for seq, length in zip(batch.sequences, batch.lengths, strict=True):
             seq.num_computed += length
-            self.blocks.register(seq)
+            if (seq.num_registered + 1) * size <= seq.num_computed:
+                self.blocks.register(seq)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Starts `child`, which has the tokens of its just prefilled parent.
@@ -129,18 +149,23 @@ class Scheduler:
         assert sorted(self.waiting, key=lambda s: s.priority) == list(self.waiting)
         assert all(s.state is State.RUNNING for s in self.running)
         assert all(s.state is State.WAITING and not s.blocks for s in self.waiting)
+        assert not any(s.num_unknown for s in self.waiting)
+        for seq in self.running:
+            assert min(seq.token_ids[: seq.num_known]) >= 0
+            assert seq.token_ids[seq.num_known :] == [-(seq.row + 1)] * seq.num_unknown
         assert sorted(self._rows + [s.row for s in self.running]) == list(range(self.max_batch_size))
         self.blocks.check_integrity(self.running)
 
     def _schedule_decodes(self, batch: Batch) -> None:
         """Adds the sequences with one token to compute, oldest first, so that none is preempted that is added."""
-        position, share = 0, -(-len(self.running) // self.num_stages)
-        while position < len(self.running) and len(batch.sequences) < share:
-            seq = self.running[position]
-            position += 1
-            if seq.num_remaining == 1 and self._make_room(seq):
-                batch.add(seq, 1)
+        share = -(-len(self.running) // self.num_stages)
+        for seq in self.running:  # of which the last may go meanwhile
+            if len(batch.sequences) == share:
+                break
+            if len(seq.token_ids) - seq.num_computed == 1 and (self.blocks.grow(seq) or self._make_room(seq)):
+                batch.sequences.append(seq)
         batch.num_decode = len(batch.sequences)
+        batch.lengths, batch.wanted = [1] * batch.num_decode, [True] * batch.num_decode
 
     def _make_room(self, seq: Sequence) -> bool:
         """Whether the sequence has a block for its next token, which newer ones give up if need be, or it itself."""
@@ -170,6 +195,8 @@ class Scheduler:
     def _schedule_waiting(self, batch: Batch, budget: int) -> None:
         while self.waiting and budget and len(self.running) < self.max_batch_size:
             seq = self.waiting[0]
+            if seq.num_unknown:  # preempted just now
+                return
             if not self.enable_chunked_prefill and not self._fits_step(seq, budget):
                 return
             # One more block for each that runs: else the newcomer would be preempted at once, again and again.
@@ -221,6 +248,7 @@ class Scheduler:
         """Frees a running sequence's row and blocks."""
         if self._copies:
             self._copies = [(source, to) for source, to in self._copies if to not in seq.blocks]
+        self.blocks.register(seq)  # what has become known since its last step began
         self.blocks.release(seq)
         self._rows.append(seq.row)
         seq.row = -1

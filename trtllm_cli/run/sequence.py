@@ -42,6 +42,9 @@ class Sequence:
     The first `num_computed` tokens are in the KV cache, or will be when the steps under way are done. The last token
     never is: it is the next step's input. So `num_computed` is one less than the length while decoding, further behind
     while prefilling, and equal while the step that gives the next token is under way.
+
+    Where the runner samples, the last `num_unknown` tokens may be stand-ins for tokens that steps under way will give:
+    -(row + 1), as which a step's inputs have them too. So the sequence can be scheduled before its token is there.
     """
 
     request: Request
@@ -49,6 +52,7 @@ class Sequence:
     token_ids: list[int]  # prompt, then output
     state: State = State.WAITING
     num_computed: int = 0
+    num_unknown: int = 0  # stand-ins at the end of token_ids
     blocks: list[int] = field(default_factory=list)
     num_registered: int = 0  # leading blocks that the prefix cache knows
     prefix: int = 0  # the prefix cache's name of what those hold
@@ -72,6 +76,22 @@ class Sequence:
         return self.state is State.RUNNING and self.num_remaining == 0
 
     @property
-    def num_output(self) -> int:
-        """Tokens generated so far."""
-        return len(self.token_ids) - self.request.num_prompt
+    def num_known(self) -> int:
+        """Tokens before the stand-ins."""
+        return len(self.token_ids) - self.num_unknown
+
+    def expect_token(self) -> None:
+        """Notes that a step under way samples the next token. The last that it may have needs no stand-in: nothing is
+        computed of it, and the sequence is pending until it is there.
+        """
+        if len(self.token_ids) + 1 < self.request.max_len:
+            self.token_ids.append(-(self.row + 1))
+            self.num_unknown += 1
+
+    def receive_token(self, token: int) -> None:
+        """Puts a sampled token in its place: steps end in the order in which they began."""
+        if self.num_unknown:
+            self.token_ids[-self.num_unknown] = token
+            self.num_unknown -= 1
+        else:
+            self.token_ids.append(token)

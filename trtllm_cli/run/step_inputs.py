@@ -28,22 +28,32 @@ class InputBuilder:
     def build(self, plan: StepPlan) -> ModelInputs:
         """The step's inputs. The arrays are new ones: they outlive the next call."""
         rows, starts, lengths, wanted = plan.sequences.T
-        added, places, blocks = plan.additions.T
-        self._tables[added[places == 0]] = 0
-        self._tables[added, places] = blocks
-        ends = lengths.cumsum(dtype=np.int32)  # in the step
+        if len(plan.additions):
+            added, places, blocks = plan.additions.T
+            self._tables[added[places == 0]] = 0
+            self._tables[added, places] = blocks
         seq_lens = starts + lengths
-        positions = np.arange(len(plan.tokens), dtype=np.int32) + np.repeat(seq_lens - ends, lengths)
-        held = self._tables[np.repeat(rows, lengths), positions // self._block_size]
-        width = -(-int(seq_lens.max()) // self._block_size)
+        if len(plan.tokens) == len(rows):  # a token each: what follows gives the same, and takes longer
+            query_start = np.arange(len(rows) + 1, dtype=np.int32)
+            positions = starts.copy()
+        else:
+            query_start = np.concatenate((_ZERO, lengths.cumsum(dtype=np.int32)))
+            shifts = np.repeat(starts - query_start[:-1], lengths)  # from a token's place in the step to its position
+            positions = np.arange(len(plan.tokens), dtype=np.int32) + shifts
+            rows = np.repeat(rows, lengths)
+        size = self._block_size
+        places = positions // size
+        held = self._tables.take(rows * self._tables.shape[1] + places)
+        width = -(-int(np.maximum.reduce(seq_lens)) // size)
+        ends = query_start[1:] if np.count_nonzero(wanted) == len(wanted) else query_start[1:][wanted != 0]
         return ModelInputs(
             input_ids=plan.tokens,
             positions=positions,
-            slot_mapping=held * np.int32(self._block_size) + positions % self._block_size,
-            block_tables=self._tables[:, :width].take(rows, axis=0),
-            query_start=np.concatenate((_ZERO, ends)),
+            slot_mapping=(held - places) * size + positions,
+            block_tables=self._tables[:, :width].take(plan.sequences[:, 0], axis=0),
+            query_start=query_start,
             seq_lens=seq_lens,
-            logits_indices=ends[wanted != 0] - 1,
+            logits_indices=ends - 1,
         )
 
 

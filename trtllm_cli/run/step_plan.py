@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _HEADER = 4
 END: IntArray = np.empty(0, np.int32)
+_NO_ADDITIONS: IntArray = np.empty((0, 3), np.int32)
+_NO_COPIES: IntArray = np.empty((0, 2), np.int32)
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,22 @@ class StepPlan:
 def plan_step(batch: Batch) -> StepPlan:
     """The plan of a batch that is not under way yet. Notes in its sequences which blocks the plan tells of."""
     tokens: list[int] = []
-    sequences: list[tuple[int, int, int, bool]] = []
+    sequences: list[int] = []  # flat, of which numpy makes an array three times as fast
     additions: list[tuple[int, int, int]] = []
     for seq, length, wanted in zip(batch.sequences, batch.lengths, batch.wanted, strict=True):
         start = seq.num_computed
         told = seq.num_row_blocks
-        additions += [(seq.row, told + i, block) for i, block in enumerate(seq.blocks[told:])]
-        seq.num_row_blocks = len(seq.blocks)
+        if told < len(seq.blocks):
+            additions += [(seq.row, told + i, block) for i, block in enumerate(seq.blocks[told:])]
+            seq.num_row_blocks = len(seq.blocks)
         if length == 1:
             tokens.append(seq.token_ids[start])
         else:
             tokens += seq.token_ids[start : start + length]
-        sequences.append((seq.row, start, length, wanted))
+        sequences += (seq.row, start, length, wanted)
     return StepPlan(
         np.array(tokens, np.int32),
         np.array(sequences, np.int32).reshape(-1, 4),
-        np.array(additions, np.int32).reshape(-1, 3),
-        np.array(batch.copies, np.int32).reshape(-1, 2),
+        np.array(additions, np.int32).reshape(-1, 3) if additions else _NO_ADDITIONS,
+        np.array(batch.copies, np.int32).reshape(-1, 2) if batch.copies else _NO_COPIES,
     )

@@ -10,16 +10,28 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from trtllm_cli.run.backends import Runner
+    from trtllm_cli.run.backends import PendingTokens, Runner, SamplingRunner
     from trtllm_cli.run.communicator import Communicator
+    from trtllm_cli.run.model_inputs import ModelInputs
+    from trtllm_cli.run.sampling_inputs import SamplingInputs
     from trtllm_cli.run.step_inputs import InputBuilder
 
 
 def compute(runner: Runner, inputs: InputBuilder, plan: StepPlan) -> npt.NDArray[np.float32] | None:
     """This rank's part of a step; the logits where this rank has them."""
+    return runner.forward(_prepare(runner, inputs, plan))
+
+
+def start(runner: SamplingRunner, inputs: InputBuilder, plan: StepPlan, sampling: SamplingInputs) -> PendingTokens:
+    """`compute`, for a runner that samples: the step is under way when this returns."""
+    return runner.start(_prepare(runner, inputs, plan), sampling)
+
+
+def _prepare(runner: Runner, inputs: InputBuilder, plan: StepPlan) -> ModelInputs:
+    """Copies the blocks that the step wants copied, and gives its inputs."""
     if len(plan.copies):
         runner.copy_blocks(plan.copies.tolist())
-    return runner.forward(inputs.build(plan))
+    return inputs.build(plan)
 
 
 def follow(runner: Runner, comm: Communicator, inputs: InputBuilder, logits_rank: int) -> None:
