@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trtllm_cli.commands import random_flags
 from trtllm_cli.commands.mapping_flags import MoeEpSize, MoeTpSize, PpSize, TpSize
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ def convert(
     model_dir: Annotated[
         Path | None, typer.Option("--model-dir", help="The same as SOURCE.", show_default=False)
     ] = None,
+    random_weights: random_flags.Name = None,
+    num_layers: random_flags.NumLayers = None,
+    seed: random_flags.Seed = None,
     dtype: Annotated[str, typer.Option(help="auto (the source's own), float32, float16 or bfloat16.")] = "auto",
     tp_size: TpSize = 1,
     pp_size: PpSize = 1,
@@ -71,8 +75,12 @@ def convert(
         str | None, typer.Option(help="With --use-weight-only: int8 or int4.", show_default="int8")
     ] = None,
     workers: Annotated[
-        int, typer.Option(help="Weights worked on side by side. Each takes some memory; the result is the same.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Weights worked on side by side. Each takes some memory; the result is the same.",
+            show_default="1; of random weights, as many as cores",
+        ),
+    ] = None,
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Start over, instead of where an interrupted convert stopped.")
     ] = False,
@@ -82,7 +90,8 @@ def convert(
     """Turn a Hugging Face snapshot or a GGUF file into a checkpoint.
 
     The tensors stream through in blocks of rows, so memory stays small, whatever the model's size. A snapshot that is
-    quantized already keeps its weights as they are.
+    quantized already keeps its weights as they are. With --random-weights there is no source: a checkpoint of a model's
+    shape, of random weights, shows how fast the model would run; a format that calibrates takes assumed scales then.
 
     Examples:
 
@@ -99,12 +108,17 @@ def convert(
         trtllm convert snapshot --output-dir ckpt --qformat int4_wo --group-size 64
 
         trtllm convert snapshot-gptq --output-dir ckpt --dequantize --qformat int8_wo
+
+        trtllm convert --random-weights llama-3.1-8b --output-dir ckpt --qformat fp8
     """
     from trtllm_cli.commands.console import progress_bytes, stdout
     from trtllm_cli.convert.pipeline import ConvertOptions
     from trtllm_cli.convert.pipeline import convert as run
 
+    random = random_flags.RandomFlags(random_weights, num_layers, seed=seed).read(source=source, model_dir=model_dir)
+    path = source_of(source, model_dir) if random is None else random[0]
     options = ConvertOptions(
+        random=None if random is None else random[1],
         dtype=dtype,  # type: ignore[arg-type]  # checked by ConvertOptions
         tp_size=tp_size,
         pp_size=pp_size,
@@ -127,7 +141,7 @@ def convert(
         from trtllm_cli.commands.quantize import run as calibrated
         from trtllm_cli.convert.quantize.pipeline import QuantizeOptions
 
-        calibrated(source_of(source, model_dir), output_dir, QuantizeOptions(options), as_json=as_json)
+        calibrated(path, output_dir, QuantizeOptions(options), as_json=as_json)
         return
     with progress_bytes() as bar:
         task = bar.add_task("convert", total=None)
@@ -138,7 +152,7 @@ def convert(
         def tell(note: str) -> None:
             bar.console.print(note, markup=False)
 
-        report = run(source_of(source, model_dir), output_dir, options, progress, tell=tell)
+        report = run(path, output_dir, options, progress, tell=tell)
     if as_json:
         import json
 

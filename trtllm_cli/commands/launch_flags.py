@@ -60,13 +60,13 @@ class LaunchFlags:
         if self.launch and world.launched is not None:
             raise UsageError(f"{world.launched.launcher} has started the ranks already", where="--launch")
         from trtllm_cli.engine import Engine
+        from trtllm_cli.run.load import LoadOptions, follow_rank
 
         engine = Engine.open(engine_dir)
+        load_options = LoadOptions(**options)
+        load_options.check()
+        load_options.check_for(engine)
         if world.rank != 0:
-            from trtllm_cli.run.load import LoadOptions, follow_rank
-
-            load_options = LoadOptions(**options)
-            load_options.check()
             follow_rank(engine, world, load_options)
             return True
         num_ranks = engine.config.pretrained_config.mapping.world_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +12,7 @@ from trtllm_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from trtllm_cli.artifact import Kind
+    from trtllm_cli.convert.options import RandomWeights
 
 PANEL = "With --model"
 
@@ -37,7 +38,7 @@ MaxBatchSize = Annotated[int | None, _option("Most sequences in a step. Default:
 # The flags of each stage, and the kinds of source that go through it; "hub" is a model's id.
 _STAGES = (
     (("revision", "offline", "token"), ("hub",), "download"),
-    (("dtype",), ("hub", "snapshot", "gguf"), "convert"),
+    (("dtype", "qformat", "random"), ("hub", "snapshot", "gguf"), "convert"),
     (("weight_dtype", "max_seq_len", "max_batch_size"), ("hub", "snapshot", "gguf", "checkpoint"), "build"),
 )
 
@@ -53,6 +54,8 @@ class ModelFlags:
     weight_dtype: str | None = None
     max_seq_len: int | None = None
     max_batch_size: int | None = None
+    qformat: str | None = None  # of random weights
+    random: RandomWeights | None = None  # the model is a config.json alone
 
     def check(self, engine_dir: Path | None, model: str | None) -> None:
         """Raises UsageError unless there is just one of engine and model, and each flag means something for it."""
@@ -68,7 +71,7 @@ class ModelFlags:
                 where="--model",
                 fix="leave one of them out",
             )
-        kind = "engine" if model is None else _kind(model)
+        kind = "engine" if model is None else "snapshot" if self.random is not None else _kind(model)
         for names, kinds, stage in _STAGES:
             given = [name for name in names if getattr(self, name) not in (None, False)]
             if given and kind not in kinds:
@@ -92,7 +95,7 @@ class ModelFlags:
 
         choice(self.dtype, DType, "--dtype")
         choice(self.weight_dtype, WeightDType, "--weight-dtype")
-        given = {name: value for name, value in asdict(self).items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None}
 
         def options(stage: int) -> dict[str, Any]:
             return {name: given[name] for name in _STAGES[stage][0] if name in given}

@@ -39,7 +39,8 @@ def ensure_engine(
 ) -> Path:
     """The directory of an engine of `model`: a hub id, snapshot, .gguf file, checkpoint, or an engine itself.
 
-    Stages that were run before with the same options are not run again. Raises what the stages raise, and UsageError
+    Where `convert` says that the weights are random, of a config.json or a directory with one. Stages that were run
+    before with the same options are not run again. Raises what the stages raise, and UsageError
     if `model` is neither a path nor an id.
     """
     from trtllm_cli.artifact import detect
@@ -49,6 +50,9 @@ def ensure_engine(
 
     options = (download or DownloadOptions(), convert or ConvertOptions(), build or BuildOptions())
     path = Path(model).expanduser()
+    if options[1].random is not None:
+        name = path.stem if path.is_file() and path.name != "config.json" else path.resolve().parent.name
+        return _Stages(*options, f"{name}-random", quiet).local(path, "snapshot")
     if path.exists() or not _may_be_id(model):
         kind = detect(path)
         if kind == "engine":

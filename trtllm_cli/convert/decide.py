@@ -17,6 +17,7 @@ from trtllm_cli.convert.plan import source_of, sources_of, whole_weights
 from trtllm_cli.convert.quantize.formats import CALIBRATED, linears, qformat_named, quant_config
 from trtllm_cli.convert.quantize.rows import Calibration, Quantized
 from trtllm_cli.convert.quantized_source import Merged, config_of, merge, patterns
+from trtllm_cli.convert.random_weights import RandomReader
 from trtllm_cli.convert.reader import Reader
 from trtllm_cli.convert.stack import Stack
 from trtllm_cli.errors import SnapshotError, UsageError
@@ -70,13 +71,20 @@ def read_config(reader: Reader, options: ConvertOptions, quantization: Quantized
     elif quantization is not None:
         quantized, said = quantization, []
     else:
-        quantized, said = _decide(options, config)
+        quantized, said = _decide(reader, options, config)
     config = config.model_copy(update={"quantization": quantized.config})
     return Decided(config, family, tied, notes + said, quantized, kept)
 
 
-def _decide(options: ConvertOptions, config: ModelConfig) -> tuple[Quantized, list[str]]:
+def _decide(reader: Reader, options: ConvertOptions, config: ModelConfig) -> tuple[Quantized, list[str]]:
     qformat = None if options.qformat is None else qformat_named(options.qformat)
+    if isinstance(reader, RandomReader):
+        from trtllm_cli.convert.quantize.assumed import assumed_calibration
+
+        made, notes = quant_config(
+            qformat, options.group_size, config, options.exclude, options.quantize_lm_head, options.kv_cache
+        )
+        return Quantized(made, assumed_calibration(made, config, reader.largest)), notes
     if qformat in CALIBRATED or options.kv_cache is not None:
         what = f"--qformat {qformat}" if qformat in CALIBRATED else f"--kv-cache-dtype {options.kv_cache}"
         raise UsageError(f"{what} takes calibration", where=what.split()[0], fix="trtllm quantize does that")

@@ -56,15 +56,8 @@ class HfReader(Reader):
 
     def default_dtype(self) -> str:
         """The config's dtype (`torch_dtype` of old), or else the dtype that most of the weights have."""
-        named = self.config.get("dtype") or self.config.get("torch_dtype")
-        if named is None:
-            dtypes = [info.dtype for info in self.tensors.values()]
-            return max(set(dtypes), key=dtypes.count)
-        if not isinstance(named, str) or (dtype := named.removeprefix("torch.")) not in _DTYPES:
-            raise UnsupportedError(
-                f"the snapshot's dtype is {named!r}", where=str(self.config_path), fix="pass --dtype bfloat16"
-            )
-        return dtype
+        dtypes = [info.dtype for info in self.tensors.values()]
+        return named_dtype(self.config, self.config_path) or max(set(dtypes), key=dtypes.count)
 
     def close(self) -> None:
         """Closes the weight files."""
@@ -112,6 +105,16 @@ class HfReader(Reader):
         path = self.path / name
         kind = _SafetensorsFile if path.suffix == ".safetensors" else _BinFile
         self._files[name] = kind(path)
+
+
+def named_dtype(config: dict[str, Any], path: Path) -> str | None:
+    """The dtype that a config names, if any. Raises UnsupportedError for one that a checkpoint cannot have."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    if named is None:
+        return None
+    if not isinstance(named, str) or (dtype := named.removeprefix("torch.")) not in _DTYPES:
+        raise UnsupportedError(f"the snapshot's dtype is {named!r}", where=str(path), fix="pass --dtype bfloat16")
+    return dtype
 
 
 def _check_file_name(file: Any, index: Path) -> None:

@@ -11,6 +11,14 @@ from trtllm_cli.model_config import DType
 
 
 @dataclass(frozen=True)
+class RandomWeights:
+    """That the source is a config.json alone, and its weights are made up; see random_weights.py."""
+
+    seed: int = 0
+    num_layers: int | None = None  # None: as many as the config says
+
+
+@dataclass(frozen=True)
 class ConvertOptions:
     """What the flags of `trtllm convert` say."""
 
@@ -28,14 +36,16 @@ class ConvertOptions:
     kv_cache: KvCache | None = None
     dequantize: bool = False  # a source that is quantized already is made plain first
     keep_quantized: bool = False  # a GGUF file's Q4_0, Q4_1 and Q8_0 weights stay as they are
+    random: RandomWeights | None = None
     force: bool = False
-    workers: int = 1  # weights that are worked on side by side
+    workers: int | None = None  # weights that are worked on side by side; None: 1, of random ones as many as cores
     resume: bool = True  # what an interrupted run of the same command left is used
 
     @property
     def calibrates(self) -> bool:
         """Whether it takes calibration: `quantize`, not `convert`. Raises UsageError for a format that there is not."""
-        return self.kv_cache is not None or (self.qformat is not None and qformat_named(self.qformat) in CALIBRATED)
+        calibrated = self.qformat is not None and qformat_named(self.qformat) in CALIBRATED
+        return self.random is None and (self.kv_cache is not None or calibrated)
 
     def check(self) -> None:
         """Raises UsageError for a value that no flag has."""
@@ -55,6 +65,8 @@ class ConvertOptions:
         ):  # fmt: skip
             if number is not None and number < 1:
                 raise UsageError(f"{flag} is {number}", where=flag, fix="give 1 or more")
+        if self.random is not None and self.random.seed < 0:
+            raise UsageError(f"--seed is {self.random.seed}", where="--seed", fix="give 0 or more")
 
 
 @dataclass(frozen=True)

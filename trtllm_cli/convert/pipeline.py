@@ -25,7 +25,7 @@ from trtllm_cli.convert.tokenizer_files import check_tokenizer
 from trtllm_cli.convert.verify import verify_aside
 from trtllm_cli.convert.write_ranks import Progress, write_ranks
 from trtllm_cli.errors import ResourceError, SnapshotError, UnsupportedError
-from trtllm_cli.machine import torch_threads
+from trtllm_cli.machine import available_cores, torch_threads
 from trtllm_cli.model_config import ModelConfig
 from trtllm_cli.tensor_file import total_bytes
 
@@ -48,8 +48,9 @@ def convert(
 ) -> ConvertReport:
     """Writes the checkpoint of `source`, a snapshot directory or .gguf file, to `output_dir`.
 
-    `quantization` is how, where that took calibration; `check` is called with the finished directory before it gets
-    its name, which it never does if that raises; `tell` is told at once what an earlier, interrupted run has left.
+    With `options.random`, of a config.json or a directory with one, whose weights are made up. `quantization` is how,
+    where that took calibration; `check` is called with the finished directory before it gets its name, which it never
+    does if that raises; `tell` is told at once what an earlier, interrupted run has left.
 
     Raises SnapshotError for a damaged source, UnsupportedError for what cannot be honoured exactly, UsageError for
     options that do not fit the model, ResourceError for lack of disk, OutputExistsError.
@@ -58,9 +59,9 @@ def convert(
     options = options or ConvertOptions()
     options.check()
     check_output(output_dir, force=options.force, source=source)
-    verified = verify_aside(source)
+    verified = verify_aside(source, only_config=options.random is not None)
     try:
-        reader = open_reader(source)
+        reader = open_reader(source, options.random)
     except (SnapshotError, UnsupportedError):
         verified.result()  # if the file was altered, this says so, and is the better explanation
         raise
@@ -81,7 +82,7 @@ def convert(
                 notes.append(resumed)
                 if tell is not None:
                     tell(resumed)
-            sums = write_ranks(reader, decided, stages, state, options.workers, progress)
+            sums = write_ranks(reader, decided, stages, state, _workers(options), progress)
             write_sums(directory / SUMS, sums)
             files = _write_tokenizer(directory, reader, config)
             verified.result()
@@ -91,7 +92,9 @@ def convert(
                 check(directory, config)
     finally:
         reader.close()
-    if not files:
+    if options.random is not None:
+        notes.append(f"the weights are random, of seed {options.random.seed}: for measuring speed, with token ids only")
+    elif not files:
         notes.append("the snapshot has no tokenizer: the checkpoint works with token ids only")
     return ConvertReport(
         output_dir=str(output_dir),
@@ -111,6 +114,11 @@ def convert(
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         notes=notes,
     )
+
+
+def _workers(options: ConvertOptions) -> int:
+    """Weights that are worked on side by side: random ones do not wait for a disk to be read."""
+    return options.workers or (1 if options.random is None else available_cores())
 
 
 def _group_size(config: ModelConfig) -> int | None:

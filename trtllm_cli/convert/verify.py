@@ -17,15 +17,20 @@ _SMALL = (".json", ".model", ".jinja", ".txt")
 _DEPTH = 3  # directories between a snapshot and its .gguf files, at most
 
 
-def verify_aside(source: Path) -> Future[None]:
+def verify_aside(source: Path, *, only_config: bool = False) -> Future[None]:
     """Done when every file that convert reads of `source` is as it was downloaded; at once where no manifest says.
 
-    Raises SnapshotError for a file that is missing or altered; for the weights' bytes the future does.
+    With `only_config` that is config.json alone. Raises SnapshotError for a file that is missing or altered; for the
+    weights' bytes the future does.
     """
     done: Future[None] = Future()
     root = source if source.is_dir() else next((p for p in source.parents[:_DEPTH] if (p / MANIFEST).is_file()), None)
     manifest = read_manifest(root) if root else None
     if root is None or manifest is None:
+        done.set_result(None)
+        return done
+    if only_config:
+        _verify(root, manifest, [name for name in manifest.files if name == "config.json"])
         done.set_result(None)
         return done
     weights = _weights(manifest, None if source.is_dir() else source.relative_to(root).as_posix())
