@@ -12,7 +12,8 @@
     ├── ResourceError           exit 6   disk, memory, permissions, a tool that the machine lacks
     ├── RequestError            exit 7   a generation request that this engine cannot serve
     ├── AccuracyError           exit 8   a model is worse than the bound that was set for it
-    └── RankError               exit 9   one of several ranks was killed, hangs, or cannot be reached
+    ├── RankError               exit 9   one of several ranks was killed, hangs, or cannot be reached
+    └── DeviceError             exit 10  there is no GPU, its driver is too old, or it failed while it computed
 
 Each carries what is wrong (`message`), where (`where`: a file, a field or a flag) and what to do (`fix`). The command
 line prints the three and exits with the class's code; `--debug` adds the traceback. `assert` is for our own bugs.
@@ -121,3 +122,9 @@ class RankError(TrtllmError):
     """One of several ranks was killed, hangs, or cannot be reached."""
 
     exit_code = 9
+
+
+class DeviceError(TrtllmError):
+    """There is no GPU, its driver is too old, or it failed while it computed."""
+
+    exit_code = 10

@@ -102,7 +102,10 @@ def dequantize(
     if global_scale is not None:
         factors = factors * global_scale.float()[..., None]
     if group_size is None:
-        return values * (factors[..., None] if factors.ndim == values.ndim - 1 else factors)
+        if factors.ndim == values.ndim - 1:
+            rows, count = values.shape[-2], factors.shape[-1]
+            factors = (factors if count in (1, rows) else factors.repeat_interleave(rows // count, dim=-1))[..., None]
+        return values * factors
     width = values.shape[-1]
     factors = factors.repeat_interleave(group_size, dim=-1)[..., :width]
     if quant == "int4" or zero is not None:

@@ -72,7 +72,12 @@ class Reference:
 
     def compute(self, node: Node, values: Mapping[str, Tensor]) -> list[Tensor]:
         """One node's outputs."""
-        return OPS[node.op](self, node, {role: values[name] for role, name in node.inputs.items()})
+        operands = {role: values[name] for role, name in node.inputs.items()}
+        outputs = OPS[node.op](self, node, operands)
+        if how := node.attrs.get("out_quant"):
+            outputs[0] = qdq(outputs[0], operands.get("out_scale"), "fp8", node.attrs.get("out_group"))
+            outputs += [outputs[0].new_full((1,), torch.nan)] if how == "token" else []  # values here have their steps
+        return outputs
 
     def cache(self, node: Node) -> tuple[Tensor, Tensor]:
         """Keys [num_slots, num_kv_heads, head_dim] and values of an attention node's layer, float32.
@@ -278,6 +283,10 @@ def _qdq(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
     return [qdq(t["x"], t.get("scale"), node.attrs["fmt"], node.attrs.get("group_size"))]
 
 
+def _quantize(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
+    return [t["x"]]
+
+
 def _gather_columns(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
     return [t["x"][:, t["indices"].long()]]
 
@@ -421,6 +430,7 @@ OPS: dict[str, Callable[[Reference, Node, dict[str, Tensor]], list[Tensor]]] = {
     "linear": _linear,
     "head_linear": _head_linear,
     "qdq": _qdq,
+    "quantize": _quantize,
     "gather_columns": _gather_columns,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from trtllm_cli.errors import ResourceError
+from trtllm_cli.kernels.compile_cache import cache_dir, keep
 
 # Features that the kernels make use of, with the compiler's flag.
 FEATURE_FLAGS = {
@@ -79,12 +80,12 @@ def compile_library(features: Sequence[str]) -> bytes:
             fix="install g++ or clang++ (Debian: apt install g++), or name one in $CXX",
         )
     flags = [*_FLAGS, *(FEATURE_FLAGS[f] for f in features)]
-    path = _cache_dir() / f"cpu-{_key(compiler, flags)}.so"
+    path = cache_dir() / f"cpu-{_key(compiler, flags)}.so"
     try:
         return path.read_bytes()
     except OSError:
         image = _compile(compiler, flags)
-        _keep(path, image)
+        keep(path, image)
         return image
 
 
@@ -128,19 +129,3 @@ def _run(command: list[str]) -> str:
         raise ResourceError(f"the compiler {command[0]} failed ({done.returncode}):\n{last}",
                             fix="name another C++ compiler in $CXX")  # fmt: skip
     return done.stdout
-
-
-def _cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "trtllm"
-
-
-def _keep(path: Path, image: bytes) -> None:
-    """Writes the cache's entry in one piece; a cache that cannot be written is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(image)
-        os.replace(file.name, path)
-    except OSError:
-        pass

@@ -1,0 +1,269 @@
+import re
+
+import pytest
+import torch
+
+from trtllm_cli.build.backends import cuda_linears
+from trtllm_cli.build.backends.cuda_linears import LinearShape
+from trtllm_cli.kernels import reference
+from trtllm_cli.kernels.quantization import dequantize, quantize_int4, quantize_int8
+from trtllm_cli.kernels.triton import linear
+
+LLAMA = {
+    "qkv": (6144, 4096, ""),
+    "dense": (4096, 4096, ""),
+    "gate_up": (28672, 4096, "silu"),
+    "proj": (4096, 14336, ""),
+}
+
+
+def error(out, ref):
+    return ((out.float() - ref).norm() / ref.norm()).item()
+
+
+def run(launch, way, tokens, **roles):
+    """A way of cuda_linears with tensors by role; twice if it splits sums: its counters are zero afterwards."""
+    constants = dict(way.source.constants) | {"PDL": False}
+    if "ASM" in constants:
+        constants["ASM"] = launch.device == "cuda"
+    none = torch.zeros(1, device=launch.device)
+    scratch = torch.full((max(way.scratch // 4, 1),), torch.nan, device=launch.device)
+    scratch[: cuda_linears.COUNTERS] = 0
+    values = {"scratch": scratch, "num_tokens": tokens} | roles
+    if dict(way.source.args)["w_ptr"] == "*i32":
+        values["w"] = values["w"].view(torch.int32)
+    grid = tuple(-(-tokens // dim[1]) if isinstance(dim, tuple) else dim for dim in way.grid)
+    kernel = getattr(linear, way.source.function)
+    args = [values.get(role, none) for role in way.operands]
+    for _ in range(2 if way.scratch else 1):
+        launch(kernel, grid, *args, num_warps=way.source.num_warps, num_stages=way.source.num_stages, **constants)
+        assert not scratch[: cuda_linears.COUNTERS].any()
+
+
+def tried(shape, kernel):
+    """The kernel with small tiles, some of them several at a time or split."""
+    match kernel:
+        case "vector":
+            return cuda_linears.vector(shape, 1, 32, 64, 4, 2)
+        case "vector, one round":
+            return cuda_linears.vector(shape, 1, 16, 128, 4, 2)
+        case "vector, odd rounds":
+            return cuda_linears.vector(shape, 1, 16, 64, 4, 4)
+        case "vector, 4 tokens":
+            return cuda_linears.vector(shape, 4, 16, 64, 4, 2)
+        case "skinny":
+            return cuda_linears.skinny(shape, 16, 32, 64, 1, 3, 4)
+        case "skinny, split":
+            return cuda_linears.skinny(shape, 16, 32, 32, 3, 3, 4)
+        case "fragment":
+            return cuda_linears.fragment(shape, 8, 1, 1, 1, 1, 2)
+        case "fragment, ring":
+            return cuda_linears.fragment(shape, 8, 2, 1, 2, 1, 1)
+        case "fragment, split":
+            return cuda_linears.fragment(shape, 16, 1, 2 if shape.form == "bf16" else 1, 1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "vector",
+        "vector, one round",
+        "vector, 4 tokens",
+        "skinny",
+        "skinny, split",
+        "fragment",
+        "fragment, ring",
+        "fragment, split",
+    ],
+)
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+@pytest.mark.parametrize(("gated", "extras"), [("", False), ("", True), ("silu", False), ("gelu_pytorch_tanh", True)])
+def test_plain_forms(launch, kernel, form, gated, extras):
+    torch.manual_seed(0)
+    d = launch.device
+    m, n, k = (1 if kernel in ("vector", "vector, one round") else 3), 96, 128
+    x, w = torch.randn(m, k, device=d), torch.randn(n, k, device=d) / k**0.5
+    bias, residual = torch.randn(n, device=d).bfloat16(), torch.randn(m, n // 2 if gated else n, device=d)
+    w_scale, x_scale = torch.rand(n, device=d) + 0.5, torch.rand(m, device=d) + 0.5
+    kind = torch.float8_e4m3fn if form == "fp8" else torch.bfloat16
+    x, w = x.to(kind), w.to(kind)
+    ref = x.float() @ w.float().T
+    if form == "fp8":
+        ref = ref * w_scale * x_scale[:, None]
+    if extras:
+        ref = ref + bias.float()
+    if gated:
+        ref = reference.activate(ref[:, : n // 2], gated) * ref[:, n // 2 :]
+    if extras:
+        ref = ref + residual
+    y = torch.full(ref.shape, torch.nan, dtype=torch.bfloat16, device=d)
+    scale = "row" if form == "fp8" else "none"
+    shape = LinearShape(form, n, k, w_scale=scale, x_scale=scale, has_bias=extras, has_residual=extras, gated=gated)
+    roles = {"x": x, "w": w, "w_scale": w_scale, "x_scale": x_scale, "bias": bias, "residual": residual, "y": y}
+    run(launch, tried(shape, kernel), m, **roles)
+    assert error(y, ref) < 6e-3
+
+
+@pytest.mark.parametrize("kernel", ["vector, odd rounds", "skinny", "skinny, split", "fragment", "fragment, ring"])
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+def test_rounds_that_do_not_fill_the_last_one(launch, kernel, form):
+    torch.manual_seed(4)
+    d, n, k = launch.device, 40, 320 if "vector" in kernel else 176
+    m = 1 if "vector" in kernel else 9
+    kind = torch.float8_e4m3fn if form == "fp8" else torch.bfloat16
+    x, w = torch.randn(m, k, device=d).to(kind), torch.randn(n, k, device=d).to(kind)
+    y = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device=d)
+    run(launch, tried(LinearShape(form, n, k), kernel), m, x=x, w=w, y=y)
+    assert error(y, x.float() @ w.float().T) < 6e-3
+
+
+def weight_only(form, n, k, group, has_zero):
+    """The packed weight by role, and it as float32."""
+    w = torch.randn(n, k) / k**0.5
+    if form == "int8":
+        stored, scale = quantize_int8(w, group)
+        zero = torch.zeros_like(scale)
+    else:
+        stored, scale, zero = quantize_int4(w, group or k)
+        zero = zero if has_zero else torch.full_like(zero, 8)
+    shape = LinearShape(form, n, k, group=group or 0, has_zero=has_zero)
+    plain = dequantize(
+        stored, form, scale, zero if form == "int4" else None, None, group or (k if form == "int4" else None)
+    )
+    parts = cuda_linears.pack_weight(shape, {"weight": stored, "scale": scale, "zero": zero})
+    return shape, {"w": parts["weight"], "w_scale": parts["scale"], "w_zero": parts["zero"]}, plain
+
+
+GROUPS = [
+    ("int8", 64, 256, False), ("int8", None, 192, False),
+    ("int4", 64, 320, True), ("int4", 128, 512, True), ("int4", 128, 512, False), ("int4", 128, 448, True),
+    ("int4", None, 256, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize(("form", "group", "k", "has_zero"), GROUPS)
+def test_weight_only(launch, form, group, k, has_zero, split):
+    torch.manual_seed(1)
+    d, m, n = launch.device, 5, 40
+    shape, packed, plain = weight_only(form, n, k, group, has_zero)
+    x = torch.randn(m, k, device=d).bfloat16()
+    y = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device=d)
+    u = 2 if group == 128 else 1
+    way = cuda_linears.fragment(shape, 8, split, u, 2, split, 2)
+    run(launch, way, m, x=x, y=y, **{role: tensor.to(d) for role, tensor in packed.items()})
+    assert error(y, x.float() @ plain.to(d).T) < 6e-3
+
+
+@pytest.mark.parametrize(
+    ("form", "group", "k", "depth"),
+    [("int4", 64, 704, 2), ("int8", 64, 640, 4), ("bf16", 0, 1136, 4), ("fp8", 0, 2304, 2)],
+)
+def test_rounds_in_a_loop_and_behind_it(launch, form, group, k, depth):
+    torch.manual_seed(6)
+    d, m, n = launch.device, 2, 16
+    x = torch.randn(m, k, device=d).bfloat16()
+    if group:
+        shape, packed, plain = weight_only(form, n, k, group, form == "int4")
+        roles = {role: tensor.to(d) for role, tensor in packed.items()}
+    else:
+        shape = LinearShape(form, n, k)
+        x = x.to(torch.float8_e4m3fn) if form == "fp8" else x
+        roles = {"w": torch.randn(n, k, device=d).to(x.dtype)}
+        plain = roles["w"].float()
+    y = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device=d)
+    run(launch, cuda_linears.fragment(shape, 8, 1, 1, depth, 1, 1), m, x=x, y=y, **roles)
+    assert error(y, x.float() @ plain.to(d).T) < 6e-3
+
+
+@pytest.mark.parametrize(("form", "group", "k", "has_zero"), GROUPS)
+def test_dequantized_weight(launch, form, group, k, has_zero):
+    torch.manual_seed(3)
+    n = 40
+    shape, packed, plain = weight_only(form, n, k, group, has_zero)
+    out = torch.full((n, k), torch.nan, dtype=torch.bfloat16, device=launch.device)
+    way = cuda_linears.dequantized(shape)
+    run(launch, way, 1, out=out, **{role: tensor.to(launch.device) for role, tensor in packed.items()})
+    assert error(out.cpu(), plain) < 5e-3  # the interpreter cuts where the GPU rounds
+
+
+def test_gated_weight_only(launch):
+    torch.manual_seed(5)
+    d, m, n, k = launch.device, 3, 64, 128
+    shape, packed, plain = weight_only("int4", n, k, 64, True)
+    shape = LinearShape("int4", n, k, group=64, has_zero=True, gated="silu")
+    x = torch.randn(m, k, device=d).bfloat16()
+    y = torch.full((m, n // 2), torch.nan, dtype=torch.bfloat16, device=d)
+    way = cuda_linears.fragment(shape, 8, 1, 1, 1, 2, 1)
+    run(launch, way, m, x=x, y=y, **{role: tensor.to(d) for role, tensor in packed.items()})
+    ref = x.float() @ plain.to(d).T
+    assert error(y, reference.activate(ref[:, : n // 2], "silu") * ref[:, n // 2 :]) < 6e-3
+
+
+@pytest.mark.parametrize("kernel", ["skinny", "fragment"])
+def test_many_tokens_in_tiles_and_fp8_out(launch, kernel):
+    torch.manual_seed(2)
+    d, m, n, k = launch.device, 21, 32, 80
+    x, w = torch.randn(m, k, device=d).bfloat16(), torch.randn(n, k, device=d).bfloat16()
+    y = torch.full((m, n), torch.nan, device=d).to(torch.float8_e4m3fn)
+    out_scale = torch.full((1,), 0.1, device=d)
+    run(launch, tried(LinearShape("bf16", n, k, out_type="*fp8e4nv"), kernel), m, x=x, w=w, y=y, out_scale=out_scale)
+    ref = (x.float() @ w.float().T / 0.1).clamp(-448, 448)
+    assert error(y, ref) < 4e-2
+
+
+def test_few_tokens_takes_what_was_measured():
+    """Of the shapes that were, and of others something that their kernels allow; each with its own tokens."""
+    for form, group in (("bf16", 0), ("fp8", 0), ("int8", 0), ("int4", 128), ("int4", 64)):
+        for n, k, gated in [
+            *LLAMA.values(),
+            (128256, 4096, ""),
+            (3072, 2048, ""),
+            (57344, 8192, "silu"),
+            (40, 176, ""),
+        ]:
+            ways = cuda_linears.few_tokens(LinearShape(form, n, k, group=group, gated=gated))
+            most = [count for count, _ in ways]
+            assert most == sorted(set(most))
+            assert not most or most[-1] <= cuda_linears.MOST_TOKENS
+            for count, way in ways:
+                constants = dict(way.source.constants)
+                if way.source.function == "vector_linear":
+                    assert k % constants["BK"] == 0
+                    assert constants["BM"] == count
+                if group and way.source.function == "fragment_linear":
+                    assert group % (64 * constants["U"]) == 0 or constants["U"] == 1
+        measured = cuda_linears.few_tokens(LinearShape(form, 4096, 4096, group=group))
+        assert measured[0][0] == (1 if form in ("bf16", "fp8") else 8)
+
+
+def test_no_kernel_where_none_takes_the_shape():
+    assert cuda_linears.few_tokens(LinearShape("fp8", 40, 72)) == []
+
+
+LOADS = {"bf16": 2, "fp8": 1, "int4": 2}  # U
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
+def test_weights_go_straight_to_tensor_cores(compile_kernel, form):
+    n, k, gated = LLAMA["dense"]
+    x_type, group = ("*fp8e4nv" if form == "fp8" else "*bf16"), (128 if form == "int4" else 0)
+    shape = LinearShape(form, n, k, group=group, gated=gated, x_type=x_type)
+    source = cuda_linears.fragment(shape, 8, 1, LOADS[form], 2, 1, 8).source
+    kernel = compile_kernel(
+        linear.fragment_linear, dict(source.args), dict(source.constants), num_warps=8, num_stages=1
+    )
+    assert kernel.spills == 0
+    before_the_sum = kernel.ptx[: kernel.ptx.rindex("mma.sync")]
+    assert not re.search(r"st\.shared|shfl|bar\.sync", before_the_sum)
+    weights = n * k * {"bf16": 2, "fp8": 1, "int4": 0.5}[form] / (n // 16 * 256)
+    assert kernel.ptx.count("ld.global.v4") >= weights / 16
+
+
+def test_one_tokens_kernel_adds_in_registers(compile_kernel):
+    n, k, _ = LLAMA["dense"]
+    source = cuda_linears.vector(LinearShape("fp8", n, k, x_type="*fp8e4nv"), 1, 4, 2048, 4, 2).source
+    kernel = compile_kernel(linear.vector_linear, dict(source.args), dict(source.constants), num_warps=4, num_stages=1)
+    assert kernel.spills == 0
+    assert kernel.ptx.count("st.shared") <= 8
+    assert kernel.ptx.count("ld.global.v4") == 8 + 2  # weights, inputs

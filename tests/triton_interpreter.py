@@ -1,0 +1,101 @@
+"""Mends Triton's interpreter. Its `tl.dot` multiplies the bits of bfloat16 numbers, as integers; float32 becomes
+bfloat16 by rounding down; its scalars, which are arrays of one element, are no indices to numpy 2.4. And it makes anew
+what is the same each time: a patched language at each call of a device function, a table of dtypes at each look into
+it, types of shapes.
+"""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton._C.libtriton.ir import ROUNDING_MODE
+from triton.language import core
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+_TORCH = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+_SIGNED = {1: np.int8, 2: np.int16, 4: np.int32}
+
+
+def _widened(x: TensorHandle) -> np.ndarray:
+    kind = _TORCH.get(x.dtype.scalar)
+    if kind is None:
+        return x.data
+    return _as_torch(x.data, kind).float().numpy()
+
+
+def _as_torch(bits: np.ndarray, kind: torch.dtype) -> torch.Tensor:
+    bits = np.ascontiguousarray(bits)
+    return torch.from_numpy(bits.view(_SIGNED[bits.itemsize])).view(kind)
+
+
+def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    with np.errstate(invalid="ignore", over="ignore"):  # of infinities and NaN, as on the device
+        product = np.matmul(_widened(a), _widened(b), dtype=d.data.dtype)
+    return TensorHandle(product + d.data, d.dtype.scalar)
+
+
+InterpreterBuilder.create_dot = _dot
+
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch(tensor, scope):
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch
+
+_patch_language, _patched = interpreter._patch_lang, set()
+
+
+def _call(self, *args, **kwargs):
+    if self.fn not in _patched:
+        _patch_language(self.fn)
+        _patched.add(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
+interpreter.InterpretedFunction.__call__ = _call
+
+_NUMPY = {
+    tl.int1: "bool", tl.int8: "int8", tl.uint8: "uint8", tl.int16: "int16", tl.uint16: "uint16", tl.int32: "int32",
+    tl.uint32: "uint32", tl.int64: "int64", tl.uint64: "uint64", tl.float16: "float16", tl.float32: "float32",
+    tl.float64: "float64", tl.bfloat16: "uint16", tl.float8e5: "uint8", tl.float8e4nv: "uint8",
+}  # fmt: skip
+_numpy_of = {kind.name: np.dtype(name) for kind, name in _NUMPY.items()}
+
+
+def _numpy_dtype(kind):
+    scalar = kind.element_ty if isinstance(kind, tl.block_type) else kind
+    return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else _numpy_of[scalar.name]
+
+
+interpreter._get_np_dtype = _numpy_dtype
+
+_type_of_values, _types_of_shapes = core._type_for_tuple_values, {}
+
+
+def _type_for_tuple_values(values, fields=None):
+    sizes = tuple(v.value if isinstance(v, tl.constexpr) else v for v in values)
+    if fields is not None or any(type(size) is not int for size in sizes):
+        return _type_of_values(values, fields)
+    if sizes not in _types_of_shapes:
+        _types_of_shapes[sizes] = _type_of_values(values)
+    return _types_of_shapes[sizes]
+
+
+core._type_for_tuple_values = _type_for_tuple_values
+
+_BITS = {tl.float32: torch.int32, tl.bfloat16: torch.int16, tl.float8e4nv: torch.int8, tl.float8e5: torch.int8}
+_convert_float, _FLOATS = interpreter._convert_float, {tl.float32: torch.float32, **_TORCH}
+
+
+def _convert(data, source, destination, rounding_mode):
+    """Nearest even, as on the device."""
+    if rounding_mode not in (None, ROUNDING_MODE.RTNE) or source not in _FLOATS or destination not in _FLOATS:
+        return _convert_float(data, source, destination, rounding_mode)
+    return _as_torch(data, _FLOATS[source]).to(_FLOATS[destination]).view(_BITS[destination]).numpy()
+
+
+interpreter._convert_float = _convert

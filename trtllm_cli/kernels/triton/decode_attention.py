@@ -1,0 +1,294 @@
+"""Attention of one new token a sequence over its paged KV cache, and the device functions it shares with prefill.
+
+Flash-decoding (Dao and others, 2023): several programs each take a part of a sequence's cache, and the last of them to
+finish combines what they found. The query heads of a KV head are rows of one tile, so the cache is read once.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from trtllm_cli.kernels.triton.device import store, tanh
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Where a running maximum starts: finite, so that a row whose scores are all hidden (-inf) gives zeros, not NaN.
+LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.constexpr_function
+def head_parts(head_dim):
+    """How a head's columns are tiled: the largest power of two within, and a power of two for the rest (or 0)."""
+    main = max(16, triton.next_power_of_2(head_dim // 2 + 1))
+    rest = head_dim - main
+    return main, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+
+
+@triton.constexpr_function
+def dot_dtype(q_dtype, kv_quant):
+    """What tiles are multiplied in. float16 holds every FP8 and INT8 number, and converts faster than bfloat16."""
+    return tl.float16 if kv_quant and q_dtype == tl.bfloat16 else q_dtype
+
+
+@triton.jit
+def load_q(q_ptr, rows, live, FIRST: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
+    """Columns FIRST .. FIRST + BLOCK of the heads of q (seen as [., HEAD_DIM]) at `rows`, zeros past HEAD_DIM."""
+    cols = FIRST + tl.arange(0, BLOCK)
+    mask = live[:, None] & (cols < HEAD_DIM)[None, :]
+    x = tl.load(q_ptr + (rows * HEAD_DIM)[:, None] + cols[None, :], mask=mask, other=0.0)
+    if DTYPE == tl.float16:
+        x = tl.clamp(x.to(tl.float32), -65504.0, 65504.0)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def page_rows(
+    table_ptr, first, num_blocks, head,
+    NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of a cache seen as rows [num_blocks * NUM_KV_HEADS * BLOCK_SIZE, width]: the row of token `first` + i, less i.
+
+    int64: one number where the tile of BLOCK_N tokens lies in one block, else [BLOCK_N]. Blocks past `num_blocks`, the
+    sequence's, are taken to be block 0.
+    """
+    if BLOCK_N <= BLOCK_SIZE:
+        index = first // BLOCK_SIZE
+        block = tl.load(table_ptr + index, mask=index < num_blocks, other=0).to(tl.int64)
+        base = (block * NUM_KV_HEADS + head) * BLOCK_SIZE + first % BLOCK_SIZE
+    else:
+        place = tl.arange(0, BLOCK_N) // BLOCK_SIZE
+        base = tl.zeros([BLOCK_N], tl.int64)
+        for i in tl.static_range(BLOCK_N // BLOCK_SIZE):
+            index = first // BLOCK_SIZE + i
+            block = tl.load(table_ptr + index, mask=index < num_blocks, other=0).to(tl.int64)
+            base = tl.where(place == i, (block * NUM_KV_HEADS + head) * BLOCK_SIZE - i * BLOCK_SIZE, base)
+    return base
+
+
+@triton.jit
+def load_kv(
+    cache_ptr, base, live, FIRST: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST .. FIRST + BLOCK of a tile of BLOCK_N tokens, as stored.
+
+    Zeros past WIDTH, and with MASKED where not `live` [BLOCK_N].
+    """
+    cols = FIRST + tl.arange(0, BLOCK)
+    ptrs = (cache_ptr + base * WIDTH + tl.arange(0, BLOCK_N) * WIDTH)[:, None] + cols[None, :]
+    PADDED: tl.constexpr = FIRST + BLOCK > WIDTH
+    if MASKED:
+        if PADDED:
+            x = tl.load(ptrs, mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0)
+        else:
+            x = tl.load(ptrs, mask=live[:, None], other=0.0)
+    elif PADDED:
+        x = tl.load(ptrs, mask=(cols < WIDTH)[None, :], other=0.0)
+    else:
+        x = tl.load(ptrs)
+    return x
+
+
+@triton.jit
+def in_log2(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores in units of log2 of products q.k."""
+    if SOFTCAP:
+        scores = tanh(products * (scale / softcap)) * (softcap * LOG2E)
+    else:
+        scores = products * (scale * LOG2E)
+    return scores
+
+
+@triton.jit
+def attend(
+    acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, first, last, bounds, lowest, num_blocks, length,
+    head, scale, softcap,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the cache's tokens `first` .. `last`, in tiles of BLOCK_N.
+
+    acc [M, V_BLOCK] is the sum of weights times values, `total` [M] of weights, `top` [M] the largest score; scores in
+    units of log2. With MASKED, row i sees the tokens below `bounds[i]`, from `lowest[i]` on with WINDOW; what lies in
+    the cache past `length` may be NaN. `scale` is that of a score q.k.
+    """
+    MAIN: tl.constexpr = head_parts(HEAD_DIM)[0]
+    REST: tl.constexpr = head_parts(HEAD_DIM)[1]
+    V_BLOCK: tl.constexpr = acc.shape[1]
+    DTYPE: tl.constexpr = q.dtype
+    base = page_rows(table_ptr, first, num_blocks, head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
+    for start in range(first, last, BLOCK_N):
+        # Carried over from a tile before, else the compiler spends stages of its pipeline on the block table.
+        next_base = page_rows(table_ptr, start + BLOCK_N, num_blocks, head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
+        tokens = start + tl.arange(0, BLOCK_N)
+        live = tokens < length
+        # Keys need no mask: a NaN key spoils its own score only, which is hidden below.
+        k = load_kv(k_cache_ptr, base, live, 0, MAIN, HEAD_DIM, BLOCK_N, False).to(DTYPE)
+        scores = tl.dot(q, k.T, input_precision="ieee")
+        if REST > 0:
+            k_rest = load_kv(k_cache_ptr, base, live, MAIN, REST, HEAD_DIM, BLOCK_N, False).to(DTYPE)
+            scores = tl.dot(q_rest, k_rest.T, acc=scores, input_precision="ieee")
+        scores = in_log2(scores, scale, softcap, SOFTCAP)
+        if MASKED:
+            seen = tokens[None, :] < bounds[:, None]
+            if WINDOW > 0:
+                seen = seen & (tokens[None, :] >= lowest[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, axis=1)
+        v = load_kv(v_cache_ptr, base, live, 0, V_BLOCK, V_HEAD_DIM, BLOCK_N, MASKED).to(DTYPE)
+        acc = tl.dot(weights.to(DTYPE), v, acc=acc * shrink[:, None], input_precision="ieee")
+        top, base = new_top, next_base
+    return acc, top, total
+
+
+@triton.jit
+def decode_attention(
+    q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, kv_scale_ptr,
+    out_scale_ptr, out_ptr, partial_ptr, lse_ptr, counter_ptr, max_blocks, scale, softcap,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_QUANT: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attention of the sequences that have one token in this step; the others' rows of `out` are left alone.
+
+    Grid: (num_seqs, NUM_KV_HEADS * cdiv(GROUP, BLOCK_G), NUM_SPLITS). A program takes BLOCK_G (16, 32, 64) of the GROUP
+    query heads of a KV head, and its share of the sequence's tiles of BLOCK_N tokens: a power of two that divides
+    BLOCK_SIZE or that it divides. Programs without a share leave early.
+
+    q [num_tokens, H * HEAD_DIM] and out [num_tokens, H * V_HEAD_DIM], H = NUM_KV_HEADS * GROUP; caches [num_blocks,
+    NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM or V_HEAD_DIM]; block_tables int32 [num_seqs, max_blocks]; query_start int32
+    [num_seqs + 1]; seq_lens int32 [num_seqs], 0: padded; sinks [H], read with SINKS; kv_scale float32 [2], read with
+    KV_QUANT; out_scale float32 [1], read where `out` is float8e4nv. WINDOW 0: none. max_blocks i32; scale and softcap
+    (read with SOFTCAP) fp32.
+
+    With NUM_SPLITS > 1: partial float32 [num_seqs * H * NUM_SPLITS * V_HEAD_DIM] and lse float32 [num_seqs * H *
+    NUM_SPLITS] are scratch, counter int32 [num_seqs * grid's second size] is zeros before the first launch, and again
+    after each.
+    """
+    split = tl.program_id(2)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    seq = tl.program_id(0)
+    token = tl.load(query_start_ptr + seq)
+    length = tl.load(seq_lens_ptr + seq)
+    if (tl.load(query_start_ptr + seq + 1) - token != 1) | (length <= 0):
+        return
+    lowest = 0
+    if WINDOW > 0:
+        lowest = tl.maximum(length - WINDOW, 0)
+    first_tile = lowest // BLOCK_N
+    num_tiles = tl.cdiv(length, BLOCK_N) - first_tile
+    share = tl.cdiv(num_tiles, NUM_SPLITS)
+    num_splits = tl.cdiv(num_tiles, share)
+    if NUM_SPLITS == 1:
+        num_splits = tl.constexpr(1)  # nothing of the scratch is compiled
+    if split >= num_splits:
+        return
+    first = (first_tile + split * share) * BLOCK_N
+    last = tl.minimum(first + share * BLOCK_N, length)
+
+    MAIN: tl.constexpr = head_parts(HEAD_DIM)[0]
+    REST: tl.constexpr = head_parts(HEAD_DIM)[1]
+    V_BLOCK: tl.constexpr = max(16, triton.next_power_of_2(V_HEAD_DIM))
+    DTYPE: tl.constexpr = dot_dtype(q_ptr.dtype.element_ty, KV_QUANT)
+    TILES_G: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    kv_head = tl.program_id(1) // TILES_G
+    first_member = tl.program_id(1) % TILES_G * BLOCK_G
+    members = first_member + tl.arange(0, BLOCK_G)
+    real = members < GROUP
+    heads = kv_head * GROUP + members
+    k_scale, v_scale = 1.0, 1.0
+    if KV_QUANT:
+        k_scale = tl.load(kv_scale_ptr)
+        v_scale = tl.load(kv_scale_ptr + 1)
+
+    q_rows = token.to(tl.int64) * NUM_HEADS + heads
+    q = load_q(q_ptr, q_rows, real, 0, MAIN, HEAD_DIM, DTYPE)
+    q_rest = q
+    if REST > 0:
+        q_rest = load_q(q_ptr, q_rows, real, MAIN, REST, HEAD_DIM, DTYPE)
+    acc, top, total = attend(
+        tl.zeros([BLOCK_G, V_BLOCK], tl.float32), tl.full([BLOCK_G], LOWEST, tl.float32),
+        tl.zeros([BLOCK_G], tl.float32), q, q_rest, k_cache_ptr, v_cache_ptr,
+        block_tables_ptr + seq.to(tl.int64) * max_blocks, first, last, tl.full([BLOCK_G], length, tl.int32),
+        tl.full([BLOCK_G], lowest, tl.int32), tl.cdiv(length, BLOCK_SIZE), length, kv_head, scale * k_scale, softcap,
+        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
+    )  # fmt: skip
+
+    cols = tl.arange(0, V_BLOCK)
+    mask = real[:, None] & (cols < V_HEAD_DIM)[None, :]
+    out_step = 1.0
+    if out_ptr.dtype.element_ty == tl.float8e4nv:
+        out_step = tl.load(out_scale_ptr)
+    if num_splits == 1:
+        if SINKS:
+            sinks = tl.load(sinks_ptr + heads, mask=real, other=0.0).to(tl.float32)
+            total += tl.exp2(sinks * LOG2E - top)
+        y = acc * (v_scale / (total * out_step))[:, None]
+        store(out_ptr + (q_rows * V_HEAD_DIM)[:, None] + cols[None, :], y, mask)
+    else:
+        rows = (seq.to(tl.int64) * NUM_HEADS + heads) * NUM_SPLITS + split
+        tl.store(partial_ptr + (rows * V_HEAD_DIM)[:, None] + cols[None, :], acc / total[:, None], mask=mask)
+        tl.store(lse_ptr + rows, top + tl.log2(total), mask=real)
+        # The barrier puts every thread's stores before the one thread's atomic, which releases them.
+        tl.debug_barrier()
+        counter = counter_ptr + seq * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == num_splits - 1:
+            tl.store(counter, 0)
+            _combine(
+                partial_ptr, lse_ptr, sinks_ptr, out_ptr, seq.to(tl.int64) * NUM_HEADS + kv_head * GROUP + first_member,
+                token.to(tl.int64) * NUM_HEADS + kv_head * GROUP + first_member, kv_head * GROUP + first_member,
+                GROUP - first_member, num_splits, v_scale / out_step, V_HEAD_DIM, NUM_SPLITS, min(GROUP, BLOCK_G),
+                SINKS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _combine(
+    partial_ptr, lse_ptr, sinks_ptr, out_ptr, partial_row, out_row, head, count, num_splits, factor,
+    V_HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, MOST: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """The output of `count` heads, at most MOST, from `head` on, of what each split found: its own output, weighted by
+    2 ** lse.
+    """
+    if MOST <= 8:  # side by side, so that their reads do not wait for each other
+        for i in tl.static_range(MOST):
+            _combine_head(
+                partial_ptr, lse_ptr, sinks_ptr, out_ptr, partial_row + i, out_row + i, head + i, i < count, num_splits,
+                factor, V_HEAD_DIM, NUM_SPLITS, SINKS,
+            )  # fmt: skip
+    else:
+        for i in range(tl.minimum(count, MOST)):
+            _combine_head(
+                partial_ptr, lse_ptr, sinks_ptr, out_ptr, partial_row + i, out_row + i, head + i, True, num_splits,
+                factor, V_HEAD_DIM, NUM_SPLITS, SINKS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _combine_head(
+    partial_ptr, lse_ptr, sinks_ptr, out_ptr, partial_row, out_row, head, real, num_splits, factor,
+    V_HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    splits = tl.arange(0, triton.next_power_of_2(NUM_SPLITS))
+    live = (splits < num_splits) & real
+    cols = tl.arange(0, triton.next_power_of_2(V_HEAD_DIM))
+    wide = cols < V_HEAD_DIM
+    rows = partial_row * NUM_SPLITS + splits
+    # Past the first-level cache: other multiprocessors wrote these.
+    lse = tl.load(lse_ptr + rows, mask=live, other=LOWEST, cache_modifier=".cg")
+    parts = tl.load(
+        partial_ptr + (rows * V_HEAD_DIM)[:, None] + cols[None, :], mask=live[:, None] & wide[None, :], other=0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
+    top = tl.max(lse, axis=0)
+    weights = tl.where(live, tl.exp2(lse - top), 0.0)
+    total = tl.sum(weights, axis=0)
+    if SINKS:
+        total += tl.exp2(tl.load(sinks_ptr + head, mask=real, other=0.0).to(tl.float32) * LOG2E - top)
+    y = tl.sum(parts * weights[:, None], axis=0) * (factor / total)
+    store(out_ptr + out_row * V_HEAD_DIM + cols, y, wide & real)

@@ -1,0 +1,113 @@
+"""Functions that kernels share: activations, rounding to narrow formats, stores.
+
+FMT is a name as in kernels/quantization.py: "fp8" (E4M3), "int8" or "fp4" (E2M1). QUANT says how a kernel quantizes its
+output: "none", "static" (a step given, one float32) or "token" (a step found for each row, and written).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent of float32, to about 1e-7."""
+    e = tl.exp(-2.0 * tl.abs(x))  # never overflows
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def sigmoid(x):
+    """Logistic function of float32."""
+    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 80.0)))  # not to overflow
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """One of model_config.Activation, but for "swiglu_oai", of float32."""
+    tl.static_assert(
+        ACTIVATION == "silu" or ACTIVATION == "gelu" or ACTIVATION == "gelu_pytorch_tanh" or ACTIVATION == "relu"
+    )
+    if ACTIVATION == "silu":
+        y = x * sigmoid(x)
+    elif ACTIVATION == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_pytorch_tanh":
+        # 0.5 * (1 + tanh(z)) is sigmoid(2z).
+        y = x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        y = tl.maximum(x, 0.0)
+    return y
+
+
+@triton.jit
+def gated(gate, up, ACTIVATION: tl.constexpr):
+    """functional.gated_act of float32."""
+    if ACTIVATION == "swiglu_oai":
+        gate = tl.minimum(gate, 7.0)
+        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
+        y = gate * sigmoid(1.702 * gate) * (up + 1.0)
+    else:
+        y = activate(gate, ACTIVATION) * up
+    return y
+
+
+@triton.jit
+def round_even(x):
+    """float32 to the nearest whole number, ties to even; |x| below 2**22."""
+    return (x + 12582912.0) - 12582912.0  # 1.5 * 2**23: the sum has no bits for a fraction
+
+
+@triton.jit
+def round_to(x, FMT: tl.constexpr):
+    """kernels.quantization.round_to: float32 values of FMT, what is larger becomes the largest."""
+    tl.static_assert(FMT == "fp8" or FMT == "int8" or FMT == "fp4")
+    if FMT == "int8":
+        y = round_even(tl.minimum(tl.maximum(x, -127.0), 127.0))
+    elif FMT == "fp8":
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+        # 2**e of x, at least the smallest normal 2**-6, whose three mantissa bits are steps of 2**(e - 3). The sum with
+        # 1.5 * 2**23 of those steps has no bits for what is finer.
+        exponent = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x3C800000)
+        huge = exponent.to(tl.float32, bitcast=True) * 1572864.0
+        y = (x + huge) - huge
+    else:
+        x = tl.minimum(tl.maximum(x, -6.0), 6.0)
+        size = tl.abs(x)
+        step = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
+        y = round_even(x / step) * step
+    return y
+
+
+@triton.jit
+def largest(FMT: tl.constexpr):
+    """The largest number of FMT."""
+    return 448.0 if FMT == "fp8" else (127.0 if FMT == "int8" else 6.0)
+
+
+@triton.jit
+def store(ptrs, y, mask):
+    """Stores float32 `y` as the pointers' type: fp8 and int8 are rounded to even and clamped (to 448 or 127)."""
+    if ptrs.dtype.element_ty == tl.float8e4nv:
+        tl.store(ptrs, round_to(y, "fp8").to(tl.float8e4nv), mask=mask)
+    elif ptrs.dtype.element_ty == tl.int8:
+        tl.store(ptrs, round_to(y, "int8").to(tl.int8), mask=mask)
+    else:
+        tl.store(ptrs, y.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_quantized(ptrs, y, mask, out_scale_ptr, row_scale_ptr, QUANT: tl.constexpr):
+    """Stores a program's whole row of float32 `y`, zero where `mask` is not, by QUANT.
+
+    out_scale_ptr: the step of "static". row_scale_ptr: where the row's step of "token" goes, max|y| / 448 or / 127.
+    """
+    tl.static_assert(QUANT == "none" or QUANT == "static" or QUANT == "token")
+    if QUANT == "static":
+        y = y * (1.0 / tl.load(out_scale_ptr))
+    elif QUANT == "token":
+        limit: tl.constexpr = 448.0 if ptrs.dtype.element_ty == tl.float8e4nv else 127.0
+        step = tl.maximum(tl.max(tl.abs(y)) / limit, 1e-30)
+        tl.store(row_scale_ptr, step)
+        y = y * (1.0 / step)
+    store(ptrs, y, mask)

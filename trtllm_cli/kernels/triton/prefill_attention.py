@@ -1,0 +1,129 @@
+"""Causal attention of the new tokens of a ragged batch over their sequences' paged KV caches.
+
+FlashAttention-2 (arXiv 2307.08691), its tiles laid over a ragged batch as vLLM's unified attention kernel does it.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, attend, dot_dtype, head_parts, load_q
+from trtllm_cli.kernels.triton.device import store
+
+
+@triton.jit
+def _sequence_of(query_start_ptr, tile, num_seqs, BLOCK_Q: tl.constexpr):
+    """The last sequence whose tiles begin at or before `tile`; those of s begin at query_start[s] // BLOCK_Q + s."""
+    low, high = 0, num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start_ptr + middle) // BLOCK_Q + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def prefill_attention(
+    q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, kv_scale_ptr,
+    out_scale_ptr, out_ptr, num_seqs, max_blocks, scale, softcap,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_QUANT: tl.constexpr,
+    SKIP_DECODES: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attention of every token of the step; with SKIP_DECODES, of the sequences that have more than one.
+
+    Grid: (NUM_KV_HEADS * GROUP // PACK, num_tokens // BLOCK_Q + num_seqs). A program takes PACK query heads of one KV
+    head (a power of two that divides GROUP) of BLOCK_Q tokens: BLOCK_Q * PACK rows, 64 or 128 for wgmma. Packing heads
+    leaves fewer scores to hide along the diagonal. BLOCK_N tokens of the cache at a time: a power of two that divides
+    BLOCK_SIZE or that it divides. Tiles past the last leave early; the longest come first.
+
+    q [num_tokens, H * HEAD_DIM] and out [num_tokens, H * V_HEAD_DIM], H = NUM_KV_HEADS * GROUP; caches [num_blocks,
+    NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM or V_HEAD_DIM]; block_tables int32 [num_seqs, max_blocks]; query_start int32
+    [num_seqs + 1]; seq_lens int32 [num_seqs], new tokens included; sinks [H], read with SINKS; kv_scale float32 [2],
+    read with KV_QUANT; out_scale float32 [1], read where `out` is float8e4nv. WINDOW 0: none. num_seqs, max_blocks
+    i32; scale and softcap (read with SOFTCAP) fp32.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    seq = _sequence_of(query_start_ptr, tile, num_seqs, BLOCK_Q)
+    query_first = tl.load(query_start_ptr + seq)
+    num_queries = tl.load(query_start_ptr + seq + 1) - query_first
+    tile_first = (tile - query_first // BLOCK_Q - seq) * BLOCK_Q
+    length = tl.load(seq_lens_ptr + seq)
+    if (tile_first >= num_queries) | (length <= 0):
+        return
+    if SKIP_DECODES and num_queries == 1:
+        return
+
+    MAIN: tl.constexpr = head_parts(HEAD_DIM)[0]
+    REST: tl.constexpr = head_parts(HEAD_DIM)[1]
+    V_BLOCK: tl.constexpr = max(16, triton.next_power_of_2(V_HEAD_DIM))
+    DTYPE: tl.constexpr = dot_dtype(q_ptr.dtype.element_ty, KV_QUANT)
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    ROWS: tl.constexpr = BLOCK_Q * PACK
+    rows = tl.arange(0, ROWS)
+    queries = tile_first + rows // PACK
+    heads = tl.program_id(0) * PACK + rows % PACK
+    kv_head = tl.program_id(0) * PACK // GROUP
+    real = queries < num_queries
+    q_rows = (query_first + queries).to(tl.int64) * NUM_HEADS + heads
+    k_scale, v_scale = 1.0, 1.0
+    if KV_QUANT:
+        k_scale = tl.load(kv_scale_ptr)
+        v_scale = tl.load(kv_scale_ptr + 1)
+    q = load_q(q_ptr, q_rows, real, 0, MAIN, HEAD_DIM, DTYPE)
+    q_rest = q
+    if REST > 0:
+        q_rest = load_q(q_ptr, q_rows, real, MAIN, REST, HEAD_DIM, DTYPE)
+
+    # Row i sees tokens lowest[i] .. bounds[i] - 1 of the cache.
+    before = length - num_queries
+    bounds = tl.minimum(before + queries + 1, length)
+    lowest = tl.maximum(bounds - WINDOW, 0)
+    end = tl.minimum(before + tile_first + BLOCK_Q, length)
+    # Tiles of [all_from, all_to) are seen whole by every row.
+    all_to = (before + tile_first + 1) // BLOCK_N * BLOCK_N
+    first, all_from = 0, 0
+    if WINDOW > 0:
+        first = tl.maximum(before + tile_first + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
+        all_from = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N, all_to)
+        all_from = tl.maximum(all_from, first)
+        all_to = tl.maximum(all_to, all_from)
+
+    acc = tl.zeros([ROWS, V_BLOCK], tl.float32)
+    if SINKS:
+        top = tl.load(sinks_ptr + heads).to(tl.float32) * LOG2E
+        total = tl.full([ROWS], 1.0, tl.float32)
+    else:
+        top = tl.full([ROWS], LOWEST, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+    table_ptr = block_tables_ptr + seq.to(tl.int64) * max_blocks
+    num_blocks = tl.cdiv(length, BLOCK_SIZE)
+    if WINDOW > 0:
+        acc, top, total = attend(
+            acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, first, all_from, bounds, lowest,
+            num_blocks, length, kv_head, scale * k_scale, softcap,
+            NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
+        )  # fmt: skip
+    acc, top, total = attend(
+        acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, all_from, all_to, bounds, lowest,
+        num_blocks, length, kv_head, scale * k_scale, softcap,
+        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, False,
+    )  # fmt: skip
+    acc, top, total = attend(
+        acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, all_to, end, bounds, lowest,
+        num_blocks, length, kv_head, scale * k_scale, softcap,
+        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
+    )  # fmt: skip
+
+    out_step = 1.0
+    if out_ptr.dtype.element_ty == tl.float8e4nv:
+        out_step = tl.load(out_scale_ptr)
+    cols = tl.arange(0, V_BLOCK)
+    y = acc * (v_scale / (total * out_step))[:, None]
+    mask = real[:, None] & (cols < V_HEAD_DIM)[None, :]
+    store(out_ptr + (q_rows * V_HEAD_DIM)[:, None] + cols[None, :], y, mask)

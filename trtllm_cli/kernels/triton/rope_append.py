@@ -1,0 +1,175 @@
+"""q, k and v between their linear and attention: head norm, rotary embedding, append to the paged KV cache."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from trtllm_cli.kernels.triton.device import store
+
+
+@triton.jit
+def _cache_offsets(slots, heads, WIDTH: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Where each (slot, head) begins in a cache [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, WIDTH]; int64."""
+    blocks = (slots // BLOCK_SIZE).to(tl.int64)
+    return ((blocks * NUM_KV_HEADS + heads) * BLOCK_SIZE + slots % BLOCK_SIZE) * WIDTH
+
+
+@triton.jit
+def _store_divided(ptrs, y, mask, step_ptr, QUANT: tl.constexpr):
+    """Stores `y`, with QUANT divided by the number at `step_ptr`."""
+    if QUANT:
+        y = tl.div_rn(y, tl.load(step_ptr))
+    store(ptrs, y, mask)
+
+
+@triton.jit
+def _copy_rows(x_ptr, starts, live, out_ptr, out_starts, step_ptr, WIDTH: tl.constexpr, QUANT: tl.constexpr):
+    """Rows of WIDTH elements."""
+    cols = tl.arange(0, triton.next_power_of_2(WIDTH))[None, :]
+    mask = live[:, None] & (cols < WIDTH)
+    x = tl.load(x_ptr + starts[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+    _store_divided(out_ptr + out_starts[:, None] + cols, x, mask, step_ptr, QUANT)
+
+
+@triton.jit
+def _norm_rope_rows(
+    x_ptr, starts, live, norm_ptr, eps, table_ptr, positions, out_ptr, out_starts, step_ptr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, NEOX: tl.constexpr, NORM: tl.constexpr, QUANT: tl.constexpr,
+):  # fmt: skip
+    """Heads, normed and rotated: one row [HEAD_DIM] for each of `starts`."""
+    HALF: tl.constexpr = DIM // 2
+    REST: tl.constexpr = HEAD_DIM - DIM
+    x_rows = x_ptr + starts[:, None]
+    out_rows = out_ptr + out_starts[:, None]
+    half = tl.arange(0, triton.next_power_of_2(max(HALF, 1)))[None, :]
+    half_mask = live[:, None] & (half < HALF)
+    rest = DIM + tl.arange(0, triton.next_power_of_2(max(REST, 1)))[None, :]
+    rest_mask = live[:, None] & (rest < HEAD_DIM)
+    whole = tl.arange(0, 2 * triton.next_power_of_2(max(HALF, 1)))[None, :]
+    whole_mask = live[:, None] & (whole < DIM)
+
+    squares = tl.zeros([starts.shape[0]], tl.float32)
+    if DIM > 0:
+        if NEOX:
+            a = tl.load(x_rows + half, mask=half_mask, other=0.0).to(tl.float32)
+            b = tl.load(x_rows + HALF + half, mask=half_mask, other=0.0).to(tl.float32)
+            squares += tl.sum(a * a + b * b, axis=1)
+        else:
+            x = tl.load(x_rows + whole, mask=whole_mask, other=0.0).to(tl.float32)
+            squares += tl.sum(x * x, axis=1)
+    if REST > 0:
+        r = tl.load(x_rows + rest, mask=rest_mask, other=0.0).to(tl.float32)
+        squares += tl.sum(r * r, axis=1)
+
+    if NORM:
+        factor = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        if DIM > 0:
+            if NEOX:
+                a *= factor * tl.load(norm_ptr + half, mask=half < HALF, other=0.0).to(tl.float32)
+                b *= factor * tl.load(norm_ptr + HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
+            else:
+                x *= factor * tl.load(norm_ptr + whole, mask=whole < DIM, other=0.0).to(tl.float32)
+        if REST > 0:
+            r *= factor * tl.load(norm_ptr + rest, mask=rest < HEAD_DIM, other=0.0).to(tl.float32)
+
+    if DIM > 0:
+        angles = table_ptr + (positions.to(tl.int64) * DIM)[:, None]
+        cos = tl.load(angles + half, mask=half_mask, other=0.0)
+        sin = tl.load(angles + HALF + half, mask=half_mask, other=0.0)
+        if NEOX:
+            _store_divided(out_rows + half, a * cos - b * sin, half_mask, step_ptr, QUANT)
+            _store_divided(out_rows + HALF + half, b * cos + a * sin, half_mask, step_ptr, QUANT)
+        else:
+            a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+            y = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), x.shape)
+            _store_divided(out_rows + whole, y, whole_mask, step_ptr, QUANT)
+    if REST > 0:
+        _store_divided(out_rows + rest, r, rest_mask, step_ptr, QUANT)
+
+
+@triton.jit
+def rope_append(
+    qkv_ptr, q_norm_ptr, k_norm_ptr, table_ptr, positions_ptr, slot_mapping_ptr, kv_scale_ptr,
+    q_ptr, k_cache_ptr, v_cache_ptr, num_tokens, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr, NEOX: tl.constexpr, NORM: tl.constexpr, KV_QUANT: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """q, k and v out of one linear's output: q and k normed and rotated, q to `q_ptr`, k and v to the paged cache.
+
+    Grid: (cdiv(num_tokens, TOKENS), cdiv(NUM_HEADS, HEADS) + 2 * cdiv(NUM_KV_HEADS, HEADS)). A program does HEADS
+    heads, all of q, all of k or all of v, of TOKENS tokens; both are powers of two.
+
+    qkv [num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM]; q_norm, k_norm [HEAD_DIM], read with NORM; table
+    float32 [max_position, DIM], the cosines of DIM / 2 angles, then their sines, read where DIM > 0, which rotates the
+    first DIM columns of a head (NEOX: halves, else pairs); positions, slot_mapping int32 [num_tokens], a slot below 0:
+    neither k nor v is appended; kv_scale float32 [2], read with KV_QUANT; q [num_tokens, NUM_HEADS * HEAD_DIM];
+    caches [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]. num_tokens i32, eps fp32.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    Q_GROUPS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    KV_GROUPS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
+    group = tl.program_id(1)
+    rows = tl.arange(0, TOKENS * HEADS)
+    tokens = tl.program_id(0) * TOKENS + rows // HEADS
+    live = tokens < num_tokens
+    starts = tokens.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
+    if group < Q_GROUPS:
+        heads = group * HEADS + rows % HEADS
+        live = live & (heads < NUM_HEADS)
+        positions = tl.load(positions_ptr + tokens, mask=live, other=0)
+        out_starts = (tokens.to(tl.int64) * NUM_HEADS + heads) * HEAD_DIM
+        _norm_rope_rows(
+            qkv_ptr, starts + heads * HEAD_DIM, live, q_norm_ptr, eps, table_ptr, positions, q_ptr, out_starts,
+            kv_scale_ptr, HEAD_DIM, DIM, NEOX, NORM, False,
+        )  # fmt: skip
+    else:
+        heads = (group - Q_GROUPS) % KV_GROUPS * HEADS + rows % HEADS
+        slots = tl.load(slot_mapping_ptr + tokens, mask=live, other=-1)
+        live = live & (heads < NUM_KV_HEADS) & (slots >= 0)
+        out_starts = _cache_offsets(slots, heads, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+        if group < Q_GROUPS + KV_GROUPS:
+            positions = tl.load(positions_ptr + tokens, mask=live, other=0)
+            _norm_rope_rows(
+                qkv_ptr, starts + (NUM_HEADS + heads) * HEAD_DIM, live, k_norm_ptr, eps, table_ptr, positions,
+                k_cache_ptr, out_starts, kv_scale_ptr, HEAD_DIM, DIM, NEOX, NORM, KV_QUANT,
+            )  # fmt: skip
+        else:
+            v_starts = starts + (NUM_HEADS + NUM_KV_HEADS + heads) * HEAD_DIM
+            _copy_rows(qkv_ptr, v_starts, live, v_cache_ptr, out_starts, kv_scale_ptr + 1, HEAD_DIM, KV_QUANT)
+
+
+@triton.jit
+def append(
+    k_ptr, v_ptr, slot_mapping_ptr, kv_scale_ptr, k_cache_ptr, v_cache_ptr, num_tokens,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KV_QUANT: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """k and v, as they are, to the paged cache.
+
+    Grid: (cdiv(num_tokens, TOKENS), 2 * cdiv(NUM_KV_HEADS, HEADS)). A program does HEADS heads of k or of v, of TOKENS
+    tokens; both are powers of two.
+
+    k [num_tokens, NUM_KV_HEADS * HEAD_DIM], v [num_tokens, NUM_KV_HEADS * V_HEAD_DIM]; slot_mapping int32 [num_tokens],
+    a slot below 0: not appended; kv_scale float32 [2], read with KV_QUANT; caches [num_blocks, NUM_KV_HEADS,
+    BLOCK_SIZE, HEAD_DIM or V_HEAD_DIM]. num_tokens i32.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    GROUPS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
+    group = tl.program_id(1)
+    rows = tl.arange(0, TOKENS * HEADS)
+    tokens = tl.program_id(0) * TOKENS + rows // HEADS
+    heads = group % GROUPS * HEADS + rows % HEADS
+    slots = tl.load(slot_mapping_ptr + tokens, mask=tokens < num_tokens, other=-1)
+    live = (heads < NUM_KV_HEADS) & (slots >= 0)
+    source = tokens.to(tl.int64) * NUM_KV_HEADS + heads
+    if group < GROUPS:
+        out_starts = _cache_offsets(slots, heads, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+        _copy_rows(k_ptr, source * HEAD_DIM, live, k_cache_ptr, out_starts, kv_scale_ptr, HEAD_DIM, KV_QUANT)
+    else:
+        out_starts = _cache_offsets(slots, heads, V_HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+        _copy_rows(v_ptr, source * V_HEAD_DIM, live, v_cache_ptr, out_starts, kv_scale_ptr + 1, V_HEAD_DIM, KV_QUANT)
