@@ -2,13 +2,16 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from trtllm_cli.artifact import detect, os_errors, read_json, writing
+from trtllm_cli import artifact
+from trtllm_cli.artifact import detect, os_errors, read_json, tree_sha256, writing
 from trtllm_cli.errors import ArtifactError, OutputExistsError, ResourceError
 
 
@@ -132,3 +135,49 @@ def test_json_that_is_no_object(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ArtifactError, match="config.json"):
         read_json(tmp_path / "config.json", ArtifactError)
+
+
+def hash_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "trtllm-sha256"]
+
+
+@pytest.mark.parametrize("threads", [None, 1, 2, 3, 100])
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 4567])
+def test_a_tree_digest_is_that_of_the_digests_of_the_pieces(tmp_path, monkeypatch, threads, size):
+    monkeypatch.setattr(artifact, "PIECE", 1000)
+    monkeypatch.setattr(artifact, "_PIECE_CHUNK", 300)
+    data = os.urandom(size)
+    (tmp_path / "file").write_bytes(data)
+    pieces = [data[i : i + 1000] for i in range(0, size, 1000)]
+    expected = hashlib.sha256(b"".join(hashlib.sha256(piece).digest() for piece in pieces)).hexdigest()
+    assert tree_sha256(tmp_path / "file", threads) == expected
+    assert not hash_threads()
+
+
+def test_a_piece_is_64_mib():
+    """Engines that are there were written with it."""
+    assert artifact.PIECE == 64 * 1024 * 1024
+
+
+def test_hashing_stops_when_it_is_told_to(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(8 << 20))
+    asked = []
+
+    def stopped():
+        asked.append(all(thread.daemon for thread in hash_threads()))
+        return len(asked) > 3
+
+    assert tree_sha256(tmp_path / "file", 1, stopped) is None
+    assert all(asked)
+    assert len(asked) == 5  # the thread, and what waits for it
+    assert not hash_threads()
+
+
+def test_an_error_of_a_hashing_thread_is_raised(tmp_path, monkeypatch):
+    def preadv(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "file").write_bytes(b"x")
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(OSError, match="Input/output"):
+        tree_sha256(tmp_path / "file", 2)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from trtllm_cli import cli
-from trtllm_cli.errors import TrtllmError
+from trtllm_cli.errors import DeviceError, TrtllmError
 
 VERBS = [[verb] for verb in cli.VERBS if verb not in ("bench", "eval")] + [["eval", "ppl"], ["eval", "compare"]]
 VERBS += [["bench", "throughput"], ["bench", "latency"], ["bench", "prepare-dataset", "token-norm-dist"]]
@@ -123,6 +123,7 @@ def test_a_traceback_only_with_debug(capsys, flag, monkeypatch):
         (KeyboardInterrupt(), 130, ""),
         (MemoryError("1 TiB"), 6, "out of memory: 1 TiB"),
         (KeyError("x"), 70, "a bug in trtllm; --debug"),
+        (DeviceError("no GPU"), 10, "error: no GPU"),
         (TrtllmError("what", where="here", fix="so"), 1, "error: what\n  in:  here\n  fix: so\n"),
     ],
 )

@@ -153,7 +153,7 @@ def test_a_stages_layers_have_their_numbers_in_the_whole_model():
 ENGINE = {
     "format_version": FORMAT_VERSION, "version": "0.1.0", "backend": "cpu", "target": {"arch": "x86_64"},
     "pretrained_config": MINIMAL,
-    "rank_files": [{"name": "rank0.engine", "size": 3, "sha256": "0" * 64, "program_sha256": "0" * 64}],
+    "rank_files": [{"name": "rank0.engine", "size": 3, "tree_sha256": "0" * 64, "program_sha256": "0" * 64}],
     "build_config": {"max_seq_len": 64, "max_input_len": 64, "weight_dtype": "int8", "kv_cache_dtype": "bfloat16"},
 }  # fmt: skip
 
@@ -168,7 +168,8 @@ def engine_dir(tmp_path, data=b"abc", **fields):
 @pytest.mark.parametrize(
     ("fields", "data", "message"),
     [
-        ({"format_version": 99}, b"abc", r"engine format version 99 .*reads version 1\n.*\n.*trtllm build"),
+        ({"format_version": 99}, b"abc", r"engine format version 99 .*reads version 2\n.*\n.*trtllm build"),
+        ({"format_version": 1}, b"abc", r"format version 1 .built by trtllm 0.1.0.; .*version 2\n.*\n.*--force"),
         ({"backend": "abacus"}, b"abc", r"backend 'abacus'; this trtllm runs cpu\n.*\n.*trtllm build"),
         ({}, b"ab", r"rank0.engine is damaged: 2 B .*built with 3 bytes"),
         ({"rank_files": []}, b"abc", "lists 0 rank files for 1 ranks"),

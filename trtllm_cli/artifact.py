@@ -14,11 +14,13 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from trtllm_cli.errors import ArtifactError, OutputExistsError, ResourceError, UsageError
+from trtllm_cli.machine import available_cores
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 Kind = Literal["snapshot", "gguf", "checkpoint", "engine"]
 
 HASH_CHUNK = 1 << 22  # bytes
+PIECE = 64 << 20  # bytes of a file that tree_sha256 hashes by themselves
+_PIECE_CHUNK = 1 << 20  # bytes read at once: they stay in the cache
 
 
 def detect(path: Path) -> Kind:
@@ -109,6 +113,50 @@ def sha256(path: Path) -> str:
         while chunk := f.read(HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def tree_sha256(path: Path, threads: int | None = None, stopped: Callable[[], bool] = lambda: False) -> str | None:
+    """SHA-256, in hex, of the SHA-256s of the file's pieces of PIECE bytes, the last one shorter, one after another.
+
+    `threads` (None: as many as cores) work on a piece each; hashlib leaves them the interpreter. They ask before each
+    read whether it is `stopped`, and the result is None then. They are daemons, so that they keep no process alive.
+    """
+    count = -(-path.stat().st_size // PIECE)
+    threads = min(threads or available_cores(), count)
+    digests = [b""] * count
+    errors: list[BaseException] = []
+    halted = False
+
+    def work(first: int) -> None:
+        buffer = memoryview(bytearray(_PIECE_CHUNK))
+        try:
+            for piece in range(first, count, threads):
+                digest, position, end = hashlib.sha256(), piece * PIECE, (piece + 1) * PIECE
+                while not (halted or stopped()) and (
+                    size := os.preadv(file, [buffer[: min(_PIECE_CHUNK, end - position)]], position)
+                ):
+                    digest.update(buffer[:size])
+                    position += size
+                digests[piece] = digest.digest()
+        except BaseException as e:
+            errors.append(e)
+
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    workers = [threading.Thread(target=work, args=(i,), name="trtllm-sha256", daemon=True) for i in range(threads)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:  # of an interrupt, too
+        halted = True
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join()
+        os.close(file)
+    if errors:
+        raise errors[0]
+    return None if stopped() else hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 @contextlib.contextmanager

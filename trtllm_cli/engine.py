@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from trtllm_cli.artifact import human_bytes, read_json, sha256, validate, write_json
+from trtllm_cli.artifact import human_bytes, read_json, tree_sha256, validate, write_json
 from trtllm_cli.errors import EngineError
 from trtllm_cli.mapping import Rank
 from trtllm_cli.model_config import ModelConfig
 from trtllm_cli.tensor_file import TensorFile
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: tree_sha256
 TOKENIZER = "tokenizer"
 KERNELS = "kernels.so"  # the tensor that is a rank's machine code
 
-Backend = Literal["cpu"]
+Backend = Literal["cpu", "cuda"]
 WeightDType = Literal["float32", "bfloat16", "int8", "int4"]
 KvCacheDType = Literal["float32", "bfloat16", "int8", "fp8"]  # fp8: E4M3
 
@@ -62,7 +63,7 @@ class RankFile(BaseModel):
 
     name: str = Field(pattern=r"^rank\d+\.engine$")
     size: int = Field(ge=0)  # bytes
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tree_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # of the whole file; see artifact.tree_sha256
     program_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # see program_digest
 
 
@@ -182,16 +183,20 @@ class Engine:
             raise EngineError(f"{file.path.name} holds no plan", where=str(file.path), fix="rebuild the engine")
         return plan
 
-    def verify(self, rank: Rank) -> None:
-        """Raises EngineError unless the rank's file has its recorded SHA-256. Reads the whole file."""
-        entry = self.config.rank_files[rank.rank]
-        if (found := sha256(self.rank_file(rank))) != entry.sha256:
-            raise self._altered(rank, found, entry.sha256)
+    def verify(self, rank: Rank, threads: int | None = None, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Raises EngineError unless the rank's file has its recorded digest. Reads the whole file.
+
+        `threads` and `stopped` are tree_sha256's; a check that is stopped finds nothing.
+        """
+        expected = self.config.rank_files[rank.rank].tree_sha256
+        found = tree_sha256(self.rank_file(rank), threads, stopped)
+        if found is not None and found != expected:
+            raise self._altered(rank, found, expected)
 
     def _altered(self, rank: Rank, found: str, expected: str) -> EngineError:
         file = self.rank_file(rank)
         return EngineError(
-            f"{file.name} was altered: its SHA-256 is {found[:16]}…, it was built with {expected[:16]}…",
+            f"{file.name} was altered: its digest is {found[:16]}…, it was built with {expected[:16]}…",
             where=str(file),
             fix="copy the engine again, or rebuild it: " + _build_command("CKPT", self.path) + " --force",
         )

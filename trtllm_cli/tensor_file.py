@@ -138,6 +138,16 @@ class TensorFile:
         """Everything before the first tensor, as it is in the file."""
         return os.pread(self._file.fileno(), self._data_start, 0)
 
+    @property
+    def data_range(self) -> tuple[int, int]:
+        """Where the tensors' bytes begin in the file, and how many they are."""
+        ends = (self._offsets[name] + info.nbytes for name, info in self.tensors.items())
+        return self._data_start, max(ends, default=0)
+
+    def offset(self, name: str) -> int:
+        """Where a tensor begins, from the first one on."""
+        return self._offsets[name]
+
     def read(self, name: str) -> bytearray:
         """The tensor's bytes, row-major, copied."""
         out = bytearray(self.tensors[name].nbytes)

@@ -54,7 +54,7 @@ def open_session(monkeypatch):
     def open_(tp_size=1, limits=None, **options):
         engine = make_engine(tp_size=tp_size, **(limits or {}))
         monkeypatch.setattr(Engine, "open", classmethod(lambda cls, path: engine))
-        monkeypatch.setattr(Engine, "verify", lambda self, rank: None)
+        monkeypatch.setattr(Engine, "verify", lambda self, rank, *how: None)
         monkeypatch.setattr("trtllm_cli.run.load.load_runner", lambda *args, **kwargs: FakeRunner(VOCAB))
         opened.append(Session.open(Path("engine"), RuntimeOptions(num_threads=2, **options)))
         return opened[-1]

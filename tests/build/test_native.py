@@ -134,7 +134,8 @@ def test_native_and_torch_engines_compute_what_the_reference_does(tmp_path, name
 
 
 def test_every_op_has_a_native_step():
-    assert [op for op in reference.OPS if not hasattr(NativeLowering, f"_{op}")] == []
+    only_on_gpus = ["quantize"]  # made by a pass of the cuda backend
+    assert [op for op in reference.OPS if not hasattr(NativeLowering, f"_{op}")] == only_on_gpus
 
 
 @pytest.mark.parametrize("name", BODIES)

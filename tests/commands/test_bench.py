@@ -18,7 +18,7 @@ from trtllm_cli.engine import Engine
 def engine(monkeypatch):
     """An engine at ENGINE, on a runner whose every token can be foretold."""
     monkeypatch.setattr(Engine, "open", classmethod(lambda cls, path: make_engine(path)))
-    monkeypatch.setattr(Engine, "verify", lambda self, rank: None)
+    monkeypatch.setattr(Engine, "verify", lambda self, rank, *how: None)
     monkeypatch.setattr("trtllm_cli.run.load.load_runner", lambda *args, **kwargs: FakeRunner(VOCAB))
 
 

@@ -149,8 +149,9 @@ def test_damaged_machine_code_is_never_loaded(copy, trtllm):
     [
         ({"build_config__max_batch_size": 400}, "was edited"),
         ({"pretrained_config__vocab_size": 1000}, "was edited"),
-        ({"format_version": 2}, "format version 2"),
-        ({"backend": "cuda"}, "built for the backend 'cuda'"),
+        ({"format_version": 3}, "format version 3"),
+        ({"backend": "tpu"}, "built for the backend 'tpu'"),
+        ({"backend": "cuda"}, "was edited"),
     ],
 )
 def test_an_edited_engine_config(copy, trtllm, fields, words):
@@ -315,6 +316,10 @@ def test_a_chat_template_that_fails(copy, trtllm, template, code, words):
         (["hi", "--kv-cache-memory", "lots"], USAGE, ["2GiB or 512MB"]),
         (["hi", "--kv-cache-memory", "900TiB"], RESOURCE, ["900.0 TiB does not fit", "is free", "--kv-cache-memory"]),
         (["hi", "--kv-cache-memory", "1KiB"], RESOURCE, ["takes 8 blocks", "--max-seq-len", "--kv-cache-memory"]),
+        (["hi", "--kv-cache-free-gpu-memory-fraction", "2"], USAGE, ["2 is no share", "--kv-cache-free-gpu-memory"]),
+        (["hi", "--kv-cache-free-gpu-memory-fraction", "0.5"], USAGE, ["runs on the CPU", "--backend cuda"]),
+        (["hi", "--max-gpu-memory", "lots"], USAGE, ["2GiB or 512MB", "--max-gpu-memory"]),
+        (["hi", "--max-gpu-memory", "40GiB"], USAGE, ["runs on the CPU", "--max-gpu-memory"]),
         (["hi", "--scheduler-policy", "max_utilisation"], USAGE, ["did you mean max_utilization?"]),
         (["hi", "--output-file", "/proc/x"], RESOURCE, ["cannot write /proc/x", "--output-file"]),
     ],
@@ -361,7 +366,7 @@ def test_activations_that_memory_does_not_hold(tiny, trtllm):
         (["--weight-dtype", "int5"], ["did you mean int8?"]),
         (["--kernels", "nativ"], ["did you mean native?"]),
         (["--kv-cache-dtype", "fp4"], ["one of float32, bfloat16"]),
-        (["--backend", "cuda"], ["must be one of cpu"]),
+        (["--backend", "cud"], ["did you mean cuda?"]),
         (["--model-file", "nowhere.py"], ["no such file"]),
     ],
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from trtllm_cli.bench.metrics import Distribution, RequestRecord
 from trtllm_cli.bench.report import (
     DatasetSection,
+    GpuMemorySection,
     KvCacheSection,
     MachineSection,
     Report,
@@ -25,7 +26,7 @@ from trtllm_cli.bench.workload import Sample, check_fits
 from trtllm_cli.engine import BuildConfig, Engine
 from trtllm_cli.errors import UsageError
 from trtllm_cli.machine import default_threads
-from trtllm_cli.run.load import LoadOptions, load_executor, verify_aside
+from trtllm_cli.run.load import LoadOptions, gpu_memory, load_executor, verify_aside
 from trtllm_cli.run.request import SamplingParams
 from trtllm_cli.run.world import current
 
@@ -81,6 +82,7 @@ class Session:
         self.runner = runner
         self.executor = executor
         self.options = options
+        self._gpu_memory = gpu_memory(runner)  # before any step
         self._ids = itertools.count()
 
     @classmethod
@@ -91,10 +93,13 @@ class Session:
         engine = Engine.open(engine_dir)
         limits, world = _runtime_limits(engine.config.build_config, options), current()
         runner, executor = load_executor(engine, world, limits, options)
+        verified = verify_aside(engine, world) if verify else None
         try:
-            if verify:
-                verify_aside(engine, world).result()
+            if verified is not None:
+                verified.result()
         except BaseException:
+            if verified is not None:
+                verified.cancel()  # of an interrupt: what is left to read is not read
             executor.close()
             runner.close()
             raise
@@ -179,6 +184,13 @@ class Session:
             enable_chunked_prefill=options.enable_chunked_prefill,
         )
 
+    def gpu_memory(self) -> GpuMemorySection | None:
+        """The report's section on the GPU's memory; None on a CPU."""
+        if self._gpu_memory is None:
+            return None
+        tokens_per_block = self.executor.config.tokens_per_block
+        return GpuMemorySection.of(self._gpu_memory, self.executor.stats.blocks_total, tokens_per_block)
+
     def close(self) -> None:
         """Frees the engine."""
         self.executor.close()
@@ -244,6 +256,7 @@ def bench(
         warmup=warmup,
         concurrency=concurrency,
         with_streaming=with_streaming,
+        gpu_memory=session.gpu_memory(),
     )
     return report, measured
 

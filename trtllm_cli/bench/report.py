@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import RenderableType
@@ -28,9 +28,46 @@ from trtllm_cli.engine import Engine
 from trtllm_cli.machine import available_cores, cpu_name
 from trtllm_cli.version import __version__
 
+if TYPE_CHECKING:
+    from trtllm_cli.run.gpu_memory import GpuMemory
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GpuMemorySection(_Section):
+    """Where the GPU's memory went when the engine was loaded, in bytes."""
+
+    gpu: str
+    total: int
+    weights: int
+    activations: int
+    scratch: int  # of kernels; the steps' inputs
+    kv_cache: int
+    kv_cache_blocks: int
+    kv_cache_tokens: int  # that these hold
+    other: int  # the driver's own for this process; other processes
+    reserve: int  # left free for CUDA graphs and libraries
+    free: int  # beside that
+
+    @classmethod
+    def of(cls, memory: GpuMemory, num_blocks: int, tokens_per_block: int) -> GpuMemorySection:
+        """Of a GPU with a KV cache of so many blocks."""
+        needs = memory.needs
+        return cls(
+            gpu=memory.gpu,
+            total=memory.total,
+            weights=needs.weights,
+            activations=needs.activations,
+            scratch=needs.scratch,
+            kv_cache=memory.kv_cache,
+            kv_cache_blocks=num_blocks,
+            kv_cache_tokens=num_blocks * tokens_per_block,
+            other=memory.other,
+            reserve=memory.reserve,
+            free=memory.free - memory.reserve,
+        )
 
 
 class EngineSection(_Section):
@@ -47,9 +84,10 @@ class EngineSection(_Section):
     kv_cache_dtype: str
     max_input_length: int
     max_sequence_length: int
+    gpu_memory: GpuMemorySection | None  # None on a CPU
 
     @classmethod
-    def of(cls, engine: Engine) -> EngineSection:
+    def of(cls, engine: Engine, gpu_memory: GpuMemorySection | None = None) -> EngineSection:
         """An engine's section."""
         config, build = engine.config, engine.config.build_config
         return cls(
@@ -64,6 +102,7 @@ class EngineSection(_Section):
             kv_cache_dtype=build.kv_cache_dtype,
             max_input_length=build.max_input_len,
             max_sequence_length=build.max_seq_len,
+            gpu_memory=gpu_memory,
         )
 
 
@@ -208,11 +247,12 @@ def build_report(
     warmup: int,
     concurrency: int,
     with_streaming: bool,
+    gpu_memory: GpuMemorySection | None = None,
 ) -> Report:
     """The report of finished requests; at least one."""
     return Report(
         command=command,
-        engine=EngineSection.of(engine),
+        engine=EngineSection.of(engine, gpu_memory),
         world_info=world,
         request_info=RequestSection(
             num_requests=len(records),
@@ -245,6 +285,8 @@ def render(report: Report) -> Iterator[RenderableType]:
         ("KV cache", engine.kv_cache_dtype),
         ("Max input / sequence length", f"{engine.max_input_length} / {engine.max_sequence_length} tokens"),
     )
+    if engine.gpu_memory is not None:
+        yield _facts("GPU MEMORY", *_memory_rows(engine.gpu_memory))
     yield _facts(
         "WORLD + RUNTIME",
         ("Ranks", f"{world.world_size} (tp {world.tp_size} × pp {world.pp_size})"),
@@ -286,6 +328,18 @@ def render(report: Report) -> Iterator[RenderableType]:
         ("Date", machine.date),
     )
     yield _facts("FORMULAS", *report.formulas.items())
+
+
+def _memory_rows(memory: GpuMemorySection) -> Iterator[tuple[str, str]]:
+    yield "GPU", f"{memory.gpu}, {human_bytes(memory.total)}"
+    yield "Weights", human_bytes(memory.weights)
+    yield "Activations", human_bytes(memory.activations)
+    yield "Scratch", human_bytes(memory.scratch)
+    held = f"{memory.kv_cache_blocks:,} blocks, {memory.kv_cache_tokens:,} tokens"
+    yield "KV cache", f"{human_bytes(memory.kv_cache)}: {held}"
+    yield "Driver, other processes", human_bytes(memory.other)
+    yield "Reserve for graphs, libraries", human_bytes(memory.reserve)
+    yield "Free", human_bytes(memory.free)
 
 
 def _performance_rows(report: Report) -> Iterator[tuple[str, str]]:

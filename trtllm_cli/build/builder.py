@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtllm_cli.artifact import human_bytes, writing
 from trtllm_cli.build.lowered import Lowered
-from trtllm_cli.build.passes import run_passes
+from trtllm_cli.build.passes import CUDA_PASSES, PASSES, run_passes
 from trtllm_cli.build.passes.quantize_kv_cache import quantize_kv_cache
 from trtllm_cli.build.write_ranks import Progress, write_ranks
 from trtllm_cli.checkpoint import Checkpoint
@@ -26,6 +26,8 @@ from trtllm_cli.engine import (
 )
 from trtllm_cli.errors import ResourceError, TrtllmError, UnsupportedError, UsageError
 from trtllm_cli.graph import Graph
+from trtllm_cli.kernels.cuda.driver import gpu_arch
+from trtllm_cli.kernels.cuda.kernel import ARCHITECTURES
 from trtllm_cli.kernels.linear_format import DEFAULT_GROUP_SIZE, INT8_GROUP_SIZE
 from trtllm_cli.kernels.rope_spec import RopeSpec
 from trtllm_cli.machine import available_cores
@@ -40,19 +42,24 @@ if TYPE_CHECKING:
 
 
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens, where the model itself allows more
-DEFAULT_MAX_NUM_TOKENS = 512  # a prefill chunk that keeps the CPU's caches busy and the others' latency low
+# On a CPU, a prefill chunk keeps the caches busy and the others' latency low; a GPU wants many rows at once.
+DEFAULT_MAX_NUM_TOKENS = {"cpu": 512, "cuda": 8192}
+DEFAULT_MAX_BATCH_SIZE = {"cpu": 8, "cuda": 256}
+DEFAULT_TOKENS_PER_BLOCK = {"cpu": 32, "cuda": 64}
+DEFAULT_ARCH = "sm_90a"
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """What `trtllm build` may be told. None: chosen from the checkpoint."""
 
-    backend: Backend = "cpu"
-    max_batch_size: int = 8
+    backend: Backend | None = None  # None: cuda where there is an NVIDIA GPU
+    arch: str | None = None  # cuda backend: what to compile for
+    max_batch_size: int | None = None
     max_seq_len: int | None = None
     max_num_tokens: int | None = None
     max_input_len: int | None = None
-    tokens_per_block: int = 32
+    tokens_per_block: int | None = None
     weight_dtype: WeightDType | None = None
     group_size: int | None = None
     kv_cache_dtype: KvCacheDType | None = None
@@ -85,8 +92,16 @@ class BuildReport:
 
 def plan_build(checkpoint_dir: Path, options: BuildOptions) -> BuildPlan:
     """Traces, rewrites and lowers every rank. Reads no weights and writes nothing."""
+    options = with_defaults(options)
     checkpoint = Checkpoint.open(checkpoint_dir)
     config = checkpoint.config
+    if options.backend == "cuda" and config.mapping.world_size > 1:
+        raise UnsupportedError(
+            "several GPUs are not supported yet by the cuda backend, and this checkpoint is for "
+            f"{config.mapping.world_size} ranks",
+            where=str(checkpoint_dir),
+            fix="convert without --tp-size and --pp-size, or build for CPUs: --backend cpu",
+        )
     notes: list[str] = []
     build_config = resolve(config, options, notes)
     define = load_model_file(options.model_file) if options.model_file else None
@@ -96,7 +111,7 @@ def plan_build(checkpoint_dir: Path, options: BuildOptions) -> BuildPlan:
         with checkpoint.tensors(rank) as file:
             check_tensors(traced, file)
         kv_quant = build_config.kv_cache_dtype if build_config.kv_cache_dtype in ("int8", "fp8") else None
-        graph = run_passes(quantize_kv_cache(traced, kv_quant))
+        graph = run_passes(quantize_kv_cache(traced, kv_quant), PASSES if options.backend == "cpu" else CUDA_PASSES)
         graphs.append(graph)
         lowered.append(_lower(graph, config, build_config, options))
     return BuildPlan(checkpoint, build_config, graphs, lowered, notes)
@@ -108,6 +123,7 @@ def build(
     """Compiles a checkpoint into an engine directory. Raises a TrtllmError and leaves nothing where it cannot."""
     started = time.perf_counter()
     with writing(output_dir, force=options.force, source=checkpoint_dir) as partial:
+        options = with_defaults(options)
         plan = plan_build(checkpoint_dir, options)
         config = plan.checkpoint.config
         total = sum(total_bytes(lowered.tensors.values()) for lowered in plan.lowered)
@@ -133,8 +149,31 @@ def build(
     return BuildReport(output_dir, plan, engine_bytes, time.perf_counter() - started)
 
 
+def with_defaults(options: BuildOptions) -> BuildOptions:
+    """The options with everything that follows from the machine and the backend."""
+    gpu = gpu_arch() if options.backend != "cpu" else None
+    backend: Backend = options.backend or ("cuda" if gpu else "cpu")
+    if backend == "cpu" and options.arch:
+        raise UsageError("--arch is for GPUs, and this engine is for the CPU", where="--arch", fix="add --backend cuda")
+    arch = (options.arch or gpu or DEFAULT_ARCH) if backend == "cuda" else None
+    if arch is not None and arch not in ARCHITECTURES:
+        near = {name.rstrip("a"): name for name in ARCHITECTURES}
+        arch = near.get(arch, arch)
+        if arch not in ARCHITECTURES:
+            raise UsageError(
+                f"{arch!r} is no GPU architecture that engines can be built for", where="--arch",
+                fix=f"give one of {', '.join(ARCHITECTURES)}",
+            )  # fmt: skip
+    batch = DEFAULT_MAX_BATCH_SIZE[backend] if options.max_batch_size is None else options.max_batch_size
+    block = DEFAULT_TOKENS_PER_BLOCK[backend] if options.tokens_per_block is None else options.tokens_per_block
+    return replace(options, backend=backend, arch=arch, max_batch_size=batch, tokens_per_block=block)
+
+
 def resolve(config: ModelConfig, options: BuildOptions, notes: list[str]) -> BuildConfig:
     """The engine's limits and dtypes: what was asked, else what fits the model. Raises UsageError for nonsense."""
+    options = with_defaults(options)
+    assert options.backend is not None
+    assert options.max_batch_size is not None
     _check_limits(config, options)
     longest = _longest(config)
     max_seq_len = options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
@@ -171,7 +210,8 @@ def resolve(config: ModelConfig, options: BuildOptions, notes: list[str]) -> Bui
     values = {
         "max_batch_size": options.max_batch_size,
         "max_seq_len": max_seq_len,
-        "max_num_tokens": options.max_num_tokens or max(DEFAULT_MAX_NUM_TOKENS, options.max_batch_size),
+        "max_num_tokens": options.max_num_tokens
+        or max(DEFAULT_MAX_NUM_TOKENS[options.backend], options.max_batch_size),
         "max_input_len": max_input_len,
         "tokens_per_block": options.tokens_per_block,
         "weight_dtype": weight_dtype,
@@ -219,7 +259,7 @@ def _check_limits(config: ModelConfig, options: BuildOptions) -> None:
             fix=f"give at most {narrow}; 32, 64 and 128 are usual",
         )
     tokens, batch = options.max_num_tokens, options.max_batch_size
-    if tokens is not None and tokens < batch:
+    if tokens is not None and batch is not None and tokens < batch:
         raise UsageError(
             f"max_num_tokens {tokens} is less than max_batch_size {batch}: "
             "a step could not hold one token of each request",
@@ -243,7 +283,9 @@ def _group_size(weight_dtype: WeightDType, options: BuildOptions) -> int | None:
         case "int4", 0:
             raise UsageError("int4 weights need groups", where="--group-size", fix="give 32, 64 or 128")
         case (("int4" | "int8"), None):
-            return DEFAULT_GROUP_SIZE if weight_dtype == "int4" else INT8_GROUP_SIZE
+            if weight_dtype == "int8":
+                return INT8_GROUP_SIZE
+            return 2 * INT8_GROUP_SIZE if options.backend == "cuda" else DEFAULT_GROUP_SIZE
         case (("int4" | "int8"), size):
             return size or None
         case _, None:
@@ -261,6 +303,15 @@ def _weight_dtype(config: ModelConfig, options: BuildOptions, notes: list[str]) 
             where="--weight-dtype",
             fix="leave the flag out, or convert again without --qformat",
         )
+    if options.backend == "cuda":
+        if options.weight_dtype == "float32":
+            raise UsageError(
+                "GPU engines compute in bfloat16, or in what the weights are quantized to", where="--weight-dtype",
+                fix="give bfloat16, int8 or int4, or leave the flag out",
+            )  # fmt: skip
+        if options.weight_dtype is None and config.dtype != "bfloat16":
+            notes.append(f"{config.dtype} weights become bfloat16, which is what GPU engines compute in")
+        return options.weight_dtype or "bfloat16"
     if options.weight_dtype is not None:
         return options.weight_dtype
     if config.dtype == "float16":
@@ -304,6 +355,12 @@ def _lower(graph: Graph, config: ModelConfig, build_config: BuildConfig, options
             from trtllm_cli.build.backends.cpu import lower
 
             return lower(graph, config, build_config, kernels=options.kernels)
+        case "cuda":
+            from trtllm_cli.build.backends.cuda import lower as lower_cuda
+
+            return lower_cuda(graph, config, build_config, options.arch or DEFAULT_ARCH)
+        case None:
+            raise AssertionError("see with_defaults")
 
 
 def _check_space(directory: Path, needed: int) -> None:

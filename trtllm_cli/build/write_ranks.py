@@ -9,11 +9,11 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trtllm_cli.artifact import os_errors, sha256
+from trtllm_cli.artifact import os_errors, tree_sha256
 from trtllm_cli.build.lowered import Lowered
 from trtllm_cli.engine import RankFile, program_digest
 from trtllm_cli.graph import Graph
-from trtllm_cli.machine import torch_threads
+from trtllm_cli.machine import available_cores, torch_threads
 from trtllm_cli.models.tensors import read_weight
 from trtllm_cli.tensor_file import ENGINE_ALIGNMENT, TensorFile, TensorFileWriter, total_bytes
 
@@ -49,11 +49,12 @@ def write_ranks(
     futures: list[Future[RankFile]] = []
     # Torch's threads are divided among the workers: more of them than cores only wait for each other.
     threads = max(1, torch.get_num_threads() // workers)
+    hashers = max(1, available_cores() // workers)
     with torch_threads(threads), ThreadPoolExecutor(workers, thread_name_prefix="trtllm-build") as pool:
         try:
             for rank, graph, lowered in ranks:
                 path = directory / f"rank{rank.rank}.engine"
-                futures.append(pool.submit(_write_rank, checkpoint, rank, graph, lowered, path, shared))
+                futures.append(pool.submit(_write_rank, checkpoint, rank, graph, lowered, path, hashers, shared))
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             shared.halted.set()
@@ -86,12 +87,12 @@ class _Shared:
 
 
 def _write_rank(
-    checkpoint: Checkpoint, rank: Rank, graph: Graph, lowered: Lowered, path: Path, shared: _Shared
+    checkpoint: Checkpoint, rank: Rank, graph: Graph, lowered: Lowered, path: Path, hashers: int, shared: _Shared
 ) -> RankFile:
-    """A rank's file, in a thread of its own."""
+    """A rank's file, in a thread of its own; its digest in `hashers` more."""
     try:
         _pack(checkpoint, rank, graph, lowered, path, shared)
-        return _rank_file(path)
+        return _rank_file(path, hashers, shared)
     except BaseException:
         shared.halted.set()  # here, before this thread goes on to the next rank
         raise
@@ -121,11 +122,14 @@ def _pack(checkpoint: Checkpoint, rank: Rank, graph: Graph, lowered: Lowered, pa
             shared.add(nbytes)
 
 
-def _rank_file(path: Path) -> RankFile:
-    """What config.json records of a rank's file."""
+def _rank_file(path: Path, threads: int, shared: _Shared) -> RankFile:
+    """What config.json records of a rank's file. Raises _HaltedError once another rank has failed."""
     with TensorFile(path) as file:
         program = program_digest(file)
-    return RankFile(name=path.name, size=path.stat().st_size, sha256=sha256(path), program_sha256=program)
+    tree = tree_sha256(path, threads, shared.halted.is_set)
+    if tree is None:
+        raise _HaltedError
+    return RankFile(name=path.name, size=path.stat().st_size, tree_sha256=tree, program_sha256=program)
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

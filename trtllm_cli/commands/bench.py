@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from trtllm_cli.commands import bench_dataset, launch_flags, model_flags
+from trtllm_cli.commands import bench_dataset, launch_flags, model_flags, random_flags
 from trtllm_cli.commands.launch_flags import LaunchFlags
 from trtllm_cli.commands.model_flags import ModelFlags
+from trtllm_cli.commands.random_flags import RandomFlags
 
 if TYPE_CHECKING:
     from trtllm_cli.bench.offline import Measurement, Progress, RuntimeOptions, Session
@@ -109,7 +110,23 @@ KvCacheMemory = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=_RUNTIME,
-        help="Memory of the KV cache, such as 2GiB. Default: what a full batch needs, in at most half of what is free.",
+        help="Memory of the KV cache, such as 2GiB. Default: what a full batch needs, in at most half of what is free; "
+        "on a GPU, most of what is free.",
+    ),
+]
+GpuMemoryFraction = Annotated[
+    float | None,
+    typer.Option(
+        "--kv-cache-free-gpu-memory-fraction",
+        rich_help_panel=_RUNTIME,
+        help="On a GPU: the KV cache's share of the memory that is free once all else is there. Default: 0.9.",
+    ),
+]
+MaxGpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_RUNTIME,
+        help="On a GPU: most memory for weights, activations, KV cache and 1 GiB for libraries, such as 40GiB.",
     ),
 ]
 MaxNumBlocks = Annotated[
@@ -153,6 +170,9 @@ Json = Annotated[bool, typer.Option("--json", rich_help_panel=_REPORT, help="Pri
 def throughput(
     engine_dir: EngineDir = None,
     model: Model = None,
+    random_weights: random_flags.Name = None,
+    num_layers: random_flags.NumLayers = None,
+    qformat: random_flags.QFormat = None,
     revision: model_flags.Revision = None,
     offline: model_flags.Offline = False,
     token: model_flags.Token = None,
@@ -177,6 +197,8 @@ def throughput(
     max_num_tokens: MaxNumTokens = None,
     num_threads: NumThreads = None,
     kv_cache_memory: KvCacheMemory = None,
+    kv_cache_free_gpu_memory_fraction: GpuMemoryFraction = None,
+    max_gpu_memory: MaxGpuMemory = None,
     max_num_blocks: MaxNumBlocks = None,
     prefix_cache: PrefixCache = False,
     chunked_prefill: ChunkedPrefill = True,
@@ -200,12 +222,15 @@ def throughput(
 
         trtllm bench throughput --engine-dir engine --dataset data.jsonl --concurrency 8 --report-json report.json
 
+        trtllm bench throughput --random-weights llama-3.1-8b --qformat fp8 --max-seq-len 2048
+
         mpirun -n 4 trtllm bench throughput --engine-dir engine_tp2_pp2
     """
     _measure(
         "throughput",
         engine_dir,
         model,
+        RandomFlags(random_weights, num_layers, qformat),
         ModelFlags(revision, offline, token, dtype, weight_dtype, max_seq_len, None if engine_dir else max_batch_size),
         _Workload(dataset, num_requests, input_len, output_len, seed),
         _runtime(
@@ -217,6 +242,8 @@ def throughput(
             enable_chunked_prefill=chunked_prefill,
             kv_cache_memory=kv_cache_memory,
             max_num_blocks=max_num_blocks,
+            kv_cache_free_gpu_memory_fraction=kv_cache_free_gpu_memory_fraction,
+            max_gpu_memory=max_gpu_memory,
         ),
         _Outputs(report_json, output_json, request_json, iteration_log, json_),
         LaunchFlags(launch, hostfile, mpirun_args),
@@ -230,6 +257,9 @@ def throughput(
 def latency(
     engine_dir: EngineDir = None,
     model: Model = None,
+    random_weights: random_flags.Name = None,
+    num_layers: random_flags.NumLayers = None,
+    qformat: random_flags.QFormat = None,
     revision: model_flags.Revision = None,
     offline: model_flags.Offline = False,
     token: model_flags.Token = None,
@@ -244,6 +274,8 @@ def latency(
     warmup: Warmup = 2,
     num_threads: NumThreads = None,
     kv_cache_memory: KvCacheMemory = None,
+    kv_cache_free_gpu_memory_fraction: GpuMemoryFraction = None,
+    max_gpu_memory: MaxGpuMemory = None,
     prefix_cache: PrefixCache = False,
     report_json: ReportJson = None,
     output_json: OutputJson = None,
@@ -261,14 +293,23 @@ def latency(
         trtllm bench latency --engine-dir engine --num-requests 10 --input-len 128 --output-len 64
 
         trtllm bench latency --engine-dir engine --dataset data.jsonl --report-json report.json
+
+        trtllm bench latency --random-weights llama-3.2-1b --weight-dtype int8
     """
     _measure(
         "latency",
         engine_dir,
         model,
+        RandomFlags(random_weights, num_layers, qformat),
         ModelFlags(revision, offline, token, dtype, weight_dtype, max_seq_len),
         _Workload(dataset, num_requests, input_len, output_len, seed),
-        _runtime(num_threads=num_threads, kv_cache_memory=kv_cache_memory, enable_prefix_cache=prefix_cache),
+        _runtime(
+            num_threads=num_threads,
+            kv_cache_memory=kv_cache_memory,
+            kv_cache_free_gpu_memory_fraction=kv_cache_free_gpu_memory_fraction,
+            max_gpu_memory=max_gpu_memory,
+            enable_prefix_cache=prefix_cache,
+        ),
         _Outputs(report_json, output_json, request_json, iteration_log, json_),
         LaunchFlags(launch, hostfile, mpirun_args),
         warmup=warmup,
@@ -354,6 +395,7 @@ def _measure(
     command: Literal["throughput", "latency"],
     engine_dir: Path | None,
     model: str | None,
+    random: RandomFlags,
     how: ModelFlags,
     workload: _Workload,
     options: RuntimeOptions,
@@ -367,6 +409,8 @@ def _measure(
     from trtllm_cli.bench.offline import Session, bench
 
     workload.check()
+    if (shape := random.read(engine_dir=engine_dir, model=model)) is not None:
+        model, how = str(shape[0]), replace(how, random=shape[1], qformat=random.qformat)
     how.check(engine_dir, model)
     if ranks.start_or_follow(engine_dir, _load_options(options)):
         return

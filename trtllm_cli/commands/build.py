@@ -18,19 +18,40 @@ def build(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the engine goes.")] = Path(
         "engine_outputs"
     ),
-    backend: Annotated[str, typer.Option(help="What the engine runs on: cpu.")] = "cpu",
-    max_batch_size: Annotated[int, typer.Option(help="Most sequences in a step.")] = 8,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="What the engine runs on: cpu or cuda. Default: cuda where there is an NVIDIA GPU, else cpu."
+        ),
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU to compile for: sm_90a (H100, H200), sm_80, sm_89, sm_100a or sm_120a. Default: this machine's, "
+            "else sm_90a."
+        ),
+    ] = None,
+    max_batch_size: Annotated[
+        int | None, typer.Option(help="Most sequences in a step.", show_default="8 on a CPU, 256 on a GPU")
+    ] = None,
     max_seq_len: Annotated[
         int | None,
         typer.Option(help="Most tokens of a request, prompt and output. Default: what the model allows, up to 4096."),
     ] = None,
     max_num_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a step; longer prompts are prefilled in chunks. Default: 512.")
+        int | None,
+        typer.Option(
+            help="Most tokens of a step; longer prompts are prefilled in chunks.",
+            show_default="512 on a CPU, 8192 on a GPU",
+        ),
     ] = None,
     max_input_len: Annotated[
         int | None, typer.Option(help="Most tokens of a prompt. Default: as --max-seq-len.")
     ] = None,
-    tokens_per_block: Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")] = 32,
+    tokens_per_block: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a block of the KV cache.", show_default="32 on a CPU, 64 on a GPU"),
+    ] = None,
     weight_dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16, int8 or int4 (weight-only). Default: as the checkpoint has them."),
@@ -66,14 +87,17 @@ def build(
 ) -> None:
     """Compile a checkpoint into an engine.
 
-    The model is traced to a graph, rewritten, lowered to kernels for this machine's CPU, and its weights are packed the
-    way those kernels read them. The engine needs no model code and no compiler to run.
+    The model is traced to a graph, rewritten, lowered to kernels, and its weights are packed the way those kernels read
+    them: for this machine's CPU, or for an NVIDIA GPU, which need not be in this machine. The engine needs no model
+    code and no compiler to run.
 
     Examples:
 
         trtllm build --checkpoint-dir ckpt --output-dir engine --max-batch-size 8 --max-seq-len 2048
 
         trtllm build --checkpoint-dir ckpt --output-dir engine-int4 --weight-dtype int4
+
+        trtllm build --checkpoint-dir ckpt --output-dir engine-h200 --backend cuda --arch sm_90a
 
         trtllm build --checkpoint-dir ckpt-tp8 --output-dir engine-tp8 --workers 2
 
@@ -86,6 +110,7 @@ def build(
 
     options = builder.BuildOptions(
         backend=choice(backend, Backend, "--backend"),
+        arch=arch,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
         max_num_tokens=max_num_tokens,

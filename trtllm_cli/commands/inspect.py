@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from trtllm_cli.engine import BuildConfig
     from trtllm_cli.graph import Graph
     from trtllm_cli.mapping import Rank
     from trtllm_cli.model_config import ModelConfig
@@ -29,6 +34,7 @@ class Inspection:
     next_command: str
     more: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # kind -> ranks that work together
+    kernels: list[dict[str, Any]] = field(default_factory=list)  # of a cuda engine
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -42,6 +48,7 @@ class Inspection:
             "parameters_by_dtype": _by_dtype(self.tensors),
             **self.more,
             **({"rank_groups": self.groups} if self.groups else {}),
+            **({"kernels": self.kernels} if self.kernels else {}),
             "next_command": self.next_command,
         }
 
@@ -115,8 +122,9 @@ def _engine(path: Path, rank: int, verify: bool, *, want_graph: bool) -> tuple[I
         plan = engine.plan(file)
         traced = Graph.from_json(json.loads(file.metadata["graph"])) if want_graph else None
         tensors = dict(file.tensors)
+        data_bytes = file.data_range[1]
     config = engine.config
-    more = {
+    more: dict[str, Any] = {
         "backend": config.backend,
         "target": config.target,
         "built_by": config.version,
@@ -124,10 +132,54 @@ def _engine(path: Path, rank: int, verify: bool, *, want_graph: bool) -> tuple[I
         "limits": config.build_config.model_dump(exclude_none=True),
         "verified": verify,
     }
+    kernels = []
+    if config.backend == "cuda":
+        more["gpu_memory"] = _gpu_memory(plan, data_bytes, config.build_config)
+        kernels = _gpu_kernels(plan)
     next_command = run_command(path, config.pretrained_config.mapping.world_size)
     shown = config.pretrained_config.model_dump(mode="json", exclude_defaults=True)
     groups = _groups(config.pretrained_config)
-    return Inspection("engine", str(path), shown, _files(path), tensors, next_command, more, groups), traced
+    return Inspection("engine", str(path), shown, _files(path), tensors, next_command, more, groups, kernels), traced
+
+
+def _gpu_memory(plan: dict[str, Any], data_bytes: int, limits: BuildConfig) -> dict[str, int]:
+    """Bytes that a cuda engine takes on its GPU."""
+    from trtllm_cli.run.gpu_memory import GpuNeeds
+
+    needs = GpuNeeds.of(plan, data_bytes, limits)
+    block = sum(k + v for k, v in plan["kv"])
+    return {
+        "weights": needs.weights,
+        "activations": needs.activations,
+        "scratch": needs.scratch,
+        "kv_cache_per_token": block // limits.tokens_per_block,
+        "kv_cache_of_max_seq_len": block * -(-limits.max_seq_len // limits.tokens_per_block),
+    }
+
+
+def _gpu_kernels(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The kernels of a cuda plan: what each is, how it is tiled, what it takes of a multiprocessor."""
+    used: Counter[int] = Counter(
+        launch["kernel"]
+        for step in [*plan["steps"], *plan["sampling"].values()]
+        for _, launches in step["ways"]
+        for launch in launches
+        if "kernel" in launch
+    )
+    return [
+        {
+            "kernel": f"{kernel['source']['module']}.{kernel['source']['function']}",
+            "launches": used[i],  # in the plan; a step takes one way of each node
+            "constants": dict(kernel["source"]["constants"]),
+            "num_warps": kernel["num_warps"],
+            "num_stages": kernel["source"]["num_stages"],
+            "registers": kernel["registers"],
+            "spills": kernel["spills"],
+            "shared": kernel["shared"],
+            "cubin": kernel["size"],
+        }
+        for i, kernel in enumerate(plan["kernels"])
+    ]
 
 
 def _checkpoint(path: Path, rank: int, verify: bool, *, want_graph: bool) -> tuple[Inspection, Graph | None]:
@@ -228,6 +280,8 @@ def _print(found: Inspection, *, list_tensors: bool) -> None:
     out.print(f"{found.kind}: {found.path} ({len(found.files)} files, {total})", markup=False)
     table = Table(show_header=False)
     for key, value in {**found.config, **found.more}.items():
+        if key == "gpu_memory":
+            value = ", ".join(f"{name.replace('_', ' ')} {human_bytes(n)}" for name, n in value.items())
         text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
         table.add_row(key, text if len(text) <= 300 else text[:300] + " ...")
     for dtype, count in _by_dtype(found.tensors).items():
@@ -242,8 +296,48 @@ def _print(found: Inspection, *, list_tensors: bool) -> None:
         for kind, groups in found.groups.items():
             ranks.add_row(kind, str(len(groups[0])), "  ".join(",".join(map(str, group)) for group in groups))
         out.print(ranks)
+    if found.kernels:
+        out.print(_kernel_table(found.kernels))
     if list_tensors:
         listing = Table("tensor", "dtype", "shape")
         for name, info in found.tensors.items():
             listing.add_row(name, info.dtype, str(list(info.shape)))
         out.print(listing)
+
+
+_TILES = re.compile(r"B[MNK]|BLOCK(_[GMNQ])?|TILE|TOKENS|(NUM_)?SPLITS?")  # constants that say how a kernel is tiled
+
+
+def _kernel_table(kernels: list[dict[str, Any]]) -> Table:
+    """A line for each function, with all that its specializations have; --json has each of them by itself."""
+    from rich.table import Table
+
+    from trtllm_cli.artifact import human_bytes
+
+    by_function: dict[str, list[dict[str, Any]]] = {}
+    for k in kernels:
+        by_function.setdefault(k["kernel"].rpartition(".")[2], []).append(k)
+    table = Table()
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("tiles", overflow="fold")
+    for heading in ("kinds", "warps", "registers", "shared"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, group in sorted(by_function.items()):
+        tiles: dict[str, list[int]] = {}
+        for k in group:
+            for constant, value in k["constants"].items():
+                if _TILES.fullmatch(constant):
+                    tiles.setdefault(constant, []).append(value)
+        shown = "; ".join(f"{constant} {_distinct(values)}" for constant, values in tiles.items())
+        warps, registers = (_distinct(k[what] for k in group) for what in ("num_warps", "registers"))
+        if spilt := max(k["spills"] for k in group):
+            registers += f" ({spilt} B spilt)"
+        shared = human_bytes(max(k["shared"] for k in group))
+        table.add_row(name, shown, str(len(group)), warps, registers, shared)
+    return table
+
+
+def _distinct(values: Iterable[int]) -> str:
+    """Numbers in order, the middle of many left out."""
+    found = sorted(set(values))
+    return ", ".join(map(str, found)) if len(found) <= 3 else f"{found[0]} to {found[-1]}"

@@ -156,7 +156,21 @@ def run(
         typer.Option(
             rich_help_panel=_ENGINE,
             help="Memory of the KV cache, such as 2GiB. Default: what a full batch needs, in at most half of what "
-            "is free.",
+            "is free; on a GPU, most of what is free.",
+        ),
+    ] = None,
+    kv_cache_free_gpu_memory_fraction: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_ENGINE,
+            help="On a GPU: the KV cache's share of the memory that is free once all else is there. Default: 0.9.",
+        ),
+    ] = None,
+    max_gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_ENGINE,
+            help="On a GPU: most memory for weights, activations, KV cache and 1 GiB for libraries, such as 40GiB.",
         ),
     ] = None,
     max_num_blocks: Annotated[
@@ -241,6 +255,8 @@ def run(
         "num_threads": threads,
         "kv_cache_memory": kv_cache_memory,
         "max_num_blocks": max_num_blocks,
+        "kv_cache_free_gpu_memory_fraction": kv_cache_free_gpu_memory_fraction,
+        "max_gpu_memory": max_gpu_memory,
         "enable_prefix_cache": prefix_cache,
         "enable_chunked_prefill": chunked_prefill,
         "scheduler_policy": choice(scheduler_policy, ("max_utilization", "guaranteed_no_evict"), "--scheduler-policy"),

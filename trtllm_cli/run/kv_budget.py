@@ -1,4 +1,8 @@
-"""How many KV cache blocks to make: what was asked for, or what the engine can use and the machine can spare."""
+"""How many KV cache blocks to make: what was asked for, or what the engine can use and the machine can spare.
+
+In a machine's memory the default is what a full batch can use. A GPU's memory has nothing else to do, and blocks that
+no request uses keep prompts for later ones: there the default is most of what is free.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,14 @@ from typing import TYPE_CHECKING
 
 from trtllm_cli.artifact import human_bytes
 from trtllm_cli.errors import ResourceError, UsageError
+from trtllm_cli.run.gpu_memory import RESERVE
 
 if TYPE_CHECKING:
     from trtllm_cli.engine import BuildConfig
+    from trtllm_cli.run.gpu_memory import GpuMemory
 
 DEFAULT_SHARE = 0.5  # of the memory that is free once the weights are loaded
+DEFAULT_GPU_FRACTION = 0.9  # of a GPU's, once all but the KV cache is there; TensorRT-LLM's default
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -36,7 +43,7 @@ def num_blocks(
     (None: unknown). `memory` takes the place of both; `max_blocks` caps either. Raises ResourceError if not even one
     request of `max_seq_len` would fit, or if `memory` is more than there is.
     """
-    one = -(-config.max_seq_len // config.tokens_per_block)
+    one = _blocks_of_one(config)
     if memory is not None:
         if available is not None and memory > available:
             raise ResourceError(
@@ -56,13 +63,73 @@ def num_blocks(
         count, reason = max_blocks, f"the cap of {max_blocks} blocks is"
     if count < one:
         raise ResourceError(
-            f"the KV cache is too small: one request of max_seq_len {config.max_seq_len} takes {one} blocks "
-            f"({human_bytes(one * bytes_per_block)}), {reason} {count} ({human_bytes(count * bytes_per_block)})",
+            _too_small(config, bytes_per_block, count, reason),
             where="--kv-cache-memory",
             fix=f"give --kv-cache-memory {human_bytes(one * bytes_per_block).replace(' ', '')} or more, "
             "free some memory, or rebuild the engine with a lower --max-seq-len",
         )
     return count
+
+
+def num_gpu_blocks(
+    config: BuildConfig,
+    bytes_per_block: int,
+    gpu: GpuMemory,
+    *,
+    fraction: float | None = None,
+    memory: int | None = None,
+    cap: int | None = None,
+    max_blocks: int | None = None,
+) -> int:
+    """The number of blocks on a GPU, on which is everything but the KV cache.
+
+    As many as a `fraction` of what is free holds; `memory` (bytes) takes its place. RESERVE stays free in any case.
+    `cap` is on all bytes that the engine takes there, the reserve among them; `max_blocks` caps too. Raises
+    ResourceError if not even one request of `max_seq_len` would fit, or if `memory` is more than there is.
+    """
+    room, why = gpu.free - RESERVE, f"of {human_bytes(gpu.free)} free on the GPU {human_bytes(RESERVE)} is kept free"
+    if cap is not None and (left := cap - gpu.needs.total - RESERVE) < room:
+        room, why = left, f"{human_bytes(cap)} less {gpu.needs} and {human_bytes(RESERVE)} kept free"
+    room = max(0, room)
+    where, size, reason = "--max-gpu-memory" if cap is not None else None, room, f"{human_bytes(room)} ({why}) holds"
+    if memory is not None:
+        if memory > room:
+            raise ResourceError(
+                f"a KV cache of {human_bytes(memory)} does not fit: there is room for {human_bytes(room)} ({why})",
+                where="--kv-cache-memory",
+                fix=f"give less, or leave it out for what fits ({gpu.needs} are taken)",
+            )
+        where, size, reason = "--kv-cache-memory", memory, f"{human_bytes(memory)} of memory holds"
+    else:
+        fraction = DEFAULT_GPU_FRACTION if fraction is None else fraction
+        if (share := int(gpu.free * fraction)) < room:
+            where, size = "--kv-cache-free-gpu-memory-fraction", share
+            reason = f"{fraction:g} of the {human_bytes(gpu.free)} free on the GPU holds"
+    count = size // bytes_per_block
+    if max_blocks is not None and max_blocks < count:
+        count, where, reason = max_blocks, "--max-num-blocks", f"the cap of {max_blocks} blocks is"
+    if count < _blocks_of_one(config):
+        raise ResourceError(
+            _too_small(config, bytes_per_block, count, reason),
+            where=where,
+            fix=(f"give a higher {where}, " if where else "")
+            + "end what else runs on the GPU (see nvidia-smi), or rebuild the engine with a lower --max-seq-len or "
+            f"with --kv-cache-dtype fp8 ({gpu.needs} are taken)",
+        )
+    return count
+
+
+def _blocks_of_one(config: BuildConfig) -> int:
+    """Of a request of max_seq_len."""
+    return -(-config.max_seq_len // config.tokens_per_block)
+
+
+def _too_small(config: BuildConfig, bytes_per_block: int, count: int, reason: str) -> str:
+    one = _blocks_of_one(config)
+    return (
+        f"the KV cache is too small: one request of max_seq_len {config.max_seq_len} takes {one} blocks "
+        f"({human_bytes(one * bytes_per_block)}), {reason} {count} ({human_bytes(count * bytes_per_block)})"
+    )
 
 
 def available_memory() -> int | None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from trtllm_cli.engine import Engine
 from trtllm_cli.errors import EngineError, TrtllmError, UsageError, describe_error
-from trtllm_cli.run.load import LoadOptions, load_executor, serve_rank, verify_aside
+from trtllm_cli.run.load import LoadOptions, gpu_memory, load_executor, serve_rank, verify_aside
 from trtllm_cli.run.outputs import LiveRequest, accumulate, named_error
 from trtllm_cli.run.request import CompletionOutput, RequestOutput, RequestTimes, SamplingParams
 from trtllm_cli.run.step_loop import StepLoop
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from trtllm_cli.engine import BuildConfig
     from trtllm_cli.run.backends import Runner
     from trtllm_cli.run.executor import Executor, ExecutorStats
+    from trtllm_cli.run.gpu_memory import GpuMemory
     from trtllm_cli.run.outputs import Sink
     from trtllm_cli.run.scheduler import Policy
     from trtllm_cli.run.world import World
@@ -56,22 +57,29 @@ class _Model:
         enable_prefix_cache: bool = True,
         enable_chunked_prefill: bool = True,
         scheduler_policy: Policy = "max_utilization",
+        kv_cache_free_gpu_memory_fraction: float | None = None,
+        max_gpu_memory: int | str | None = None,
     ) -> None:
         """Opens the engine and loads it.
 
         `tokenizer_dir` takes the place of the engine's own. `kv_cache_memory` is bytes, or text such as "2GiB"; by
         default the cache holds max_batch_size requests of max_seq_len, in at most half of the free memory.
-        `max_num_blocks` caps it. The rank file's SHA-256 is checked meanwhile: the first result waits for it.
+        `max_num_blocks` caps it. On a GPU the cache takes `kv_cache_free_gpu_memory_fraction` (0.9) of what is free
+        once all else is there, and `max_gpu_memory` caps all that the engine takes. The rank file's SHA-256 is checked
+        meanwhile: the first result waits for it.
 
         Under mpirun every rank's program comes here. Rank 0 goes on with it and leads; the others serve rank 0 until it
         closes the engine, and then exit. `num_threads` and `kv_cache_memory` are each rank's.
         """
         options = LoadOptions(
-            num_threads, kv_cache_memory, max_num_blocks, enable_prefix_cache, enable_chunked_prefill, scheduler_policy
-        )
+            num_threads, kv_cache_memory, max_num_blocks, enable_prefix_cache, enable_chunked_prefill, scheduler_policy,
+            kv_cache_free_gpu_memory_fraction, max_gpu_memory,
+        )  # fmt: skip
         options.check()
         self.engine = Engine.open(Path(engine_dir))
+        options.check_for(self.engine)
         config = self.engine.config
+        self.gpu_memory: GpuMemory | None = None  # where a GPU's memory went when the engine was loaded
         world = join_for(self.engine)
         if world.rank != 0:
             serve_rank(self.engine, world, options)
@@ -81,6 +89,7 @@ class _Model:
             runner, executor = load_executor(self.engine, world, self.build_config, options, eos.result)
             self.num_blocks = executor.stats.blocks_total
             self.kv_cache_bytes = self.num_blocks * runner.bytes_per_block
+            self.gpu_memory = gpu_memory(runner)
             return runner, executor
 
         self._loop = StepLoop(load, verify_aside(self.engine, world))

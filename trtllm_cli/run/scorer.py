@@ -10,9 +10,9 @@ import torch
 
 from trtllm_cli.engine import Engine
 from trtllm_cli.errors import UnsupportedError
-from trtllm_cli.run import kv_budget
 from trtllm_cli.run.backends import Runner, load_runner
 from trtllm_cli.run.communicator import SingleRank
+from trtllm_cli.run.load import LoadOptions, cache_blocks
 from trtllm_cli.run.model_inputs import ModelInputs
 
 
@@ -42,10 +42,7 @@ class EngineScorer:
         try:
             limits = engine.config.build_config
             one = -(-limits.max_seq_len // limits.tokens_per_block)
-            available = kv_budget.available_memory()
-            runner.allocate_kv_cache(
-                kv_budget.num_blocks(limits, runner.bytes_per_block, memory=None, max_blocks=one, available=available)
-            )
+            runner.allocate_kv_cache(cache_blocks(runner, limits, LoadOptions(max_num_blocks=one)))
             return cls(engine, runner)
         except BaseException:
             runner.close()

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trtllm_cli.run.outputs import LiveRequest
 
 CLOSE_SECONDS = 10.0
+_CLOSED = "the engine was closed while it generated"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class StepLoop:
 
     def close(self) -> None:
         """Ends the requests under way and frees the runner. May be called twice."""
+        self._verified.cancel()  # what is left of the file is not read
         with self._lock:
             self._closing = True
             self._inbox.put(None)
@@ -108,7 +110,10 @@ class StepLoop:
                     if events:
                         self._verified.result()
                     self._deliver(executor, events)
-            self._fail(RuntimeError("the engine was closed while it generated"))
+            self._fail(RuntimeError(_CLOSED))
+        except CancelledError:  # by `close`, while a step's tokens waited for the file's check
+            self._refuse_inbox()
+            self._fail(RuntimeError(_CLOSED))
         except BaseException as e:
             with self._lock:
                 self._error = e

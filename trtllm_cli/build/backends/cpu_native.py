@@ -12,7 +12,7 @@ import torch
 from trtllm_cli.build.backends.cpu_native_attention import AttentionSteps
 from trtllm_cli.build.backends.cpu_native_linears import LinearSteps
 from trtllm_cli.build.backends.cpu_native_rows import RowSteps
-from trtllm_cli.build.backends.cpu_weights import FLOAT_BYTES
+from trtllm_cli.build.backends.weights import FLOAT_BYTES
 from trtllm_cli.build.passes.plan_buffers import plan_buffers
 from trtllm_cli.engine import KERNELS
 from trtllm_cli.errors import UnsupportedError

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from trtllm_cli.build.backends.cpu_weights import Lowering
+from trtllm_cli.build.backends.weights import Lowering
 from trtllm_cli.build.passes.plan_buffers import BufferPlan
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trtllm_cli.build.backends.cpu_weights import FLOAT_BYTES, Lowering
+from trtllm_cli.build.backends.weights import FLOAT_BYTES, Lowering
 from trtllm_cli.build.lowered import Packing, ReadWeight
 from trtllm_cli.functional import NUM_LOGITS, NUM_TOKENS
 from trtllm_cli.graph import Node

@@ -5,20 +5,26 @@ Order matters in one place: gate and up are merged before dead weights are dropp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from trtllm_cli.build.passes.drop_dead import drop_dead
 from trtllm_cli.build.passes.fuse_add_norm import fuse_add_norm
 from trtllm_cli.build.passes.fuse_gate_up import fuse_gate_up
+from trtllm_cli.build.passes.fuse_quantize import fuse_quantize
 from trtllm_cli.build.passes.fuse_rope_append import fuse_rope_append
+from trtllm_cli.build.passes.join_scaled_halves import join_scaled_halves
 from trtllm_cli.graph import Graph
 
-PASSES: tuple[Callable[[Graph], Graph], ...] = (fuse_gate_up, fuse_rope_append, fuse_add_norm, drop_dead)
+Pass = Callable[[Graph], Graph]
+PASSES: tuple[Pass, ...] = (fuse_gate_up, fuse_rope_append, fuse_add_norm, drop_dead)
+CUDA_PASSES: tuple[Pass, ...] = (
+    join_scaled_halves, fuse_gate_up, fuse_rope_append, fuse_add_norm, fuse_quantize, drop_dead
+)  # fmt: skip
 
 
-def run_passes(graph: Graph) -> Graph:
+def run_passes(graph: Graph, passes: Sequence[Pass] = PASSES) -> Graph:
     """The graph after every pass, checked after each."""
-    for rewrite in PASSES:
+    for rewrite in passes:
         graph = rewrite(graph)
         graph.check()
     return graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from trtllm_cli.functional import NUM_LOGITS, NUM_TOKENS
@@ -30,8 +31,10 @@ class BufferPlan:
         return sum(sizes[b.rows] * b.width for b in self.buffers)
 
 
-def plan_buffers(graph: Graph) -> BufferPlan:
+def plan_buffers(graph: Graph, size_of: Callable[[str], int] = lambda _: 1) -> BufferPlan:
     """Gives each node output a buffer: the best fitting one that is free, widened if need be, or a new one.
+
+    Widths are in elements, or with `size_of`, a tensor's bytes an element, in bytes.
 
     A sum takes its residual's buffer over when that is read for the last time there, as does what is made of each
     element by itself.
@@ -48,11 +51,12 @@ def plan_buffers(graph: Graph) -> BufferPlan:
             rows, width = graph.tensors[name].shape
             assert isinstance(rows, str)
             assert isinstance(width, int)
+            width *= size_of(name)
             heir = _inherited(node.op, node.inputs, node.outputs, name)
-            if heir in of and last_read[heir] == i and graph.tensors[heir].shape == (rows, width):
+            if heir in of and last_read[heir] == i and _same_size(graph, heir, name, size_of):
                 of[name], taken_over = of[heir], heir
             elif free[rows]:
-                index = min(free[rows], key=lambda b: (widths[b] < width, abs(widths[b] - width)))
+                index = min(free[rows], key=lambda b: (widths[b] < width, abs(widths[b] - width), b))
                 free[rows].remove(index)
                 widths[index] = max(widths[index], width)
                 of[name] = index
@@ -64,6 +68,10 @@ def plan_buffers(graph: Graph) -> BufferPlan:
             if last_read.get(name, i) <= i and name != taken_over:
                 free[rows_of[of[name]]].add(of[name])
     return BufferPlan(tuple(Buffer(r, w) for r, w in zip(rows_of, widths, strict=True)), of)
+
+
+def _same_size(graph: Graph, a: str, b: str, size_of: Callable[[str], int]) -> bool:
+    return graph.tensors[a].shape == graph.tensors[b].shape and size_of(a) == size_of(b)
 
 
 def _inherited(op: str, inputs: dict[str, str], outputs: tuple[str, ...], name: str) -> str:

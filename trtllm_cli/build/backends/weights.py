@@ -1,4 +1,4 @@
-"""What both ways of the cpu backend share: the format of each weight in the engine, and how it is made."""
+"""What the backends share: the format of each weight in the engine, and how it is made."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Stack:
 
 @dataclass
 class Lowering:
-    """What the two ways share: the weights' formats and how each is packed."""
+    """Keeps the weights' formats and how each is packed."""
 
     graph: Graph
     build_config: BuildConfig

@@ -1,0 +1,176 @@
+"""Attention on the GPU: rotary positions, the cache's append, and the kernels for decode and prefill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trtllm_cli.build.backends.cuda_program import TYPES, CudaLowering, Dim, Launch
+from trtllm_cli.functional import NUM_SEQS, NUM_TOKENS
+from trtllm_cli.graph import Node
+from trtllm_cli.kernels.reference import v_head_dim
+
+_KV_DTYPES = {"bfloat16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
+_FEW = 64  # tokens up to which a program appends few heads of one token, so that there are programs enough
+# By how many sequences there are: programs that share one's cache, warps of a program, tokens that it takes at once.
+# Few sequences want to be spread over the machine; many want small programs, so that many wait for memory at once
+# (measured on an H200 with benchmarks/h200/attention.py).
+_DECODE = ((1, 16, 4, 64), (2, 16, 4, 64), (4, 16, 4, 64), (8, 8, 4, 64), (16, 4, 2, 64), (32, 2, 2, 64),
+           (64, 1, 2, 64), (None, 1, 1, 32))  # fmt: skip
+
+
+class AttentionLaunches(CudaLowering):
+    """Launches of kernels/triton/{rope_append,decode_attention,prefill_attention}.py."""
+
+    def _rope_append(self, node: Node) -> None:
+        a = node.attrs
+        heads, kv_heads, dim = a["num_heads"], a["num_kv_heads"], a["head_dim"]
+        table, spec = self.add_rope_table(a["rope"]) if "rope" in a else (None, None)
+        norms = {
+            f"{role}_ptr": self.vector(node.inputs[role]) if role in node.inputs else ("*bf16", None)
+            for role in ("q_norm", "k_norm")
+        }
+        args = {
+            "qkv_ptr": (self.type_of(node.inputs["qkv"]), self.ref(node.inputs["qkv"])),
+            **norms,
+            "table_ptr": ("*fp32", table), "positions_ptr": ("*i32", "i:positions"),
+            "q_ptr": (self.type_of(node.output), self.ref(node.output)), **self._caches(node), **self._appended(),
+            "eps": ("fp32", float(a.get("eps", 0.0))),
+        }  # fmt: skip
+        constants: dict[str, Any] = {
+            "NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, "HEAD_DIM": dim,
+            "BLOCK_SIZE": self.build_config.tokens_per_block, "DIM": spec.dim if spec else 0,
+            "NEOX": spec is None or spec.layout == "neox", "NORM": "q_norm" in node.inputs,
+            "KV_QUANT": self._is_quantized(node),
+        }  # fmt: skip
+
+        def way(tokens: int, some: int) -> list[Launch]:
+            grid: list[Dim] = [[NUM_TOKENS, tokens], -(-heads // some) + 2 * -(-kv_heads // some)]
+            return [
+                self.launch(
+                    "rope_append", "rope_append", grid, args, TOKENS=tokens, HEADS=some, **constants
+                )
+            ]  # fmt: skip
+
+        self.ways(node.op, NUM_TOKENS, [(_FEW, way(1, 4)), (None, way(4, 4))])
+
+    def _attention(self, node: Node) -> None:
+        a = node.attrs
+        kv_heads = a["num_kv_heads"]
+        args = {
+            "k_ptr": (self.type_of(node.inputs["k"]), self.ref(node.inputs["k"])),
+            "v_ptr": (self.type_of(node.inputs["v"]), self.ref(node.inputs["v"])),
+            **self._caches(node), **self._appended(),
+        }  # fmt: skip
+
+        def way(tokens: int, some: int) -> list[Launch]:
+            grid: list[Dim] = [[NUM_TOKENS, tokens], 2 * -(-kv_heads // some)]
+            return [
+                self.launch(
+                    "rope_append", "append", grid, args, NUM_KV_HEADS=kv_heads, HEAD_DIM=a["head_dim"],
+                    V_HEAD_DIM=v_head_dim(a), BLOCK_SIZE=self.build_config.tokens_per_block,
+                    KV_QUANT=self._is_quantized(node), TOKENS=tokens, HEADS=some,
+                )
+            ]  # fmt: skip
+
+        self.ways("append", NUM_TOKENS, [(_FEW, way(1, 1)), (None, way(4, 4))])
+        self._paged_attention(node)
+
+    def _paged_attention(self, node: Node) -> None:
+        self._count_cache(node)
+        prefill = self._prefill(node)
+        ways = [(most, [self._decode(node, most, *tiles), prefill]) for most, *tiles in _DECODE]
+        self.ways(node.op, NUM_SEQS, ways)
+
+    def _decode(self, node: Node, most: int | None, splits: int, warps: int, block_n: int) -> Launch:
+        a = node.attrs
+        kv_heads, group = a["num_kv_heads"], a["num_heads"] // a["num_kv_heads"]
+        seqs = most or self.build_config.max_batch_size
+        block_g = 16 if group <= 16 else 32 if group <= 32 else 64
+        tiles = kv_heads * -(-group // block_g)
+        partial = counters = lse = None
+        if splits > 1:
+            rows = seqs * a["num_heads"] * splits
+            partial = self.room("attention partial", rows * v_head_dim(a) * 4)
+            lse = self.room("attention lse", rows * 4)
+            counters = self.room("attention counters", seqs * tiles * 4)
+        if self._width(node) > 256 or block_g > 16:  # wide heads, many of them: their tiles take many registers
+            warps = 8 if block_g * v_head_dim(a) > 64 * 256 else 4
+            block_n = 64 if self._width(node) <= 320 else 32
+        tile = self._tile_bytes(node, block_n)
+        stages = self.stages(max(2, min(3, (112 << 10) // tile)), tile)
+        args = self._common(node) | {
+            "partial_ptr": ("*fp32", partial), "lse_ptr": ("*fp32", lse), "counter_ptr": ("*i32", counters),
+        }  # fmt: skip
+        return self.launch(
+            "decode_attention", "decode_attention", [[NUM_SEQS, 1], tiles, splits], args,
+            num_warps=warps, num_stages=stages, BLOCK_G=block_g, BLOCK_N=block_n, NUM_SPLITS=splits,
+            **self._options(node),
+        )  # fmt: skip
+
+    def _prefill(self, node: Node) -> Launch:
+        a = node.attrs
+        group = a["num_heads"] // a["num_kv_heads"]
+        pack = max(p for p in (1, 2, 4, 8) if group % p == 0)
+        width = self._width(node)
+        rows = 128 if v_head_dim(a) <= 256 else 64  # what registers have room for
+        block_n, most = (64, 3) if width <= 256 else (64, 2) if width <= 320 else (32, 2) if width <= 512 else (16, 2)
+        stages = self.stages(most, self._tile_bytes(node, block_n))
+        args = self._common(node) | {"num_seqs": ("i32", f"n:{NUM_SEQS}")}
+        return self.launch(
+            "prefill_attention", "prefill_attention",
+            [a["num_heads"] // pack, [NUM_TOKENS, rows // pack, NUM_SEQS]], args, num_warps=8, num_stages=stages,
+            when="mixed", SKIP_DECODES=True, PACK=pack, BLOCK_Q=rows // pack, BLOCK_N=block_n, **self._options(node),
+        )  # fmt: skip
+
+    def _width(self, node: Node) -> int:
+        """Columns of a token's key and value in one head."""
+        return int(node.attrs["head_dim"]) + v_head_dim(node.attrs)
+
+    def _tile_bytes(self, node: Node, tokens: int) -> int:
+        """Of so many tokens' keys and values."""
+        return tokens * self._width(node) * (1 if self._is_quantized(node) else 2)
+
+    def _common(self, node: Node) -> dict[str, tuple[str, Any]]:
+        a = node.attrs
+        sinks = self.vector(node.inputs["sinks"]) if "sinks" in node.inputs else ("*bf16", None)
+        blocks = -(-self.build_config.max_seq_len // self.build_config.tokens_per_block)
+        out_scale = self.largest(node.inputs["out_scale"]) if "out_scale" in node.inputs else None
+        return {
+            "q_ptr": (self.type_of(node.inputs["q"]), self.ref(node.inputs["q"])), **self._caches(node),
+            "block_tables_ptr": ("*i32", "i:block_tables"), "query_start_ptr": ("*i32", "i:query_start"),
+            "seq_lens_ptr": ("*i32", "i:seq_lens"), "sinks_ptr": sinks, "out_scale_ptr": ("*fp32", out_scale),
+            "out_ptr": (self.type_of(node.output), self.ref(node.output)), "max_blocks": ("i32", blocks),
+            "scale": ("fp32", float(a["scale"])), "softcap": ("fp32", float(a.get("softcap") or 0.0)),
+        }  # fmt: skip
+
+    def _options(self, node: Node) -> dict[str, Any]:
+        a = node.attrs
+        return {
+            "NUM_KV_HEADS": a["num_kv_heads"], "GROUP": a["num_heads"] // a["num_kv_heads"], "HEAD_DIM": a["head_dim"],
+            "V_HEAD_DIM": v_head_dim(a), "BLOCK_SIZE": self.build_config.tokens_per_block,
+            "WINDOW": a.get("window") or 0, "SOFTCAP": bool(a.get("softcap")), "SINKS": "sinks" in node.inputs,
+            "KV_QUANT": self._is_quantized(node),
+        }  # fmt: skip
+
+    def _caches(self, node: Node) -> dict[str, tuple[str, Any]]:
+        kind, layer = TYPES[_KV_DTYPES[self.build_config.kv_cache_dtype]], node.attrs["layer"]
+        scale: str | None = None
+        if self._is_quantized(node):
+            scale = self.floats(node.inputs["kv_scale"]) if "kv_scale" in node.inputs else self.ones(2)
+        return {
+            "k_cache_ptr": (kind, f"k:{layer}"), "v_cache_ptr": (kind, f"v:{layer}"), "kv_scale_ptr": ("*fp32", scale)
+        }  # fmt: skip
+
+    def _appended(self) -> dict[str, tuple[str, Any]]:
+        return {"slot_mapping_ptr": ("*i32", "i:slot_mapping"), "num_tokens": ("i32", f"n:{NUM_TOKENS}")}
+
+    def _count_cache(self, node: Node) -> None:
+        """Notes what a block of this layer takes; layers come in order."""
+        a, size = node.attrs, self.build_config.tokens_per_block
+        assert a["layer"] == len(self.kv), "attention layers are not in order"
+        each = 2 if self.build_config.kv_cache_dtype == "bfloat16" else 1
+        per = a["num_kv_heads"] * size * each
+        self.kv.append((per * a["head_dim"], per * v_head_dim(a)))
+
+    def _is_quantized(self, node: Node) -> bool:
+        return node.attrs.get("kv_quant") is not None

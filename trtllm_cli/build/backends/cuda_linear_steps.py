@@ -1,0 +1,225 @@
+"""Linears on the GPU: our kernels for few tokens, cuBLASLt through torch for many; gate, up and activation as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from trtllm_cli.build.backends.cuda_linears import (
+    LinearLaunch,
+    LinearShape,
+    dequantized,
+    few_tokens,
+    pack_weight,
+    weight_only,
+)
+from trtllm_cli.build.backends.cuda_program import TYPES, Launch
+from trtllm_cli.build.backends.cuda_rows import BLOCK, RowLaunches
+from trtllm_cli.build.lowered import Packing, ReadWeight
+from trtllm_cli.graph import Node
+from trtllm_cli.kernels.linear_format import ROLES, LinearFormat
+from trtllm_cli.tensor_file import TensorInfo
+
+_FLOAT8 = "float8_e4m3fn"
+_APART = 16  # floats from one scale to the next: cuBLASLt wants them at multiples of 16 bytes
+
+
+class LinearLaunches(RowLaunches):
+    """Launches of kernels/triton/linear.py, and torch's matrix products."""
+
+    def _linear(self, node: Node) -> None:
+        if self._activation_after(node) is None:
+            self._steps_of_linear(node, None)
+
+    def _gated_act(self, node: Node) -> None:
+        linear = self.producers.get(node.inputs.get("x", ""))
+        if linear is not None and self._activation_after(linear) is node:
+            self._steps_of_linear(linear, node)
+        else:
+            super()._gated_act(node)
+
+    def _activation_after(self, node: Node) -> Node | None:
+        """The gated activation that is computed together with this linear: its only reader."""
+        readers = self.consumers.get(node.output, [])
+        if node.op == "linear" and len(readers) == 1 and readers[0].op == "gated_act" and "x" in readers[0].inputs:
+            return readers[0]
+        return None
+
+    def _steps_of_linear(self, node: Node, act: Node | None) -> None:
+        shape, weights = self._shape(node)
+        rows = self.rows(node.output)
+        many = self._many(node, act, shape, weights)
+        fuse = act is not None and act.attrs.get("out_quant", "none") != "token"
+        out = act.outputs[0] if act is not None and fuse else node.output
+        if fuse and act is not None:
+            shape = replace(shape, gated=act.attrs["activation"])
+        shape = replace(shape, out_type=TYPES[self.dtype(out)])
+        ways: list[tuple[int | None, list[Launch]]] = []
+        for most, few in few_tokens(shape):
+            launches = [self._few(node, few, out, weights, act if fuse else None, rows)]
+            if act is not None and not fuse:
+                launches.append(self.gated_launch(act))
+            ways.append((most, launches))
+        ways.append((None, many))
+        self.ways(node.op if act is None else f"{node.op}+{act.op}", rows, ways)
+
+    def _few(
+        self, node: Node, few: LinearLaunch, out: str, weights: Mapping[str, str], act: Node | None, rows: str
+    ) -> Launch:
+        values = {
+            "x": self.ref(node.inputs["x"]), "w": weights["weight"], "w_scale": weights.get("scale"),
+            "w_zero": weights.get("zero"), "x_scale": self._x_scale(node),
+            "bias": self.plain(node.inputs["bias"])[0] if "bias" in node.inputs else None, "residual": None,
+            "out_scale": self.largest(act.inputs["out_scale"]) if act and "out_scale" in act.inputs else None,
+            "y": self.ref(out), "num_tokens": f"n:{rows}",
+            "scratch": self.room("linear", few.scratch) if few.scratch else None,
+        }  # fmt: skip
+        grid = [dim if isinstance(dim, int) else [rows, dim[1]] for dim in few.grid]
+        args = {role if role == "num_tokens" else f"{role}_ptr": values[role] for role in few.operands}
+        return self.launch_source(few.source, grid, args)
+
+    def _many(self, node: Node, act: Node | None, shape: LinearShape, weights: Mapping[str, str]) -> list[Launch]:
+        """torch's product, of int8 and int4 weights after writing them as bfloat16."""
+        is_fp8, before, w = shape.form == "fp8", [], weights["weight"]
+        if weight_only(shape):
+            plain = dequantized(shape)
+            w = self.room("plain weight", shape.n * shape.k * 2)
+            values = {"w": weights["weight"], "w_scale": weights["scale"], "w_zero": weights.get("zero"), "out": w}
+            args = {f"{role}_ptr": values[role] for role in plain.operands}
+            before.append(self.launch_source(plain.source, list(plain.grid), args))
+        call: Launch = {
+            "call": "scaled_mm" if is_fp8 else "mm", "x": self.ref(node.inputs["x"]),
+            "x_dtype": _FLOAT8 if is_fp8 else "bfloat16", "w": w, "y": self.ref(node.output),
+            "y_dtype": self.dtype(node.output), "rows": self.rows(node.output), "n": shape.n, "k": shape.k,
+            "bias": self.plain(node.inputs["bias"])[0] if "bias" in node.inputs else None,
+        }  # fmt: skip
+        after = [] if act is None else [self.gated_launch(act)]
+        if call["bias"] is not None and call["y_dtype"] == "float32":  # which torch adds to bfloat16 only
+            call["bias"], after = None, [self._biased(node), *after]
+        if not is_fp8:
+            return [*before, call, *after]
+        call["x_scale"], call["x_scale_rows"] = self._x_scale(node), shape.x_scale == "row"
+        if "halves" not in weights:
+            call["w_scale"], call["w_scale_rows"] = weights["scale"], shape.w_scale == "row"
+            return [call, *after]
+        # Gate and up have a scale each: two products, up's rows behind the gate's.
+        assert act is not None, "stacked halves are gate and up"
+        half, itemsize = shape.n // 2, 2
+        up = [call["y"], call["rows"], half * itemsize]
+        common = {**call, "n": half, "w_scale_rows": False}
+        up_weight = {"w": [call["w"], None, half * shape.k], "w_scale": [weights["halves"], None, 4 * _APART]}
+        return [
+            {**common, "w_scale": [weights["halves"], None, 0]},
+            {**common, **up_weight, "y": up},
+            self.gated_launch(act, up),
+        ]
+
+    def _biased(self, node: Node) -> Launch:
+        """The addition of a linear's bias by itself."""
+        y, bias = self._out(node.output), self.plain(node.inputs["bias"])[::-1]
+        width = self.width(node.output)
+        args = {"x_ptr": y, "y_ptr": bias, "out_ptr": y}
+        return self.launch(
+            "rows", "binary", [self._dim(node.output), -(-width // BLOCK)], args, WIDTH=width, X_STRIDE=width,
+            Y_STRIDE=0, BLOCK=BLOCK, OP="add",
+        )  # fmt: skip
+
+    def _x_scale(self, node: Node) -> str | None:
+        name = node.inputs.get("x_scale")
+        if name is None:
+            return None
+        return self.largest(name) if name in self.graph.weights else self.ref(name)
+
+    def _shape(self, node: Node) -> tuple[LinearShape, dict[str, str]]:
+        """What the kernel is specialized for, and the packed weight's references by role."""
+        fmt = self._kernel_format(node)
+        n, k = self.width(node.output), self.width(node.inputs["x"])
+        x_scale = node.inputs.get("x_scale")
+        scales = self.graph.weights[node.inputs["scale"]].shape[-1] if "scale" in node.inputs else 0
+        is_fp8 = fmt.name == "fp8"
+        shape = LinearShape(
+            form={"bfloat16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "int4"}[fmt.name],  # type: ignore[arg-type]
+            n=n, k=k, group=(fmt.group_size or k) if fmt.name in ("int8", "int4") else 0, has_zero=fmt.has_zero,
+            w_scale=("one" if scales == 1 else "row") if is_fp8 else "none",
+            x_scale=("one" if x_scale in self.graph.weights else "row") if is_fp8 else "none",
+            has_bias="bias" in node.inputs, x_type=self.type_of(node.inputs["x"]),
+        )  # fmt: skip
+        return shape, self._pack(node, fmt, shape)
+
+    def _kernel_format(self, node: Node) -> LinearFormat:
+        """How the kernels read the weight; what they have no way for becomes bfloat16 in the engine."""
+        fmt = self.format_of(node)
+        n, k = self.width(node.output), self.width(node.inputs["x"])
+        match fmt.name:
+            case "fp8" if fmt.group_size is None and "x_scale" in node.inputs and n % 16 == k % 16 == 0:
+                return fmt  # cuBLASLt wants multiples of 16
+            case "int8" if k % (fmt.group_size or k) == 0 and (fmt.group_size or 64) % 64 == 0 and not fmt.has_zero:
+                return fmt
+            case "int4" if fmt.group_size in (64, 128) and k % fmt.group_size == 0:
+                return fmt
+        return LinearFormat("bfloat16")
+
+    def _pack(self, node: Node, fmt: LinearFormat, shape: LinearShape) -> dict[str, str]:
+        weight = node.inputs["weight"]
+        if fmt.name == "bfloat16" and "quant" not in node.attrs:
+            return {"weight": self.plain(weight)[0]}
+        stored = self.format_of(node)
+        halves = fmt.name == "fp8" and self.graph.weights[node.inputs["scale"]].shape[-1] not in (1, shape.n)
+
+        def make(read: ReadWeight) -> dict[str, torch.Tensor]:
+            stack = self.read_format(node, read)
+            parts = stack.one()
+            if fmt.name == "bfloat16":
+                return {"weight": stored.dequantize(parts, shape.k).bfloat16()}
+            made: dict[str, torch.Tensor] = {role: parts[role] for role in ROLES[:3] if role in parts}
+            for role in ("scale", "zero"):
+                if role in made:
+                    made[role] = made[role].float()
+            if fmt.name == "int8" and made["scale"].numel() < shape.n:  # one for all outputs, or for each half of them
+                made["scale"] = made["scale"].repeat_interleave(shape.n // made["scale"].numel())
+            if halves:
+                made["halves"] = made["scale"].new_zeros(2, _APART)
+                made["halves"][:, 0] = made["scale"]
+                made["scale"] = made["scale"].repeat_interleave(shape.n // made["scale"].numel())
+            return pack_weight(shape, made)
+
+        names = {role: f"{weight}.{role}.{fmt.name}" for role in self._packed_infos(fmt, shape, halves)}
+        infos = {names[role]: info for role, info in self._packed_infos(fmt, shape, halves).items()}
+        if names["weight"] not in self._packed:
+            self._packed.add(names["weight"])
+            self.packings.append(Packing(infos, lambda read: {names[role]: t for role, t in make(read).items()}))
+        return {role: f"w:{name}" for role, name in names.items()}
+
+    def _packed_infos(self, fmt: LinearFormat, shape: LinearShape, halves: bool) -> dict[str, TensorInfo]:
+        """The packed tensors' shapes, by packing a weight without numbers."""
+        n, k = shape.n, shape.k
+        meta: dict[str, torch.Tensor] = {}
+
+        def empty(dtype: torch.dtype, *size: int) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device="meta")
+
+        match fmt.name:
+            case "bfloat16":
+                meta["weight"] = empty(torch.bfloat16, n, k)
+            case "fp8":
+                meta |= {
+                    "weight": empty(torch.float8_e4m3fn, n, k),
+                    "scale": empty(torch.float32, 1 if shape.w_scale == "one" else n),
+                }
+            case "int8":
+                meta |= {
+                    "weight": empty(torch.int8, n, k),
+                    "scale": empty(torch.float32, n, *([] if shape.group == k else [k // shape.group])),
+                }
+            case "int4":
+                groups = empty(torch.float32, n, k // shape.group)
+                meta |= {"weight": empty(torch.uint8, n, k // 2), "scale": groups} | (
+                    {"zero": groups} if shape.has_zero else {}
+                )
+        if halves:
+            meta["halves"] = empty(torch.float32, 2, _APART)
+        packed: dict[str, Any] = pack_weight(shape, meta) if fmt.name != "bfloat16" else meta
+        return {role: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for role, t in packed.items()}

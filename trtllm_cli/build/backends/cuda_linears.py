@@ -1,0 +1,260 @@
+"""Which kernel computes a linear for few tokens, with which tiles; for more the runtime calls cuBLASLt.
+
+The tiles were the fastest of a sweep on an H200 (benchmarks/h200/linear_sweep.py, which prints the rows of _TILES).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import log2
+from typing import Literal
+
+import torch
+
+from trtllm_cli.kernels.cuda.kernel import Constant, KernelSource
+
+Form = Literal["bf16", "fp8", "int8", "int4"]
+PerWhat = Literal["none", "one", "row"]
+Dim = int | tuple[str, int]  # a number, or a symbol and how many of it a program takes
+
+MOST_TOKENS = 64  # that any of the kernels here is for
+COUNTERS = 8192  # kernels/triton/linear.py's
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Everything about a linear that its kernel is specialized for. `n` counts both halves of a gated one."""
+
+    form: Form
+    n: int
+    k: int
+    group: int = 0  # inputs that share a scale, of int8 (0: all) and int4: 64 or 128
+    has_zero: bool = False
+    w_scale: PerWhat = "none"
+    x_scale: PerWhat = "none"
+    has_bias: bool = False
+    has_residual: bool = False
+    gated: str = ""  # the activation
+    x_type: str = "*bf16"
+    bias_type: str = "*bf16"
+    residual_type: str = "*fp32"
+    out_type: str = "*bf16"
+
+
+@dataclass(frozen=True)
+class LinearLaunch:
+    """A kernel and its grid; `operands` are the roles of its arguments, in order."""
+
+    source: KernelSource
+    grid: tuple[Dim, ...]
+    operands: tuple[str, ...]
+    scratch: int = 0  # bytes, role "scratch"; the first 4 * COUNTERS are zero at first, and the kernel leaves them zero
+
+
+# By form, then by outputs, inputs and whether gated, of Llama-3.1-8B: most tokens, kernel, its tiles as the functions
+# below take them. Left out is what cuBLASLt does as fast within 3%, with the 3 us that a gated activation by itself
+# takes; int8 and int4 compete with cuBLASLt on dequantized weights.
+_Way = tuple[int, str, tuple[int, ...]]
+_TILES: dict[str, dict[tuple[int, int, bool], list[_Way]]] = {
+    "bf16": {
+        (6144, 4096, False): [(1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 4, 1024, 4, 2))],
+        (4096, 4096, False): [
+            (1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 2, 2048, 4, 2)),
+            (16, "skinny", (16, 64, 128, 2, 5, 4)),
+        ],
+        (14336, 4096, True): [
+            (1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 2, 2048, 4, 2)),
+            (16, "skinny", (16, 64, 128, 1, 5, 4)), (64, "skinny", (64, 64, 128, 1, 4, 4)),
+        ],
+        (4096, 14336, False): [
+            (1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 2, 2048, 4, 2)),
+            (16, "skinny", (16, 64, 128, 2, 5, 4)), (64, "skinny", (64, 64, 128, 2, 4, 4)),
+        ],
+    },
+    "fp8": {
+        (6144, 4096, False): [
+            (1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 4, 2048, 4, 2)), (8, "fragment", (8, 1, 1, 4, 1, 8)),
+        ],
+        (4096, 4096, False): [(1, "vector", (1, 4, 2048, 4, 2)), (2, "vector", (2, 2, 2048, 4, 2))],
+        (14336, 4096, True): [
+            (1, "vector", (1, 4, 2048, 4, 2)), (2, "vector", (2, 2, 2048, 4, 2)), (8, "fragment", (8, 1, 1, 4, 1, 4)),
+            (16, "skinny", (16, 64, 128, 1, 6, 4)), (64, "skinny", (64, 64, 128, 1, 5, 4)),
+        ],
+        (4096, 14336, False): [(1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 4, 2048, 4, 2))],
+    },
+    "int4": {
+        (6144, 4096, False): [(8, "fragment", (8, 1, 2, 2, 1, 8)), (32, "fragment", (16, 1, 2, 4, 1, 4))],
+        (4096, 4096, False): [
+            (8, "fragment", (8, 1, 2, 4, 1, 8)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
+            (32, "fragment", (32, 1, 1, 4, 1, 8)),
+        ],
+        (14336, 4096, True): [
+            (8, "fragment", (8, 1, 2, 2, 1, 2)), (16, "fragment", (16, 1, 1, 2, 1, 4)),
+            (64, "fragment", (32, 2, 1, 1, 1, 4)),
+        ],
+        (4096, 14336, False): [
+            (8, "fragment", (8, 1, 2, 4, 1, 8)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
+            (64, "fragment", (32, 2, 1, 2, 1, 8)),
+        ],
+    },
+}  # fmt: skip
+
+
+def few_tokens(shape: LinearShape) -> list[tuple[int, LinearLaunch]]:
+    """(most tokens, launch), ascending: of the nearest measured shape; beyond the last one cuBLASLt is faster."""
+    outputs, gated = _outputs(shape), bool(shape.gated)
+
+    def distance(measured: tuple[int, int, bool]) -> float:
+        return abs(log2(measured[0] / outputs)) + abs(log2(measured[1] / shape.k)) + 100 * (measured[2] != gated)
+
+    table = _TILES["int4" if weight_only(shape) else shape.form]
+    ways = [(most, _adapted(shape, kernel, tiles)) for most, kernel, tiles in table[min(table, key=distance)]]
+    return [(most, way) for most, way in ways if way is not None]
+
+
+def _adapted(shape: LinearShape, kernel: str, tiles: tuple[int, ...]) -> LinearLaunch | None:
+    """The kernel with tiles that this shape allows, or None."""
+    if kernel == "vector":
+        bm, bn, bk, *rest = tiles
+        while shape.k % bk and bk > 64:
+            bn, bk = 2 * bn, bk // 2
+        return None if shape.k % bk else vector(shape, bm, bn, bk, *rest)
+    if kernel == "skinny":
+        bm, bn, bk, split, *rest = tiles
+        return skinny(shape, bm, bn, bk, split if _split_fits(shape, bm, bn) else 1, *rest)
+    bm, r, u, depth, split, warps = tiles
+    if shape.k % 16:
+        return None
+    if shape.form == "int8" or (weight_only(shape) and _group(shape) % (64 * u) and _group(shape) != shape.k):
+        u = 1  # a round of int8 then has as many bytes as one of int4, or groups are short
+    return fragment(shape, bm, r, u, depth, split if _split_fits(shape, bm, 16 * r) else 1, warps)
+
+
+def weight_only(shape: LinearShape) -> bool:
+    """Whether the weight is packed for the kernels, and cuBLASLt needs it dequantized."""
+    return shape.form in ("int8", "int4")
+
+
+def pack_weight(shape: LinearShape, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A weight's tensors by role as the kernels read them.
+
+    int8 and int4 become pieces in the order of kernels/triton/linear.py, their scales (and zeros) [ceil(N / 16),
+    groups, 16], one group where there is a scale per output.
+    """
+    packed = dict(parts)
+    if not weight_only(shape):
+        return packed
+    weight = parts["weight"]
+    rows, columns = _up(shape.n, 16), _up(shape.k, 64)
+    if shape.form == "int4":
+        numbers = weight.new_zeros(rows, columns)
+        numbers[: shape.n, : 2 * weight.shape[1]] = torch.stack([weight & 15, weight >> 4], -1).flatten(1)
+        # outputs as [blocks, 2, 8], inputs as [pieces, 2, 4, 2, 2, 2]: of the fourth, the two are in a byte
+        parted = numbers.unflatten(1, (-1, 2, 4, 2, 2, 2)).unflatten(0, (-1, 2, 8))
+        pieces = (parted[..., 0, :, :] | parted[..., 1, :, :] << 4).permute(0, 3, 2, 5, 4, 6, 7, 1)
+    else:
+        numbers = torch.zeros(rows, columns, dtype=torch.uint8, device=weight.device)
+        numbers[: shape.n, : shape.k] = weight.view(torch.uint8)
+        # outputs as [blocks, 2, 8], inputs as [pieces, 4, 2, 2, 2]
+        pieces = numbers.unflatten(1, (-1, 4, 2, 2, 2)).unflatten(0, (-1, 2, 8)).permute(0, 3, 2, 4, 6, 1, 7, 5)
+    packed["weight"] = pieces.contiguous().flatten()
+    for role in ("scale", "zero"):
+        if role in parts:
+            values = parts[role].float().reshape(shape.n, -1)
+            padded = values.new_ones(rows, values.shape[1])
+            padded[: shape.n] = values
+            packed[role] = padded.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+    return packed
+
+
+def dequantized(shape: LinearShape) -> LinearLaunch:
+    """The kernel that writes int8 or int4 weights as bf16 [N, K], role "out"."""
+    roles = ("w", "w_scale", "w_zero", "out")
+    u = 2 if _group(shape) % 128 == 0 or _group(shape) == shape.k else 1
+    source = KernelSource.of(
+        "linear", "dequantize_weight", _args(shape, roles), num_warps=4, num_stages=1, N=shape.n, K=shape.k, U=u,
+        FORM=shape.form, GROUP=_group(shape), HAS_ZERO=shape.has_zero, ASM=True, PDL=True,
+    )  # fmt: skip
+    return LinearLaunch(source, (-(-shape.n // 16), -(-shape.k // (64 * u))), roles)
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _outputs(shape: LinearShape) -> int:
+    return shape.n // 2 if shape.gated else shape.n
+
+
+def _group(shape: LinearShape) -> int:
+    return shape.group or shape.k
+
+
+def _split_fits(shape: LinearShape, bm: int, bn: int) -> bool:
+    """Whether there are counters for all output tiles."""
+    return -(-_outputs(shape) // bn) * -(-MOST_TOKENS // bm) <= COUNTERS
+
+
+_TYPES = {
+    "w_scale": "*fp32", "w_zero": "*fp32", "x_scale": "*fp32", "out_scale": "*fp32", "scratch": "*fp32", "out": "*bf16",
+    "num_tokens": "i32",
+}  # fmt: skip
+
+
+def _args(shape: LinearShape, roles: tuple[str, ...]) -> dict[str, str]:
+    plain = {"bf16": "*bf16", "fp8": "*fp8e4nv", "int8": "*i32", "int4": "*i32"}[shape.form]
+    types = {
+        **_TYPES, "x": shape.x_type, "w": plain, "bias": shape.bias_type, "residual": shape.residual_type,
+        "y": shape.out_type,
+    }  # fmt: skip
+    return {role if role == "num_tokens" else f"{role}_ptr": types[role] for role in roles}
+
+
+def _common(shape: LinearShape) -> dict[str, Constant]:
+    return {
+        "N": shape.n, "K": shape.k, "W_SCALE": shape.w_scale, "X_SCALE": shape.x_scale, "HAS_BIAS": shape.has_bias,
+        "HAS_RESIDUAL": shape.has_residual, "GATED": shape.gated, "PDL": True,
+    }  # fmt: skip
+
+
+def _scratch(shape: LinearShape, outputs: int, tokens: int, split: int) -> int:
+    """Bytes of a launch with tiles [outputs, tokens], up to MOST_TOKENS."""
+    if split == 1:
+        return 0
+    assert _split_fits(shape, tokens, outputs), "too many output tiles"
+    tiles = -(-_outputs(shape) // outputs) * -(-MOST_TOKENS // tokens)
+    return 4 * (COUNTERS + tiles * split * outputs * tokens * (2 if shape.gated else 1))
+
+
+def vector(shape: LinearShape, bm: int, bn: int, bk: int, warps: int, depth: int) -> LinearLaunch:
+    """At most bm tokens, bf16 or fp8, tiles [bn, bk], `depth` of them in flight."""
+    roles = ("x", "w", "w_scale", "x_scale", "bias", "residual", "out_scale", "y", "num_tokens")
+    source = KernelSource.of(
+        "linear", "vector_linear", _args(shape, roles), num_warps=warps, num_stages=1, BM=bm, BN=bn, BK=bk,
+        DEPTH=depth, **_common(shape),
+    )  # fmt: skip
+    return LinearLaunch(source, (-(-_outputs(shape) // bn), 1), roles)
+
+
+def skinny(shape: LinearShape, bm: int, bn: int, bk: int, split: int, stages: int, warps: int) -> LinearLaunch:
+    """Tiles [bn outputs, bm tokens] through shared memory, bf16 or fp8."""
+    roles = ("x", "w", "w_scale", "x_scale", "bias", "residual", "out_scale", "scratch", "y", "num_tokens")
+    source = KernelSource.of(
+        "linear", "skinny_linear", _args(shape, roles), num_warps=warps, num_stages=stages, BM=bm, BN=bn, BK=bk,
+        SPLIT=split, **_common(shape),
+    )  # fmt: skip
+    grid = (-(-_outputs(shape) // bn), ("num_tokens", bm), split)
+    return LinearLaunch(source, grid, roles, _scratch(shape, bn, bm, split))
+
+
+def fragment(shape: LinearShape, bm: int, r: int, u: int, depth: int, split: int, warps: int) -> LinearLaunch:
+    """Tiles [16 r outputs, bm tokens] straight to tensor cores, any form; K is a multiple of 16."""
+    roles = ("x", "w", "w_scale", "w_zero", "x_scale", "bias", "residual", "out_scale", "scratch", "y", "num_tokens")
+    source = KernelSource.of(
+        "linear", "fragment_linear", _args(shape, roles), num_warps=warps, num_stages=1, BM=bm, R=r, U=u, DEPTH=depth,
+        SPLIT=split, WARPS=warps, FORM=shape.form, GROUP=_group(shape), HAS_ZERO=shape.has_zero,
+        ASM=True, **_common(shape),
+    )  # fmt: skip
+    grid = (-(-_outputs(shape) // (16 * r)), ("num_tokens", bm), split)
+    return LinearLaunch(source, grid, roles, _scratch(shape, 16 * r, bm, split))

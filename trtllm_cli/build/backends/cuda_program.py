@@ -1,0 +1,208 @@
+"""What a cuda plan is made of, and the bookkeeping of a lowering: kernels, launches, scratch memory, weights.
+
+A plan is JSON:
+
+    kernels   entry, params and so on of each, and where its cubin lies in the tensor KERNELS
+    buffers   bytes of a row, and which symbol counts the rows
+    scratch   name -> bytes, zero at first
+    kv        bytes of a block: of each layer's k, then v
+    steps     {"op", "by", "ways": [[most, launches], ...]}: the first way whose `most` (None: any) is at least the
+              symbol `by`; a launch with "when": "mixed" is left out of steps in which every sequence has one token
+
+A launch is {"kernel", "grid", "args"}, args in the kernel's order, or {"call": "mm" | "scaled_mm", ...}: torch's. In a
+grid, [symbol, per] is ceil(symbol / per), and [symbol, per, other, times] (symbol // per + other) * times; `other` is a
+symbol or a number, `times` may be left out, and a symbol may be "SYMBOL*8". An argument is a number, None (no pointer),
+or a reference:
+
+    "b:N"  buffer     "w:NAME"  weight     "i:NAME"  step input     "s:NAME"  scratch     "n:SYMBOL"  a count
+    "k:L" "v:L"  a layer's cache           "last"  the tokens last sampled, by batch row
+    ["n", DIM]  a number as in a grid
+    ["b:N", SYMBOL, BYTES]  so many bytes for each of SYMBOL behind it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from trtllm_cli.build.backends.weights import Lowering
+from trtllm_cli.build.passes.plan_buffers import BufferPlan, plan_buffers
+from trtllm_cli.functional import NUM_TOKENS
+from trtllm_cli.graph import Graph, Node, TensorType
+from trtllm_cli.kernels.cuda.kernel import ARCHITECTURES, KernelSource
+from trtllm_cli.tensor_file import TensorInfo
+
+Dim = int | Sequence[Any]
+Launch = dict[str, Any]
+
+TYPES = {
+    "float32": "*fp32", "bfloat16": "*bf16", "float8_e4m3fn": "*fp8e4nv", "int8": "*i8", "uint8": "*u8", "int32": "*i32"
+}  # fmt: skip
+_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "int32": 4}
+RESIDUAL = "float32"  # the sum over the layers is kept in
+# Bytes of shared memory that a program may have, less what a kernel takes for other things than its tiles.
+_SHARED = {(8, 0): 160 << 10, (8, 9): 96 << 10, (9, 0): 224 << 10, (10, 0): 224 << 10, (12, 0): 96 << 10}
+
+
+@dataclass
+class CudaLowering(Lowering):
+    """The bookkeeping; what each op becomes is in the classes that derive from it."""
+
+    arch: str = "sm_90a"
+    kernels: dict[KernelSource, int] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    scratch: dict[str, int] = field(default_factory=dict)
+    kv: list[tuple[int, int]] = field(default_factory=list)
+
+    def prepare(self) -> None:
+        """Decides every tensor's dtype, and where it lives."""
+        self.residuals = _residuals(self.graph)
+        self.graph = _cast_inputs(self.graph, self.residuals)
+        self.buffers: BufferPlan = plan_buffers(_held(self.graph), lambda name: _BYTES[self.dtype(name)])
+        self.consumers = self.graph.consumers()
+        self.producers = self.graph.producers()
+
+    def dtype(self, name: str) -> str:
+        """Torch's name of what an activation is kept in: bfloat16 but for the residual stream, logits and numbers."""
+        kind = self.graph.tensors[name].dtype
+        if kind in ("int32", "float8_e4m3fn") or name in self.graph.outputs:
+            return "float32" if name in self.graph.outputs else kind
+        if name in self.residuals:
+            return RESIDUAL
+        return "float32" if name in self._routed or self._is_step(name) else "bfloat16"
+
+    def _is_step(self, name: str) -> bool:
+        """Whether it is the steps of quantized rows, or the weights of a token's experts."""
+        maker = next(node for node in self.graph.nodes if name in node.outputs)
+        return (maker.attrs.get("out_quant") == "token" and name == maker.outputs[-1]) or maker.op == "route"
+
+    def width(self, name: str) -> int:
+        """Elements of a row."""
+        width = self.graph.type_of(name).shape[-1]
+        assert isinstance(width, int)
+        return width
+
+    def rows(self, name: str) -> str:
+        """The symbol that counts a tensor's rows."""
+        return str(self.graph.type_of(name).shape[0])
+
+    def ref(self, name: str) -> str:
+        """A step input's or an activation's reference."""
+        return f"i:{name}" if name in self.graph.inputs else f"b:{self.buffers.of[name]}"
+
+    def type_of(self, name: str) -> str:
+        """Triton's type of a pointer to a step input or an activation."""
+        return "*i32" if name in self.graph.inputs else TYPES[self.dtype(name)]
+
+    def plain(self, weight: str) -> tuple[str, str]:
+        """A weight as it is, but floats in bfloat16: its reference, and Triton's type of a pointer to it."""
+        w = self.graph.weights[weight]
+        dtype = "int32" if w.dtype == "int32" else "bfloat16"
+        torch_dtype = getattr(torch, dtype)
+        return self.add(weight, TensorInfo(dtype, w.shape), lambda read: read(weight).to(torch_dtype)), TYPES[dtype]
+
+    def vector(self, weight: str) -> tuple[str, str]:
+        """A norm's weight, a bias, factors: Triton's type of a pointer to it, and its reference. float32 stays so."""
+        if self.graph.weights[weight].dtype == "float32":
+            return "*fp32", self.floats(weight)
+        return self.plain(weight)[::-1]
+
+    def floats(self, weight: str) -> str:
+        """A weight in float32: scales and the like."""
+        name, w = f"{weight}.float32", self.graph.weights[weight]
+        return self.add(name, TensorInfo("float32", w.shape), lambda read: read(weight).float())
+
+    def largest(self, weight: str) -> str:
+        """The one step of a qdq: the largest where there are several."""
+        name = f"{weight}.largest"
+        return self.add(name, TensorInfo("float32", (1,)), lambda read: read(weight).float().amax().reshape(1))
+
+    def ones(self, count: int) -> str:
+        """Float32 ones: scales of what has none."""
+        return self.add(f"ones.{count}", TensorInfo("float32", (count,)), lambda _: torch.ones(count))
+
+    def stages(self, most: int, tiles: int) -> int:
+        """Of a kernel's pipeline: as many as shared memory has room for, each `tiles` bytes."""
+        return max(1, min(most, _SHARED[ARCHITECTURES[self.arch]] // tiles))
+
+    def room(self, name: str, nbytes: int) -> str:
+        """Scratch memory of at least so many bytes, shared by those who name it alike."""
+        self.scratch[name] = max(self.scratch.get(name, 0), nbytes)
+        return f"s:{name}"
+
+    def launch(
+        self, module: str, function: str, grid: Sequence[Dim], args: dict[str, tuple[str, Any]], *, num_warps: int = 4,
+        num_stages: int = 3, when: str = "", **constants: Any,
+    ) -> Launch:  # fmt: skip
+        """A kernel's launch; `args` by name: Triton's type, and the value or reference."""
+        kinds = {name: kind for name, (kind, _) in args.items()}
+        source = KernelSource.of(
+            module, function, kinds, num_warps=num_warps, num_stages=num_stages, PDL=True, **constants
+        )
+        return self.launch_source(source, grid, {name: value for name, (_, value) in args.items()}, when=when)
+
+    def launch_source(
+        self, source: KernelSource, grid: Sequence[Dim], values: dict[str, Any], *, when: str = ""
+    ) -> Launch:
+        """A launch of a source that is made elsewhere; `values` by the arguments' names."""
+        if ARCHITECTURES[self.arch] < (9, 0):  # there is no programmatic dependent launch
+            source = source.without_pdl()
+        index = self.kernels.setdefault(source, len(self.kernels))
+        made: Launch = {"kernel": index, "grid": [*grid, 1, 1][:3], "args": values}
+        return {**made, "when": when} if when else made
+
+    def step(self, op: str, launches: list[Launch]) -> None:
+        """A node that is computed in one way."""
+        self.ways(op, NUM_TOKENS, [(None, launches)])
+
+    def ways(self, op: str, by: str, ways: Sequence[tuple[int | None, list[Launch]]]) -> None:
+        """A node that is computed in one of several ways."""
+        self.steps.append({"op": op, "by": by, "ways": [[most, launches] for most, launches in ways]})
+
+
+def _held(graph: Graph) -> Graph:
+    """The graph in which a gated activation also reads what the linear before it reads.
+
+    Both may be one kernel, whose output must not lie where its input is.
+    """
+    producers = graph.producers()
+    nodes = []
+    for node in graph.nodes:
+        linear = producers.get(node.inputs.get("x", "")) if node.op == "gated_act" else None
+        held = {"held": linear.inputs["x"]} if linear is not None and linear.op == "linear" else {}
+        nodes.append(replace(node, inputs={**node.inputs, **held}))
+    return graph.with_nodes(nodes)
+
+
+def _residuals(graph: Graph) -> set[str]:
+    """Tensors of the residual stream: the embedding, and what is made of it by adding and scaling."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        match node.op:
+            case "embedding" | "recv":
+                found.add(node.output)
+            case "add_rms_norm" | "add_layer_norm":
+                found.add(node.outputs[1])
+            case "add" | "scale" | "mul" | "gather_last":
+                if any(name in found for name in node.inputs.values()):
+                    found.add(node.output)
+    return found
+
+
+def _cast_inputs(graph: Graph, residuals: set[str]) -> Graph:
+    """The graph with a `cast` to bfloat16 where a linear reads the residual stream itself, as OLMo 2's do."""
+    nodes: list[Node] = []
+    tensors: dict[str, TensorType] = {}
+    for node in graph.nodes:
+        x = node.inputs.get("x", "")
+        if node.op in ("linear", "expert_linear", "head_linear") and x in residuals:
+            cast = f"{x}.cast"
+            if cast not in tensors:
+                tensors[cast] = graph.tensors[x]
+                nodes.append(Node("cast", {"x": x}, (cast,)))
+            node = replace(node, inputs={**node.inputs, "x": cast})
+        nodes.append(node)
+    return graph.with_nodes(nodes, tensors)

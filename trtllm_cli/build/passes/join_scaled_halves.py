@@ -1,0 +1,76 @@
+"""Joins gate and up where each has one scale for all its weights: FP8 with a scale per tensor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trtllm_cli.graph import Graph, Node, TensorType, Weight
+
+
+def join_scaled_halves(graph: Graph) -> Graph:
+    """`gated_act(linear(qdq(x, a), w1), linear(qdq(x, b), w2))` with one scale a weight becomes
+    `gated_act(linear(qdq(x, [a; b]), [w1; w2]))`, whose scale [2] is one for each half of the rows.
+
+    qdq takes the larger of its steps: the same numbers where both layers were calibrated on their input, which is the
+    same; where a checkpoint has two different ones, x is rounded as TensorRT-LLM rounds it, by the larger.
+    """
+    producers, consumers = graph.producers(), graph.consumers()
+    weights = dict(graph.weights)
+    tensors: dict[str, TensorType] = {}
+    replaced: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op != "gated_act" or "gate" not in node.inputs:
+            continue
+        halves = [producers.get(node.inputs[role]) for role in ("gate", "up")]
+        rounded = [producers.get(half.inputs["x"]) if half else None for half in halves]
+        if not _alike(graph, halves, rounded) or any(len(consumers[name]) != 1 for name in node.inputs.values()):
+            continue
+        (gate, up), (q_gate, q_up) = [h for h in halves if h], [q for q in rounded if q]
+        inputs = {}
+        for role in ("weight", "scale"):
+            inputs[role] = _join(weights, gate.inputs[role], up.inputs[role])
+        step = _join(weights, q_gate.inputs["scale"], q_up.inputs["scale"])
+        joint = f"{gate.output}.{up.output}"
+        kind = graph.type_of(gate.output)
+        width = kind.shape[-1]
+        assert isinstance(width, int)
+        tensors[joint] = TensorType(kind.dtype, (*kind.shape[:-1], 2 * width))
+        x = q_gate.output
+        replaced |= {id(q_gate): [], id(q_up): [], id(gate): [], id(up): []}
+        replaced[id(node)] = [
+            replace(q_gate, inputs={**q_gate.inputs, "scale": step}),
+            Node("linear", {"x": x, **inputs}, (joint,), gate.attrs),
+            Node("gated_act", {"x": joint}, node.outputs, node.attrs),
+        ]
+    nodes = [new for node in graph.nodes for new in replaced.get(id(node), [node])]
+    return Graph(graph.name, graph.inputs, weights, graph.nodes, graph.tensors, graph.outputs).with_nodes(
+        nodes, tensors
+    )
+
+
+def _alike(graph: Graph, halves: list[Node | None], rounded: list[Node | None]) -> bool:
+    """Whether both are linears of the same rounded input, each with one scale."""
+    (gate, up), (q_gate, q_up) = halves, rounded
+    if gate is None or up is None or q_gate is None or q_up is None or gate is up:
+        return False
+    readers = graph.consumers()
+    return (
+        gate.op == up.op == "linear"
+        and gate.attrs == up.attrs
+        and gate.inputs.keys() == up.inputs.keys() == {"x", "weight", "scale"}
+        and q_gate.op == q_up.op == "qdq"
+        and q_gate.attrs == q_up.attrs
+        and q_gate.inputs.keys() == q_up.inputs.keys() == {"x", "scale"}
+        and q_gate.inputs["x"] == q_up.inputs["x"]
+        and all(len(readers[q.output]) == 1 or q_gate is q_up for q in (q_gate, q_up))
+        and graph.type_of(gate.output) == graph.type_of(up.output)
+        and all(graph.weights[node.inputs["scale"]].shape == (1,) for node in (gate, up))
+    )
+
+
+def _join(weights: dict[str, Weight], first: str, second: str) -> str:
+    """The name of the two stacked."""
+    a, b = weights[first], weights[second]
+    name = f"{first}+{second.rsplit('.', 2)[-2]}"
+    weights[name] = Weight(a.dtype, (a.shape[0] + b.shape[0], *a.shape[1:]), a.parts + b.parts, a.shard)
+    return name

@@ -1,0 +1,293 @@
+"""The cuda backend at run time: loads cubins and weights, and enqueues steps. Nothing here compiles anything.
+
+A step is padded to the next of some sizes and is one launch of a CUDA graph, captured when a size is first met. A large
+step with prompts is enqueued kernel by kernel, while the device is busy, and captured when its size is met again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from trtllm_cli.engine import KERNELS
+from trtllm_cli.errors import EngineError, ResourceError
+from trtllm_cli.run.backends.cuda_device import CudaDevice, Device
+from trtllm_cli.run.backends.cuda_inputs import InputLayout, InputSlot
+from trtllm_cli.run.backends.cuda_program import Program, key_of
+from trtllm_cli.run.backends.cuda_weights import DeviceWeights
+from trtllm_cli.run.gpu_memory import ALIGNMENT, GpuMemory, GpuNeeds
+
+if TYPE_CHECKING:
+    from trtllm_cli.engine import Engine
+    from trtllm_cli.mapping import Rank
+    from trtllm_cli.run.backends import PendingTokens
+    from trtllm_cli.run.model_inputs import IntArray, ModelInputs
+    from trtllm_cli.run.request import SamplingParams
+    from trtllm_cli.run.sampling_inputs import SamplingInputs
+
+# Sequences of a decode step's graph: a step is padded to the next.
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+_MOST_AT_ONCE = 512  # tokens of a step with prompts that is captured when it is first met: the host would be too slow
+_GRAPH_STEP = 32  # tokens to which such a step is padded, larger ones to twice that
+_MOST_GRAPHS = 512  # each holds some hundred nodes
+_SLOTS = 3  # steps whose inputs are in host memory: two under way, and the one that is being filled
+
+
+def load(engine: Engine, rank: Rank, local_rank: int = 0) -> CudaRunner:
+    """The runner of a cuda engine.
+
+    Raises EngineError where it was compiled for another GPU, DeviceError without one.
+    """
+    device = CudaDevice(local_rank)
+    arch = engine.config.target.get("arch", "")
+    if arch != device.driver.arch:
+        raise EngineError(
+            f"the engine was compiled for {arch}, this GPU ({device.driver.name}) needs {device.driver.arch}",
+            where=str(engine.path / "config.json"),
+            fix=f"build it again: trtllm build --backend cuda --arch {device.driver.arch} --checkpoint-dir CKPT "
+            f"--output-dir {engine.path} --force",
+        )
+    return CudaRunner(engine, rank, device)
+
+
+class CudaRunner:
+    """One rank's program on one GPU."""
+
+    def __init__(self, engine: Engine, rank: Rank, device: Device) -> None:
+        self._device = device
+        self._limits = limits = engine.config.build_config
+        self._file = engine.tensors(rank)
+        self._plan = plan = engine.plan(self._file)
+        self._needs = GpuNeeds.of(plan, self._file.data_range[1], limits)
+        try:
+            self._needs.check_free(*device.free_memory(), limits)
+        except ResourceError:
+            self._file.close()
+            raise
+        image = self._view(KERNELS)
+        self._kernels = [device.load(k, bytes(image[k["offset"] : k["offset"] + k["size"]])) for k in plan["kernels"]]
+        self._weights = DeviceWeights(device, self._file)
+        self._rows = {"num_tokens": limits.max_num_tokens, "num_logits": limits.max_batch_size}
+        self._buffers = self._arena([self._rows[b["rows"]] * b["bytes"] for b in plan["buffers"]], "the activations")
+        names = list(plan["scratch"])
+        self._scratch = dict(zip(names, self._arena(list(plan["scratch"].values()), "scratch memory"), strict=True))
+        self._last = device.empty((limits.max_batch_size + 1) * 4, "the tokens")
+        self._last.zero_()
+        layouts = [InputLayout(limits, mixed=mixed) for mixed in (False, True)]
+        self._inputs = [device.empty(layout.size * 4, "a step's inputs").view(torch.int32) for layout in layouts]
+        self._layouts = layouts
+        self._slots = [
+            [InputSlot(device, layout, there) for _ in range(_SLOTS)]
+            for layout, there in zip(layouts, self._inputs, strict=True)
+        ]  # fmt: skip
+        self._results = [device.host(limits.max_batch_size * 4).view(torch.int32) for _ in range(_SLOTS)]
+        self._done: list[Callable[[], None]] = [lambda: None] * _SLOTS
+        self._turn = 0
+        self._kv: torch.Tensor | None = None
+        self._caches: list[tuple[int, int]] = []  # each layer's k and v: where they begin
+        self._programs: dict[Any, Program] = {}
+        self._graphs: dict[tuple[bool, int, int], Callable[[], None]] = {}
+        self._met: set[tuple[int, int]] = set()
+
+    @property
+    def bytes_per_block(self) -> int:
+        """See Runner."""
+        return sum(k + v for k, v in self._plan["kv"])
+
+    def gpu_memory(self) -> GpuMemory:
+        """See GpuRunner."""
+        free, total = self._device.free_memory()
+        return GpuMemory(self._device.name, total, free, self._needs, 0 if self._kv is None else len(self._kv))
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """See Runner. A layer's k, all blocks of it, then its v, then the next layer's."""
+        self._kv = self._device.empty(num_blocks * self.bytes_per_block, "the KV cache")
+        at = self._kv.data_ptr()
+        for k, v in self._plan["kv"]:
+            self._caches.append((at, at + k * num_blocks))
+            at += (k + v) * num_blocks
+        self._num_blocks = num_blocks
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See Runner."""
+        assert self._kv is not None
+        with self._device.active():
+            start = 0
+            for sizes in self._plan["kv"]:
+                for size in sizes:
+                    part = self._kv[start : start + size * self._num_blocks].view(self._num_blocks, size)
+                    for source, destination in pairs:
+                        part[destination].copy_(part[source])
+                    start += size * self._num_blocks
+
+    def forward(self, inputs: ModelInputs) -> npt.NDArray[np.float32] | None:
+        """See Runner."""
+        with self._device.active():
+            turn = self._enqueue(inputs, None)
+            if self._plan["output"] is None:
+                self._done[turn]()
+                return None
+            rows, width = len(inputs.logits_indices), self._plan["output_width"]
+            logits = self._tensor(self._plan["output"], "float32", (rows, width)).cpu()
+        return logits.numpy()[:, : self._plan["vocab_size"]]
+
+    def samples(self, params: SamplingParams) -> bool:
+        """See SamplingRunner."""
+        return (
+            params.logprobs is None
+            and params.repetition_penalty == 1.0
+            and not params.presence_penalty
+            and not params.frequency_penalty
+            and not params.min_tokens
+        )
+
+    def start(self, inputs: ModelInputs, sampling: SamplingInputs) -> PendingTokens:
+        """See SamplingRunner."""
+        with self._device.active():
+            turn = self._enqueue(inputs, sampling)
+        return _Tokens(self._done[turn], self._results[turn], len(sampling.rows))
+
+    def close(self) -> None:
+        """See Runner."""
+        self._programs.clear()
+        self._graphs.clear()
+        self._file.close()
+
+    def _enqueue(self, inputs: ModelInputs, sampling: SamplingInputs | None) -> int:
+        """Enqueues a step; the slot that it has taken."""
+        assert self._kv is not None, "allocate_kv_cache comes first"
+        turn = self._turn
+        self._turn = (turn + 1) % _SLOTS
+        self._done[turn]()
+        tokens, seqs, logits = inputs.num_tokens, inputs.num_seqs, len(inputs.logits_indices)
+        assert tokens <= self._limits.max_num_tokens
+        mixed = not (tokens == seqs == logits)
+        padded = self._padded(tokens, seqs, mixed)
+        is_graph = not mixed or tokens <= _MOST_AT_ONCE or self._is_known(padded)
+        if is_graph:
+            tokens, seqs = padded
+            logits = seqs
+        slot = self._slots[mixed][turn]
+        slot.fill(inputs, tokens, seqs, logits)
+        if sampling is not None:
+            slot.fill_sampling(sampling)
+        slot.upload(seqs)
+        counts = {"num_tokens": tokens, "num_seqs": seqs, "num_logits": logits}
+        if is_graph:
+            self._graph(counts, mixed)()
+        else:
+            self._program(self._plan["steps"], counts, mixed).run(counts)
+        if sampling is not None and len(sampling.rows):
+            self._sample(sampling, mixed)
+            self._results[turn][: len(sampling.rows)].copy_(
+                self._scratch["tokens"].view(torch.int32)[: len(sampling.rows)], non_blocking=True
+            )
+        self._done[turn] = self._device.record()
+        return turn
+
+    def _padded(self, tokens: int, seqs: int, mixed: bool) -> tuple[int, int]:
+        """A step's tokens and sequences as a graph has them."""
+        seqs = min(next((s for s in GRAPH_SIZES if s >= seqs), seqs), self._limits.max_batch_size)
+        step = _GRAPH_STEP if tokens <= _MOST_AT_ONCE else 2 * _GRAPH_STEP
+        return (min(-(-tokens // step) * step, self._limits.max_num_tokens) if mixed else seqs), seqs
+
+    def _is_known(self, padded: tuple[int, int]) -> bool:
+        """Whether a large step's size is met again: then capturing it pays."""
+        if padded in self._met:
+            return (True, *padded) in self._graphs or len(self._graphs) < _MOST_GRAPHS
+        self._met.add(padded)
+        return False
+
+    def _graph(self, counts: dict[str, int], mixed: bool) -> Callable[[], None]:
+        """What launches a step of these counts at once."""
+        key = (mixed, counts["num_tokens"], counts["num_seqs"])
+        if key not in self._graphs:
+            program = self._program(self._plan["steps"], counts, mixed)
+            program.run(counts)  # once by itself: libraries set themselves up, which a graph cannot capture
+            self._graphs[key] = self._device.capture(program.enqueue)
+        return self._graphs[key]
+
+    def _sample(self, sampling: SamplingInputs, mixed: bool) -> None:
+        counts = {"num_samples": len(sampling.rows)}
+        steps = [self._plan["sampling"]["plain"]]
+        if (sampling.top_k > 0).any() or (sampling.top_p < 1).any() or (sampling.min_p > 0).any():
+            steps.append(self._plan["sampling"]["filtered"])
+        self._program(steps, counts, mixed).run(counts)
+
+    def _program(self, steps: list[Any], counts: dict[str, int], mixed: bool) -> Program:
+        """The launches of a step that takes the ways of these counts."""
+        ways = key_of(steps, counts)
+        key = (mixed, len(steps), ways)
+        if key not in self._programs:
+            self._programs[key] = Program(
+                self._device, self._kernels, steps, lambda ref: self._address(ref, mixed), self._tensor, self._rows,
+                ways, mixed=mixed,
+            )  # fmt: skip
+        return self._programs[key]
+
+    def _address(self, ref: str | list[Any], mixed: bool = False) -> int:
+        """Where a reference of the plan is; see build/backends/cuda_program.py."""
+        if isinstance(ref, list):
+            return self._address(ref[0], mixed) + ref[2]
+        if ref == "last":
+            return self._last.data_ptr()
+        kind, _, name = ref.partition(":")
+        match kind:
+            case "b":
+                return self._buffers[int(name)].data_ptr()
+            case "w":
+                return self._weights.address(name)
+            case "s":
+                return self._scratch[name].data_ptr()
+            case "k" | "v":
+                return self._caches[int(name)][kind == "v"]
+        return self._inputs[mixed].data_ptr() + self._layouts[mixed].offsets[name] * 4
+
+    def _tensor(self, ref: str | list[Any], dtype: str, shape: tuple[int, int]) -> torch.Tensor:
+        """A tensor of this dtype and shape in a buffer or weight."""
+        where, offset = (ref[0], ref[2]) if isinstance(ref, list) else (ref, 0)
+        kind, _, name = where.partition(":")
+        match kind:
+            case "b":
+                base = self._buffers[int(name)]
+            case "s":
+                base = self._scratch[name]
+            case _:
+                base = self._weights.bytes_at(name)
+        kind_of = getattr(torch, dtype)
+        return base[offset : offset + shape[0] * shape[1] * kind_of.itemsize].view(kind_of).view(shape)
+
+    def _arena(self, sizes: list[int], what: str) -> list[torch.Tensor]:
+        """Zeroed memory of these sizes, in one piece."""
+        starts, total = [], 0
+        for size in sizes:
+            starts.append(total)
+            total += -(-size // ALIGNMENT) * ALIGNMENT
+        whole = self._device.empty(total, what)
+        with self._device.active():
+            whole.zero_()
+        return [whole[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+    def _view(self, name: str) -> memoryview:
+        if name not in self._file.tensors:
+            raise EngineError(
+                f"{self._file.path.name} has no tensor `{name}`", where=str(self._file.path), fix="rebuild the engine"
+            )
+        return self._file.view(name)
+
+
+class _Tokens:
+    """A step's tokens, on their way."""
+
+    def __init__(self, wait: Callable[[], None], result: torch.Tensor, count: int) -> None:
+        self._wait, self._result, self._count = wait, result, count
+
+    def tokens(self) -> IntArray:
+        """See PendingTokens."""
+        self._wait()
+        array: IntArray = self._result.numpy()[: self._count].copy()
+        return array

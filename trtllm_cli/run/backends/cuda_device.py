@@ -1,0 +1,182 @@
+"""What the cuda runner needs of a device: memory, launches, graphs, copies. torch has the memory and the streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from trtllm_cli.errors import DeviceError, ResourceError
+from trtllm_cli.kernels.cuda.driver import Driver, Launch
+from trtllm_cli.kernels.cuda.kernel import CompiledKernel
+
+
+class PreparedLaunch(Protocol):
+    """A kernel with its arguments."""
+
+    def resize(self, grid: Sequence[int], values: Sequence[tuple[int, int]]) -> None:
+        """Another grid, and other values of some of the arguments: (place, value)."""
+        ...
+
+    def enqueue(self) -> None:
+        """Runs it after what was enqueued before."""
+        ...
+
+
+class Device(Protocol):
+    """One GPU, or in tests what stands for it."""
+
+    torch_device: torch.device
+    name: str
+
+    def empty(self, nbytes: int, what: str) -> torch.Tensor:
+        """uint8 [nbytes] on the device. Raises ResourceError, naming `what` it is for, where there is no room."""
+        ...
+
+    def host(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] on the host, which the device copies from and to while the host goes on."""
+        ...
+
+    def load(self, kernel: dict[str, Any], cubin: bytes) -> Any:
+        """A kernel of the plan's table."""
+        ...
+
+    def prepare(self, kernel: Any, grid: Sequence[int], values: Sequence[int | float]) -> PreparedLaunch:
+        """A launch with these arguments: addresses and numbers."""
+        ...
+
+    def mm(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+        """`y = x @ w + bias`, bfloat16 but for y, which may be float32."""
+        ...
+
+    def scaled_mm(
+        self, x: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None,
+        y: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """`y = (x * x_scale) @ (w * w_scale) + bias`, x and w E4M3; scales [] each, or [rows, 1] and [1, columns]."""
+        ...
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """What enqueues again, in one call, all that `enqueue` does."""
+        ...
+
+    def active(self) -> Any:
+        """A context in which torch enqueues where the launches go."""
+        ...
+
+    def record(self) -> Callable[[], None]:
+        """Marks what is enqueued so far; calling what comes back waits for it."""
+        ...
+
+    def free_memory(self) -> tuple[int, int]:
+        """Bytes free, and in all."""
+        ...
+
+
+class CudaDevice:
+    """A GPU, by torch and the driver. Raises DeviceError where there is none."""
+
+    def __init__(self, index: int = 0) -> None:
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                "torch finds no NVIDIA GPU here" + ("" if torch.version.cuda else ": this torch is built without CUDA"),
+                fix="run where nvidia-smi lists a GPU, with a torch built for CUDA; "
+                "or build an engine with --backend cpu",
+            )
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch_device)
+        torch.cuda.init()
+        self.driver = Driver.open(index)
+        self.name = self.driver.name
+        self.stream = torch.cuda.Stream(self.torch_device)
+
+    def empty(self, nbytes: int, what: str) -> torch.Tensor:
+        """See Device."""
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.cuda.OutOfMemoryError:
+            free, total = self.free_memory()
+            from trtllm_cli.artifact import human_bytes
+
+            raise ResourceError(
+                f"no room on the GPU for {what}: {human_bytes(nbytes)} needed, {human_bytes(free)} of "
+                f"{human_bytes(total)} free",
+                fix="end what else runs on the GPU (see nvidia-smi), or lower --max-batch-size, --max-num-tokens or "
+                "--max-seq-len of the engine",
+            ) from None
+
+    def host(self, nbytes: int) -> torch.Tensor:
+        """See Device."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def load(self, kernel: dict[str, Any], cubin: bytes) -> Any:
+        """See Device."""
+        compiled = CompiledKernel(
+            entry=kernel["entry"], cubin=cubin, params=tuple(kernel["params"]), names=(), num_warps=kernel["num_warps"],
+            shared=kernel["shared"], uses_pdl=kernel["uses_pdl"], registers=0, spills=0,
+        )  # fmt: skip
+        return self.driver.load(compiled)
+
+    def prepare(self, kernel: Any, grid: Sequence[int], values: Sequence[int | float]) -> _StreamLaunch:
+        """See Device."""
+        return _StreamLaunch(kernel.prepare(grid, values), self.stream.cuda_stream)
+
+    def mm(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+        """See Device."""
+        if y.dtype == torch.float32:
+            assert bias is None
+            torch.mm(x, w, out_dtype=torch.float32, out=y)
+        elif bias is not None:
+            torch.addmm(bias, x, w, out=y)
+        else:
+            torch.mm(x, w, out=y)
+
+    def scaled_mm(
+        self, x: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None,
+        y: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """See Device."""
+        torch._scaled_mm(
+            x, w, scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=y.dtype, use_fast_accum=True, out=y
+        )
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """See Device."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            enqueue()
+        return graph.replay
+
+    def active(self) -> Any:
+        """See Device."""
+        return torch.cuda.stream(self.stream)
+
+    def record(self) -> Callable[[], None]:
+        """See Device."""
+        event = torch.cuda.Event()
+        event.record(self.stream)
+
+        def wait() -> None:
+            try:
+                event.synchronize()
+            except RuntimeError as e:
+                raise DeviceError(
+                    f"the GPU failed while it computed: {str(e).splitlines()[0]}",
+                    fix="see nvidia-smi and dmesg (Xid errors); start again, and if it repeats, report it with --debug",
+                ) from e
+
+        return wait
+
+    def free_memory(self) -> tuple[int, int]:
+        """See Device."""
+        return torch.cuda.mem_get_info(self.torch_device)
+
+
+class _StreamLaunch:
+    """A launch that always goes to one stream."""
+
+    def __init__(self, launch: Launch, stream: int) -> None:
+        self._launch = launch
+        launch.set_stream(stream)
+        self.resize, self.enqueue = launch.resize, launch.enqueue

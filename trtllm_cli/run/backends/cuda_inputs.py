@@ -1,0 +1,87 @@
+"""A step's inputs on their way to the device: packed into host memory, uploaded by one or two copies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+    from trtllm_cli.engine import BuildConfig
+    from trtllm_cli.run.backends.cuda_device import Device
+    from trtllm_cli.run.model_inputs import ModelInputs
+    from trtllm_cli.run.sampling_inputs import SamplingInputs
+
+_ALIGNMENT = 64  # elements: 256 bytes
+_PADDED_SLOT = -1
+
+
+class InputLayout:
+    """Where each input begins, in elements of four bytes.
+
+    Block tables come last, and only as many rows as there are.
+    """
+
+    def __init__(self, limits: BuildConfig, *, mixed: bool) -> None:
+        tokens = limits.max_num_tokens if mixed else limits.max_batch_size
+        seqs = limits.max_batch_size
+        self.max_blocks = -(-limits.max_seq_len // limits.tokens_per_block)
+        sizes = {
+            "query_start": seqs + 1, "seq_lens": seqs, "logits_indices": seqs,
+            "logits_rows": seqs, "rows": seqs, "seeds": 2 * seqs, "output_positions": seqs, "temperatures": seqs,
+            "top_k": seqs, "top_p": seqs, "min_p": seqs,
+            "input_ids": tokens, "positions": tokens, "slot_mapping": tokens, "block_tables": seqs * self.max_blocks,
+        }  # fmt: skip
+        self.offsets: dict[str, int] = {}
+        position = 0
+        for name, size in sizes.items():
+            self.offsets[name] = position
+            position += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.size = position
+        self.sizes = sizes
+
+
+class InputSlot:
+    """Host memory for one step's inputs, and the device memory that every step of its kind reads."""
+
+    def __init__(self, device: Device, layout: InputLayout, on_device: torch.Tensor) -> None:
+        import torch
+
+        self._layout = layout
+        self._pinned = device.host(layout.size * 4).view(torch.int32)
+        self._on_device = on_device
+        array: npt.NDArray[np.int32] = self._pinned.numpy()
+        self._views = {
+            name: array[start : start + layout.sizes[name]] for name, start in layout.offsets.items()
+        }  # fmt: skip
+
+    def fill(self, inputs: ModelInputs, num_tokens: int, num_seqs: int, num_logits: int) -> None:
+        """Writes a step's arrays, padded to these counts."""
+        views, tokens, seqs = self._views, inputs.num_tokens, inputs.num_seqs
+        for name, count, pad in (
+            ("input_ids", num_tokens, 0), ("positions", num_tokens, 0), ("slot_mapping", num_tokens, _PADDED_SLOT),
+            ("seq_lens", num_seqs, 0), ("query_start", num_seqs + 1, tokens), ("logits_indices", num_logits, 0),
+        ):  # fmt: skip
+            values = getattr(inputs, name)
+            views[name][: len(values)] = values
+            views[name][len(values) : count] = pad
+        tables = views["block_tables"].reshape(-1, self._layout.max_blocks)
+        tables[:seqs, : inputs.block_tables.shape[1]] = inputs.block_tables
+
+    def fill_sampling(self, sampling: SamplingInputs) -> None:
+        """Writes a step's sampling arrays."""
+        n = len(sampling.rows)
+        v = self._views
+        v["logits_rows"][:n], v["rows"][:n] = sampling.logits_rows, sampling.rows
+        v["seeds"][: 2 * n] = np.ascontiguousarray(sampling.seeds).view(np.int32)
+        v["output_positions"][:n], v["top_k"][:n] = sampling.positions, sampling.top_k
+        for name in ("temperatures", "top_p", "min_p"):
+            v[name][:n].view(np.float32)[:] = getattr(sampling, name)
+
+    def upload(self, num_seqs: int) -> None:
+        """Enqueues the copy."""
+        end = self._layout.offsets["block_tables"] + num_seqs * self._layout.max_blocks
+        self._on_device[:end].copy_(self._pinned[:end], non_blocking=True)

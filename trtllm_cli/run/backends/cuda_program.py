@@ -1,0 +1,157 @@
+"""The plan's steps with addresses for names: what one step of a kind enqueues. build/backends/cuda_program.py says what
+a plan is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from trtllm_cli.run.backends.cuda_device import Device
+
+Counts = Mapping[str, int]  # of tokens, sequences, logits, samples
+
+
+class Program:
+    """Launches for steps that take the same way at each node; `resize` it to a step's counts, then enqueue."""
+
+    def __init__(
+        self, device: Device, kernels: Sequence[Any], steps: Sequence[Mapping[str, Any]], address: Callable[[Any], int],
+        tensor: Callable[[Any, str, tuple[int, int]], torch.Tensor], most_rows: Counts, key: tuple[int, ...], *,
+        mixed: bool,
+    ) -> None:  # fmt: skip
+        """`address` gives a reference's address; `tensor` a tensor [rows, columns] of a dtype there.
+
+        `key`: see `key_of`.
+        """
+        self._parts: list[_Kernel | _Product] = []
+        for step, way in zip(steps, key, strict=True):
+            for launch in step["ways"][way][1]:
+                if launch.get("when") == "mixed" and not mixed:
+                    continue
+                if "kernel" in launch:
+                    self._parts.append(_Kernel(device, kernels, launch, address))
+                else:
+                    self._parts.append(_Product(device, launch, tensor, most_rows[launch["rows"]]))
+
+    def resize(self, counts: Counts) -> None:
+        """For a step of these counts."""
+        for part in self._parts:
+            part.resize(counts)
+
+    def enqueue(self) -> None:
+        """All launches, in order."""
+        for part in self._parts:
+            part.enqueue()
+
+    def run(self, counts: Counts) -> None:
+        """`resize` and `enqueue`, such that the device begins at once."""
+        for part in self._parts:
+            part.resize(counts)
+            part.enqueue()
+
+
+def key_of(steps: Sequence[Mapping[str, Any]], counts: Counts) -> tuple[int, ...]:
+    """Which way each node takes."""
+    return tuple(
+        next(i for i, (most, _) in enumerate(step["ways"]) if most is None or counts[step["by"]] <= most)
+        for step in steps
+    )
+
+
+class _Kernel:
+    """A launch of ours."""
+
+    def __init__(
+        self, device: Device, kernels: Sequence[Any], launch: Mapping[str, Any], address: Callable[[Any], int]
+    ) -> None:
+        self._grid = launch["grid"]
+        values, self._counted, self._moved = [], [], []
+        for place, value in enumerate(launch["args"]):
+            if isinstance(value, str) and value.startswith("n:"):
+                self._counted.append((place, [value[2:], 1]))
+                values.append(0)
+            elif isinstance(value, list) and value[0] == "n":
+                self._counted.append((place, value[1]))
+                values.append(0)
+            elif isinstance(value, list) and value[1] is not None:
+                self._moved.append((place, address(value[0]), value[1], value[2]))
+                values.append(0)
+            elif isinstance(value, (str, list)):
+                values.append(address(value))
+            else:
+                values.append(0 if value is None else value)
+        self._launch = device.prepare(kernels[launch["kernel"]], (1, 1, 1), values)
+
+    def resize(self, counts: Counts) -> None:
+        values = [(place, _extent(dim, counts)) for place, dim in self._counted]
+        values += [(place, base + counts[symbol] * size) for place, base, symbol, size in self._moved]
+        grid = [_extent(dim, counts) for dim in self._grid]
+        self._launch.resize(grid, values)
+        self.enqueue = self._launch.enqueue if all(grid) else _nothing  # no logits are wanted in this step
+
+
+def _nothing() -> None:
+    pass
+
+
+def _extent(dim: int | Sequence[Any], counts: Counts) -> int:
+    if isinstance(dim, int):
+        return dim
+    symbol, per, *rest = dim
+    name, _, factor = symbol.partition("*")
+    count = counts[name] * int(factor or 1)
+    if not rest:
+        return int(-(-count // per))
+    other, *times = rest
+    more = other if isinstance(other, int) else counts[other]
+    return int((count // per + more) * (times[0] if times else 1))
+
+
+class _Product:
+    """A matrix product by torch: cuBLASLt, or CUTLASS where rows have scales."""
+
+    def __init__(
+        self,
+        device: Device,
+        call: Mapping[str, Any],
+        tensor: Callable[[Any, str, tuple[int, int]], torch.Tensor],
+        most: int,
+    ) -> None:
+        n, k = call["n"], call["k"]
+        self._device, self._symbol = device, call["rows"]
+        self._x = tensor(call["x"], call["x_dtype"], (most, k))
+        self._w = tensor(call["w"], call["x_dtype"], (n, k)).t()
+        self._bias = None if call["bias"] is None else tensor(call["bias"], "bfloat16", (1, n))[0]
+        y, dtype = call["y"], call["y_dtype"]
+        if isinstance(y, list):  # behind so many bytes for each row
+            base, _, size = y
+            self._y: Callable[[int], torch.Tensor] = lambda rows: tensor([base, None, rows * size], dtype, (rows, n))
+        else:
+            whole = tensor(y, dtype, (most, n))
+            self._y = lambda rows: whole[:rows]
+        self._scales: tuple[torch.Tensor, torch.Tensor] | None = None
+        if call["call"] == "scaled_mm":
+            by_row = call["x_scale_rows"] or call["w_scale_rows"]
+            x_scale = tensor(call["x_scale"], "float32", (most if call["x_scale_rows"] else 1, 1))
+            w_scale = tensor(call["w_scale"], "float32", (1, n if call["w_scale_rows"] else 1))
+            if by_row:
+                self._scales = x_scale.expand(most, 1).contiguous(), w_scale.expand(1, n).contiguous()
+            else:
+                self._scales = x_scale.reshape(()), w_scale.reshape(())
+            # a copy would not see what a later step writes
+            assert not call["x_scale_rows"] or self._scales[0].data_ptr() == x_scale.data_ptr()
+
+    def resize(self, counts: Counts) -> None:
+        rows = counts[self._symbol]
+        x, y = self._x[:rows], self._y(rows)
+        if self._scales is None:
+            self.enqueue = functools.partial(self._device.mm, x, self._w, self._bias, y)
+            return
+        x_scale, w_scale = self._scales
+        x_scale = x_scale if x_scale.ndim == 0 else x_scale[:rows]
+        self.enqueue = functools.partial(self._device.scaled_mm, x, self._w, x_scale, w_scale, self._bias, y)
