@@ -1,0 +1,123 @@
+"""Logits of an engine's steps against the reference in float32 on the same weights: python -m benchmarks.h200.accuracy
+
+A prompt and some decode steps of a whole model with random weights, both on the GPU. The reference computes the graph
+node by node; of FP8 weights it computes the model that rounds its activations alike.
+
+Random weights pass a rounding error on to all later layers, and through FP8's steps enlarge it: 32 layers are far more
+than any bound for a trained model allows. So the error stands beside that of the same reference with its activations
+rounded to bfloat16, which is what any engine that keeps them so must lose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from benchmarks.h200.synthetic import FORMATS, SHAPES, graph_of, prefill_inputs, runner_of
+from trtllm_cli.engine import BuildConfig
+from trtllm_cli.graph import Graph, Node
+from trtllm_cli.kernels.reference import Reference
+from trtllm_cli.run.model_inputs import ModelInputs
+
+MOST = 2.0  # times the error that rounding alone makes
+
+
+class Rounded(Reference):
+    """The reference with every activation but the residual stream and the logits in bfloat16."""
+
+    def compute(self, node: Node, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """One node's outputs."""
+        outputs = super().compute(node, values)
+        kept = {*self.graph.outputs}
+        if node.op in ("embedding", "add"):
+            kept.add(node.output)
+        if node.op == "add_rms_norm":
+            kept.add(node.outputs[1])
+        return [o if name in kept else o.bfloat16().float() for name, o in zip(node.outputs, outputs, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--formats", choices=FORMATS, nargs="*", default=["bf16", "fp8"])
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--output", default="")
+    a = parser.parse_args()
+    results = []
+    for fmt in a.formats:
+        options = {"max_batch_size": 8, "max_num_tokens": 512, "max_seq_len": 1024}
+        runner, config = runner_of(a.shape, fmt, num_blocks=64, layers=a.layers, **options)
+        graph = graph_of(a.shape, fmt, config, layers=a.layers)
+        with torch.device("cuda"), torch.inference_mode():
+            torch.backends.cuda.matmul.allow_tf32 = False
+            weights = {name: _weight(runner, graph, name) for name in graph.weights}
+            exact, rounded = (_reference(kind, graph, weights, config) for kind in (Reference, Rounded))
+            prompt = prefill_inputs(config, [a.tokens])
+            decodes = (_next(prompt, a.tokens + i, config.tokens_per_block) for i in range(a.steps))
+            inputs = [prompt, *decodes]
+            for i, step in enumerate(inputs):
+                got = torch.from_numpy(runner.forward(step).copy()).cuda()
+                on_device = {k: torch.from_numpy(v).cuda() for k, v in vars(step).items()}
+                [want], [coarse] = exact.step(on_device), rounded.step(on_device)
+                error, noise = (((x - want).norm() / want.norm()).item() for x in (got, coarse))
+                same = bool((got.argmax(1) == want.argmax(1)).all())
+                results.append(
+                    {"shape": a.shape, "format": fmt, "step": i, "error": error, "rounding": noise, "same_best": same}
+                )
+                verdict = "ok" if error < MOST * noise else "TOO FAR"
+                kind = "prompt" if i == 0 else "decode"
+                print(f"{a.shape} {fmt} {kind}: {error:.2e}, rounding alone {noise:.2e}: {verdict}, best token {same}")
+        del exact, rounded, weights
+        runner.close()
+        torch.cuda.empty_cache()
+    if a.output:
+        with open(a.output, "w") as f:
+            json.dump(results, f, indent=1)
+
+
+def _reference(kind: type[Reference], graph: Graph, weights: dict[str, torch.Tensor], config: BuildConfig) -> Reference:
+    """One over weights that are in float32 already."""
+    made = kind.__new__(kind)
+    made.graph, made.block_size, made.comm, made.weights = graph, config.tokens_per_block, None, weights
+    made.caches, made.tables, made.num_slots = {}, {}, 64 * config.tokens_per_block
+    return made
+
+
+def _weight(runner, graph, name: str) -> torch.Tensor:
+    """A weight of the graph from where the engine has it, in float32."""
+    infos = runner._file.tensors
+    w = graph.weights[name]
+    of_scale = {n.inputs["scale"]: n.inputs["weight"] for n in graph.nodes if "scale" in n.inputs}
+    found = next(
+        key
+        for key in (name, f"{name}.weight.fp8", f"{name}.float32", f"{name}.largest", f"{of_scale.get(name)}.scale.fp8")
+        if key in infos
+    )
+    info = infos[found]
+    tensor = runner._weights.bytes_at(found)[: info.nbytes].view(getattr(torch, info.dtype)).view(info.shape)
+    if tensor.numel() == 1 and w.shape != (1,):
+        tensor = tensor.expand(w.shape)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _next(prompt: ModelInputs, position: int, block_size: int) -> ModelInputs:
+    """One more token of the sequence, whose blocks are 0, 1 and so on."""
+    arrays = {name: value[:1].copy() for name, value in vars(prompt).items()}
+    blocks = position // block_size + 1
+    tables = np.arange(blocks, dtype=np.int32)[None]
+    arrays |= {"positions": arrays["positions"] * 0 + position, "slot_mapping": arrays["slot_mapping"] * 0 + position}
+    arrays |= {"input_ids": arrays["input_ids"] * 0 + 17 * position % 30000, "block_tables": tables}
+    arrays |= {"query_start": prompt.query_start[:2] * 0, "seq_lens": arrays["seq_lens"] * 0 + position + 1}
+    arrays["query_start"][1] = 1
+    arrays["logits_indices"] = arrays["logits_indices"] * 0
+    return ModelInputs(**arrays)
+
+
+if __name__ == "__main__":
+    main()
