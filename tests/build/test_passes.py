@@ -1,6 +1,7 @@
 """Each pass keeps the numbers; and does what it is for."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ import torch
 from tests.batches import Sequences, as_torch
 from tests.tiny_configs import VARIANTS, config, random_weights
 from trtllm_cli import functional as F
-from trtllm_cli.build.passes import PASSES, run_passes
+from trtllm_cli.build.passes import CUDA_PASSES, PASSES, run_passes
 from trtllm_cli.build.passes.drop_dead import drop_dead
 from trtllm_cli.build.passes.fuse_add_norm import fuse_add_norm
 from trtllm_cli.build.passes.fuse_gate_up import fuse_gate_up
+from trtllm_cli.build.passes.join_rounded_halves import join_rounded_halves
 from trtllm_cli.build.passes.plan_buffers import plan_buffers
 from trtllm_cli.functional import trace
 from trtllm_cli.kernels.reference import Reference
@@ -99,3 +101,37 @@ def test_no_buffer_is_written_while_something_in_it_is_still_to_be_read(variant)
         for name in graph.outputs:
             assert holds[plan.of[name]] == name
         assert len(plan.buffers) <= 8
+
+
+@pytest.mark.parametrize("algo", ["FP8", "FP8_PER_CHANNEL_PER_TOKEN"])
+def test_passes_for_fp8_on_a_gpu_keep_the_numbers(algo):
+    c = config("llama", quantization={"quant_algo": algo})
+    graph = trace_model(c, c.mapping.ranks[0])
+    weights = random_weights(graph)
+    for name in [n for n in weights if n.endswith("mlp.gate.activation_scaling_factor")]:
+        weights[name] = weights[name.replace("mlp.gate", "mlp.fc")]  # both see the same input
+    expected = outputs(graph, weights)
+    for rewrite in CUDA_PASSES:
+        graph = rewrite(graph)
+        graph.check()
+        for got, want in zip(outputs(graph, weights), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    ops = Counter(n.op for n in graph.nodes)
+    assert ops["qdq"] == 0
+    assert ops["linear"] == 4 * c.num_hidden_layers + 1  # gate and up are one
+    quantizing = [n.op for n in graph.nodes if n.attrs.get("out_quant")]
+    # By token, attention's heads are in several programs: none of them sees the whole row.
+    assert quantizing.count("quantize") == (0 if algo == "FP8" else c.num_hidden_layers)
+    assert all("x_scale" in n.inputs for n in graph.nodes if n.op == "linear" and n.attrs.get("quant"))
+
+
+def test_gate_and_up_that_read_another_input_stay_two():
+    c = config("llama", quantization={"quant_algo": "FP8"})
+    graph = trace_model(c, c.mapping.ranks[0])
+    first = next(n for n in graph.nodes if n.op == "gated_act")
+    up = graph.producers()[first.inputs["up"]]
+    rounded = graph.producers()[up.inputs["x"]]
+    nodes = [replace(n, inputs={**n.inputs, "x": graph.nodes[0].output}) if n is rounded else n for n in graph.nodes]
+    changed = replace(graph, nodes=tuple(nodes))
+    joined = sum("+" in name for name in join_rounded_halves(changed).weights)
+    assert joined == sum("+" in name for name in join_rounded_halves(graph).weights) - 3

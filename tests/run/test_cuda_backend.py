@@ -1,5 +1,8 @@
 """The cuda backend's plans, computed in Triton's interpreter, against the reference on the same weights."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +12,13 @@ from tests.engines import build_engine, save_checkpoint
 from tests.interpreter_device import InterpreterDevice, fake_compile
 from tests.tiny_configs import VARIANTS, config, random_weights
 from trtllm_cli.build.backends import cuda as cuda_lowering
+from trtllm_cli.errors import DeviceError, EngineError, ResourceError
 from trtllm_cli.kernels.reference import Reference
 from trtllm_cli.models import trace_model
+from trtllm_cli.run.backends import cuda as cuda_runner
 from trtllm_cli.run.backends.cuda import CudaRunner
+from trtllm_cli.run.backends.cuda_device import device_errors
+from trtllm_cli.run.sampling_inputs import SamplingInputs
 
 STEPS = [{0: [1, 2, 3, 4, 5, 6, 7], 1: [9, 8]}, {0: [11], 1: [5, 4, 3]}, {1: [3], 0: [4]}]
 
@@ -70,3 +77,57 @@ def test_logits_equal_the_references_on_a_gpu(tmp_path, monkeypatch, variant):
     engine, graph, weights = build_tiny(tmp_path, variant, arch=gpu_arch())
     for got, want in zip(logits_of(engine, device=CudaDevice()), expected_logits(graph, weights), strict=True):
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered\nmore"), DeviceError),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), ResourceError),
+        (RuntimeError("shapes do not match"), RuntimeError),
+    ],
+)
+def test_what_torch_says_of_a_failing_gpu(raised, expected):
+    with pytest.raises(expected) as caught, device_errors():
+        raise raised
+    if expected is DeviceError:
+        assert str(caught.value).startswith("the GPU failed while it computed: CUDA error: an illegal memory access")
+        assert "more" not in caught.value.message
+
+
+def test_tokens_are_sampled_where_they_are_computed(tmp_path):
+    """Steps with sampling, the next one fed from the device, give the tokens of the logits that `forward` gives."""
+    engine, _, _ = build_tiny(tmp_path, "llama")
+    prompt, runners = [5, 6, 7], []
+    for _ in range(2):
+        runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], InterpreterDevice())
+        runner.allocate_kv_cache(64)
+        runners.append(runner)
+    known, ahead = (Sequences(block_size=16) for _ in range(2))
+    token = None
+    for step in range(3):
+        logits = runners[0].forward(known.step({0: prompt if step == 0 else [token]}))
+        token = int(logits[0].argmax())
+        inputs = ahead.step({0: prompt if step == 0 else [0]})
+        if step:
+            inputs = dataclasses.replace(inputs, input_ids=np.array([-1], np.int32))  # batch row 0's token
+        one = np.zeros(1, np.int32)
+        floats = np.ones(1, np.float32)
+        sampling = SamplingInputs(one, one, np.zeros(1, np.uint64), one + step, floats * 0, one, floats, floats * 0)
+        assert int(runners[1].start(inputs, sampling).tokens()[0]) == token
+    for runner in runners:
+        runner.close()
+
+
+def test_an_engine_for_another_gpu_is_refused(tmp_path, monkeypatch):
+    engine, _, _ = build_tiny(tmp_path, "llama")
+
+    class Other(InterpreterDevice):
+        def __init__(self, index):
+            super().__init__()
+            self.driver = SimpleNamespace(arch="sm_80", name="NVIDIA A100")
+
+    monkeypatch.setattr(cuda_runner, "CudaDevice", Other)
+    with pytest.raises(EngineError, match="compiled for sm_90a, this GPU .NVIDIA A100. needs sm_80") as caught:
+        cuda_runner.load(engine, engine.config.pretrained_config.mapping.ranks[0])
+    assert "--arch sm_80" in caught.value.fix

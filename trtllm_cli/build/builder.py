@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +49,8 @@ DEFAULT_MAX_BATCH_SIZE = {"cpu": 8, "cuda": 256}
 DEFAULT_TOKENS_PER_BLOCK = {"cpu": 32, "cuda": 64}
 DEFAULT_ARCH = "sm_90a"
 
+Compiling = Callable[[int, int], None]  # told how many of a rank's GPU kernels are compiled, and of how many
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -90,7 +93,7 @@ class BuildReport:
     seconds: float
 
 
-def plan_build(checkpoint_dir: Path, options: BuildOptions) -> BuildPlan:
+def plan_build(checkpoint_dir: Path, options: BuildOptions, compiling: Compiling | None = None) -> BuildPlan:
     """Traces, rewrites and lowers every rank. Reads no weights and writes nothing."""
     options = with_defaults(options)
     checkpoint = Checkpoint.open(checkpoint_dir)
@@ -113,18 +116,22 @@ def plan_build(checkpoint_dir: Path, options: BuildOptions) -> BuildPlan:
         kv_quant = build_config.kv_cache_dtype if build_config.kv_cache_dtype in ("int8", "fp8") else None
         graph = run_passes(quantize_kv_cache(traced, kv_quant), PASSES if options.backend == "cpu" else CUDA_PASSES)
         graphs.append(graph)
-        lowered.append(_lower(graph, config, build_config, options))
+        lowered.append(_lower(graph, config, build_config, options, compiling))
     return BuildPlan(checkpoint, build_config, graphs, lowered, notes)
 
 
 def build(
-    checkpoint_dir: Path, output_dir: Path, options: BuildOptions, progress: Progress | None = None
+    checkpoint_dir: Path,
+    output_dir: Path,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    compiling: Compiling | None = None,
 ) -> BuildReport:
     """Compiles a checkpoint into an engine directory. Raises a TrtllmError and leaves nothing where it cannot."""
     started = time.perf_counter()
     with writing(output_dir, force=options.force, source=checkpoint_dir) as partial:
         options = with_defaults(options)
-        plan = plan_build(checkpoint_dir, options)
+        plan = plan_build(checkpoint_dir, options, compiling)
         config = plan.checkpoint.config
         total = sum(total_bytes(lowered.tensors.values()) for lowered in plan.lowered)
         _check_space(partial, total)
@@ -349,7 +356,13 @@ def _kv_cache_dtype(
     return asked or ("float32" if weight_dtype == "float32" else "bfloat16")
 
 
-def _lower(graph: Graph, config: ModelConfig, build_config: BuildConfig, options: BuildOptions) -> Lowered:
+def _lower(
+    graph: Graph,
+    config: ModelConfig,
+    build_config: BuildConfig,
+    options: BuildOptions,
+    compiling: Compiling | None,
+) -> Lowered:
     match options.backend:
         case "cpu":
             from trtllm_cli.build.backends.cpu import lower
@@ -358,7 +371,7 @@ def _lower(graph: Graph, config: ModelConfig, build_config: BuildConfig, options
         case "cuda":
             from trtllm_cli.build.backends.cuda import lower as lower_cuda
 
-            return lower_cuda(graph, config, build_config, options.arch or DEFAULT_ARCH)
+            return lower_cuda(graph, config, build_config, options.arch or DEFAULT_ARCH, compiling)
         case None:
             raise AssertionError("see with_defaults")
 

@@ -134,7 +134,11 @@ def build(
     with progress_bytes() as bar:
         task = bar.add_task("packing weights", total=None)
         report = builder.build(
-            checkpoint_dir, output_dir, options, lambda done, total: bar.update(task, completed=done, total=total)
+            checkpoint_dir,
+            output_dir,
+            options,
+            lambda done, total: bar.update(task, description="packing weights", completed=done, total=total),
+            lambda done, total: bar.update(task, description=f"compiled {done} of {total} kernels"),
         )
     if json_:
         result = {

@@ -5,7 +5,7 @@ cuda_program.py says what a plan is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +73,13 @@ class CudaGraphLowering(LinearLaunches, ExpertLaunches, AttentionLaunches, Sampl
         return "float8_e4m3fn" in kinds or self.build_config.kv_cache_dtype == "fp8"
 
 
-def lower(graph: Graph, config: ModelConfig, build_config: BuildConfig, arch: str) -> Lowered:
+def lower(
+    graph: Graph,
+    config: ModelConfig,
+    build_config: BuildConfig,
+    arch: str,
+    compiling: Callable[[int, int], None] | None = None,
+) -> Lowered:
     """The plan of one rank, its kernels compiled for `arch`, such as "sm_90a".
 
     Raises UnsupportedError for a graph with an op that there is no kernel for, ResourceError where there is no
@@ -81,7 +87,7 @@ def lower(graph: Graph, config: ModelConfig, build_config: BuildConfig, arch: st
     """
     lowering = CudaGraphLowering(graph, build_config, arch=arch)
     lowering.lower()
-    compiled = compile_kernels(list(lowering.kernels), arch)
+    compiled = compile_kernels(list(lowering.kernels), arch, compiling)
     table, blob = _image(lowering.kernels, compiled)
     lowering.add(KERNELS, TensorInfo("uint8", (len(blob),)), lambda _: torch.frombuffer(blob, dtype=torch.uint8))
     names = [compiled[source].names for source in lowering.kernels]

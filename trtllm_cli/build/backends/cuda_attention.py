@@ -14,7 +14,7 @@ _FEW = 64  # tokens up to which a program appends few heads of one token, so tha
 # By how many sequences there are: programs that share one's cache, warps of a program, tokens that it takes at once.
 # Few sequences want to be spread over the machine; many want small programs, so that many wait for memory at once
 # (measured on an H200 with benchmarks/h200/attention.py).
-_DECODE = ((1, 16, 4, 64), (2, 16, 4, 64), (4, 16, 4, 64), (8, 8, 4, 64), (16, 4, 2, 64), (32, 2, 2, 64),
+_DECODE = ((1, 16, 2, 64), (2, 16, 2, 64), (4, 16, 2, 64), (8, 8, 2, 64), (16, 4, 2, 64), (32, 2, 2, 64),
            (64, 1, 2, 64), (None, 1, 1, 32))  # fmt: skip
 
 

@@ -12,13 +12,13 @@ from trtllm_cli.build.passes.fuse_add_norm import fuse_add_norm
 from trtllm_cli.build.passes.fuse_gate_up import fuse_gate_up
 from trtllm_cli.build.passes.fuse_quantize import fuse_quantize
 from trtllm_cli.build.passes.fuse_rope_append import fuse_rope_append
-from trtllm_cli.build.passes.join_scaled_halves import join_scaled_halves
+from trtllm_cli.build.passes.join_rounded_halves import join_rounded_halves
 from trtllm_cli.graph import Graph
 
 Pass = Callable[[Graph], Graph]
 PASSES: tuple[Pass, ...] = (fuse_gate_up, fuse_rope_append, fuse_add_norm, drop_dead)
 CUDA_PASSES: tuple[Pass, ...] = (
-    join_scaled_halves, fuse_gate_up, fuse_rope_append, fuse_add_norm, fuse_quantize, drop_dead
+    join_rounded_halves, fuse_gate_up, fuse_rope_append, fuse_add_norm, fuse_quantize, drop_dead
 )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -148,9 +149,11 @@ class CudaDevice:
             enqueue()
         return graph.replay
 
-    def active(self) -> Any:
+    @contextmanager
+    def active(self) -> Iterator[None]:
         """See Device."""
-        return torch.cuda.stream(self.stream)
+        with device_errors(), torch.cuda.stream(self.stream):
+            yield
 
     def record(self) -> Callable[[], None]:
         """See Device."""
@@ -158,19 +161,33 @@ class CudaDevice:
         event.record(self.stream)
 
         def wait() -> None:
-            try:
+            with device_errors():
                 event.synchronize()
-            except RuntimeError as e:
-                raise DeviceError(
-                    f"the GPU failed while it computed: {str(e).splitlines()[0]}",
-                    fix="see nvidia-smi and dmesg (Xid errors); start again, and if it repeats, report it with --debug",
-                ) from e
 
         return wait
 
     def free_memory(self) -> tuple[int, int]:
         """See Device."""
         return torch.cuda.mem_get_info(self.torch_device)
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Makes what torch raises when the GPU fails a DeviceError, when its memory is full a ResourceError."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as e:
+        raise ResourceError(
+            "the GPU's memory is full",
+            fix="give the KV cache less (--kv-cache-free-gpu-memory-fraction), or end what else runs on the GPU",
+        ) from e
+    except RuntimeError as e:
+        if "CUDA" not in str(e):
+            raise
+        raise DeviceError(
+            f"the GPU failed while it computed: {str(e).splitlines()[0]}",
+            fix="see nvidia-smi and dmesg (Xid errors); start again, and if it repeats, report it with --debug",
+        ) from e
 
 
 class _StreamLaunch:

@@ -1,4 +1,4 @@
-"""Joins gate and up where each has one scale for all its weights: FP8 with a scale per tensor."""
+"""Joins gate and up where each rounds its own input: FP8 with a scale per tensor, or per output and token."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import replace
 from trtllm_cli.graph import Graph, Node, TensorType, Weight
 
 
-def join_scaled_halves(graph: Graph) -> Graph:
-    """`gated_act(linear(qdq(x, a), w1), linear(qdq(x, b), w2))` with one scale a weight becomes
-    `gated_act(linear(qdq(x, [a; b]), [w1; w2]))`, whose scale [2] is one for each half of the rows.
+def join_rounded_halves(graph: Graph) -> Graph:
+    """`gated_act(linear(qdq(x, a), w1), linear(qdq(x, b), w2))` becomes `gated_act(linear(qdq(x, [a; b]), [w1; w2]))`.
 
-    qdq takes the larger of its steps: the same numbers where both layers were calibrated on their input, which is the
-    same; where a checkpoint has two different ones, x is rounded as TensorRT-LLM rounds it, by the larger.
+    Where each weight has one scale, the joint one's are [2], one for each half of the rows. qdq takes the larger of its
+    steps: the same numbers where both layers were calibrated on their input, which is the same; where a checkpoint has
+    two different ones, x is rounded as TensorRT-LLM rounds it, by the larger.
     """
     producers, consumers = graph.producers(), graph.consumers()
     weights = dict(graph.weights)
@@ -29,7 +29,9 @@ def join_scaled_halves(graph: Graph) -> Graph:
         inputs = {}
         for role in ("weight", "scale"):
             inputs[role] = _join(weights, gate.inputs[role], up.inputs[role])
-        step = _join(weights, q_gate.inputs["scale"], q_up.inputs["scale"])
+        steps = {}
+        if "scale" in q_gate.inputs:
+            steps["scale"] = _join(weights, q_gate.inputs["scale"], q_up.inputs["scale"])
         joint = f"{gate.output}.{up.output}"
         kind = graph.type_of(gate.output)
         width = kind.shape[-1]
@@ -38,7 +40,7 @@ def join_scaled_halves(graph: Graph) -> Graph:
         x = q_gate.output
         replaced |= {id(q_gate): [], id(q_up): [], id(gate): [], id(up): []}
         replaced[id(node)] = [
-            replace(q_gate, inputs={**q_gate.inputs, "scale": step}),
+            replace(q_gate, inputs={**q_gate.inputs, **steps}),
             Node("linear", {"x": x, **inputs}, (joint,), gate.attrs),
             Node("gated_act", {"x": joint}, node.outputs, node.attrs),
         ]
@@ -49,7 +51,7 @@ def join_scaled_halves(graph: Graph) -> Graph:
 
 
 def _alike(graph: Graph, halves: list[Node | None], rounded: list[Node | None]) -> bool:
-    """Whether both are linears of the same rounded input, each with one scale."""
+    """Whether both are linears of the same rounded input, each with one scale or one an output."""
     (gate, up), (q_gate, q_up) = halves, rounded
     if gate is None or up is None or q_gate is None or q_up is None or gate is up:
         return False
@@ -60,12 +62,19 @@ def _alike(graph: Graph, halves: list[Node | None], rounded: list[Node | None]) 
         and gate.inputs.keys() == up.inputs.keys() == {"x", "weight", "scale"}
         and q_gate.op == q_up.op == "qdq"
         and q_gate.attrs == q_up.attrs
-        and q_gate.inputs.keys() == q_up.inputs.keys() == {"x", "scale"}
+        and q_gate.attrs["fmt"] == "fp8"
+        and q_gate.inputs.keys() == q_up.inputs.keys()
         and q_gate.inputs["x"] == q_up.inputs["x"]
         and all(len(readers[q.output]) == 1 or q_gate is q_up for q in (q_gate, q_up))
         and graph.type_of(gate.output) == graph.type_of(up.output)
-        and all(graph.weights[node.inputs["scale"]].shape == (1,) for node in (gate, up))
+        and _scales(graph, gate) == _scales(graph, up) != 0
     )
+
+
+def _scales(graph: Graph, linear: Node) -> int:
+    """How many scales a weight has: one, or one an output; 0 for other shapes."""
+    shape, rows = graph.weights[linear.inputs["scale"]].shape, graph.weights[linear.inputs["weight"]].shape[0]
+    return shape[0] if shape in ((1,), (rows,)) else 0
 
 
 def _join(weights: dict[str, Weight], first: str, second: str) -> str:
