@@ -87,7 +87,7 @@ def few_programs(monkeypatch):
     """Linears by torch, and no more programs than need be: both kernels and their splits have tests of their own."""
     monkeypatch.setattr(cuda, "compile_kernels", fake_compile)
     monkeypatch.setattr(cuda_linear_steps, "few_tokens", lambda shape: [])
-    monkeypatch.setattr(cuda_attention, "_SPLITS", ((None, 1),))
+    monkeypatch.setattr(cuda_attention, "_DECODE", ((None, 1, 4, 64),))
     monkeypatch.setattr(cuda_attention, "_FEW", 0)
 
 

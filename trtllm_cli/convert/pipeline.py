@@ -19,6 +19,7 @@ from trtllm_cli.convert.decide import Decided, read_config, whole_tensor
 from trtllm_cli.convert.options import ConvertOptions, ConvertReport
 from trtllm_cli.convert.plan import Stage, make_plan
 from trtllm_cli.convert.quantize.rows import Quantized
+from trtllm_cli.convert.random_weights import RandomReader
 from trtllm_cli.convert.reader import Reader, open_reader
 from trtllm_cli.convert.resume import State, identity
 from trtllm_cli.convert.tokenizer_files import check_tokenizer
@@ -61,7 +62,7 @@ def convert(
     check_output(output_dir, force=options.force, source=source)
     verified = verify_aside(source, only_config=options.random is not None)
     try:
-        reader = open_reader(source, options.random)
+        reader = RandomReader(source, options.random) if options.random else open_reader(source)
     except (SnapshotError, UnsupportedError):
         verified.result()  # if the file was altered, this says so, and is the better explanation
         raise

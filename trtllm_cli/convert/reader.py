@@ -15,8 +15,6 @@ from trtllm_cli.tensor_file import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-    from trtllm_cli.convert.options import RandomWeights
-
 
 class Reader(Protocol):
     """A snapshot directory or a GGUF file, under Hugging Face's names."""
@@ -55,18 +53,13 @@ class Reader(Protocol):
         """Closes the files."""
 
 
-def open_reader(source: Path, random: RandomWeights | None = None) -> Reader:
+def open_reader(source: Path) -> Reader:
     """The reader for a snapshot directory, a .gguf file or a directory with just one, under its family's names.
 
-    With `random`, for a config.json or a directory with one, whose weights are made up. Raises SnapshotError,
-    UnsupportedError.
+    Raises SnapshotError, UnsupportedError.
     """
     from trtllm_cli.convert.families import family_of
 
-    if random is not None:
-        from trtllm_cli.convert.random_weights import RandomReader
-
-        return RandomReader(source, random)
     reader = _open_stored(source)
     try:
         renames = family_of(reader.config, reader.config_path).renames

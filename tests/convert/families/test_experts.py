@@ -230,7 +230,7 @@ def test_experts_that_are_quantized_already_are_cut_by_expert(layer, tp, ep, tmp
     """Numbers, groups, scales of outputs and those that are one for each expert: all as one rank has them, cut."""
     save_tiny_model(tmp_path / "snapshot", "qwen3_moe", tokenizer=False, moe_intermediate_size=64)
 
-    def kept(path, random):
+    def kept(path):
         return QuantizedReader(open_reader(path), lambda name: layer if ".experts." in name else None)
 
     monkeypatch.setattr(pipeline, "open_reader", kept)
