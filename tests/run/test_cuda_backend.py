@@ -76,7 +76,7 @@ def test_logits_equal_the_references_on_a_gpu(tmp_path, monkeypatch, variant):
     monkeypatch.setattr(cuda_lowering, "compile_kernels", compile_kernels)
     engine, graph, weights = build_tiny(tmp_path, variant, arch=gpu_arch())
     for got, want in zip(logits_of(engine, device=CudaDevice()), expected_logits(graph, weights), strict=True):
-        assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-2
+        assert np.linalg.norm(got - want) / np.linalg.norm(want) < 2e-2
 
 
 @pytest.mark.parametrize(
