@@ -1,6 +1,7 @@
 """safetensors files: what we write the official package reads, and the other way; damage is said, never followed."""
 
 import json
+import os
 import struct
 
 import numpy as np
@@ -9,7 +10,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from trtllm_cli.errors import ArtifactError, CheckpointError
+from trtllm_cli.errors import ArtifactError, CheckpointError, EngineError
 from trtllm_cli.tensor_file import TensorFile, TensorFileWriter, TensorInfo, is_padding
 
 
@@ -107,6 +108,22 @@ def test_too_short_files(tmp_path, content):
     (tmp_path / "f").write_bytes(content)
     with pytest.raises(ArtifactError, match="is damaged"):
         TensorFile(tmp_path / "f")
+
+
+def test_a_file_that_is_cut_short_while_it_is_open(tmp_path):
+    infos = {"a": TensorInfo("uint8", (3,)), "b": TensorInfo("uint8", (5,))}
+    with TensorFileWriter(tmp_path / "f", infos, {}) as out:
+        out.write("a", b"abc")
+        out.write("b", b"defgh")
+    with TensorFile(tmp_path / "f", EngineError) as f:
+        data = bytearray(f.data_bytes - 1)
+        f.read_data(1, memoryview(data))
+        assert data == b"bcdefgh"
+        os.truncate(tmp_path / "f", (tmp_path / "f").stat().st_size - 2)
+        with pytest.raises(EngineError, match="f is damaged: it is cut short"):
+            f.read_data(1, memoryview(data))
+        with pytest.raises(EngineError, match="f is damaged: tensor `b` is cut short"):
+            f.read("b")
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -44,6 +44,11 @@ class BuildConfig(BaseModel):
     group_size: int | None = Field(default=None, ge=1)  # of weight_dtype int8 and int4; None: a scale an output
     kv_cache_dtype: KvCacheDType
 
+    @property
+    def blocks_per_sequence(self) -> int:
+        """KV cache blocks of a request of max_seq_len."""
+        return -(-self.max_seq_len // self.tokens_per_block)
+
     @model_validator(mode="after")
     def _limits_agree(self) -> BuildConfig:
         if self.max_input_len > self.max_seq_len:
@@ -217,6 +222,13 @@ def write_config(path: Path, config: EngineConfig) -> None:
     """Writes `config.json`, the last thing that a complete engine gets."""
     data = config.model_dump(mode="json", exclude_none=True)
     write_json(path / "config.json", {**data, "sha256": config_digest(data)})
+
+
+def tensor_view(file: TensorFile, name: str) -> memoryview:
+    """A rank file's tensor, mapped. Raises EngineError when the plan names one that is not there."""
+    if name not in file.tensors:
+        raise EngineError(f"{file.path.name} has no tensor `{name}`", where=str(file.path), fix="rebuild the engine")
+    return file.view(name)
 
 
 def program_digest(file: TensorFile) -> str:

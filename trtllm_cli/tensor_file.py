@@ -139,10 +139,9 @@ class TensorFile:
         return os.pread(self._file.fileno(), self._data_start, 0)
 
     @property
-    def data_range(self) -> tuple[int, int]:
-        """Where the tensors' bytes begin in the file, and how many they are."""
-        ends = (self._offsets[name] + info.nbytes for name, info in self.tensors.items())
-        return self._data_start, max(ends, default=0)
+    def data_bytes(self) -> int:
+        """From the first tensor's beginning to the end of the last."""
+        return max((self._offsets[name] + info.nbytes for name, info in self.tensors.items()), default=0)
 
     def offset(self, name: str) -> int:
         """Where a tensor begins, from the first one on."""
@@ -157,11 +156,18 @@ class TensorFile:
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
         """Fills `out` with the tensor's bytes, from byte `offset` of it."""
         assert offset + len(out) <= self.tensors[name].nbytes, f"{name}: read past its end"
-        view, position = out, self._data_start + self._offsets[name] + offset
+        self._fill(out, self._offsets[name] + offset, f"tensor `{name}`")
+
+    def read_data(self, offset: int, out: memoryview) -> None:
+        """Fills `out` with the tensors' bytes as they lie in the file, from byte `offset` behind the header."""
+        self._fill(out, offset, "it")
+
+    def _fill(self, out: memoryview, offset: int, what: str) -> None:
+        view, position = out, self._data_start + offset
         while view:
             n = os.preadv(self._file.fileno(), [view], position)
             if n == 0:
-                raise self._damaged(f"tensor `{name}` is cut short")
+                raise self._damaged(f"{what} is cut short")
             view, position = view[n:], position + n
 
     def view(self, name: str) -> memoryview:

@@ -10,6 +10,7 @@ candidate. --compile-only fills the cache of compiled kernels ($XDG_CACHE_HOME) 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from typing import Any
 
 from benchmarks.common import say, table
 from benchmarks.h200 import floors
+from benchmarks.h200.graph_time import graph_milliseconds
 from benchmarks.h200.machine import machine
 from trtllm_cli.errors import TrtllmError
 from trtllm_cli.kernels.cuda.compiler import compile_kernels
@@ -179,25 +181,6 @@ class Bench:
         padded = -(-case.context // self.block_size) * self.block_size
         return decode_bytes(case.kv, case.batch, padded)
 
-    def timed(self, body: Any, repeats: int = 5) -> float:
-        """Milliseconds of all that `body` enqueues, from a graph; the median."""
-        torch = self.torch
-        with torch.cuda.stream(self.stream):
-            body(self.stream.cuda_stream)
-            self.stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                body(self.stream.cuda_stream)
-            times = []
-            for _ in range(repeats + 2):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record(self.stream)
-                graph.replay()
-                end.record(self.stream)
-                end.synchronize()
-                times.append(start.elapsed_time(end))
-        return sorted(times[2:])[repeats // 2]
-
     def run(
         self, case: Case, compiled: dict[KernelSource, CompiledKernel], sources: list[KernelSource]
     ) -> list[dict[str, Any]]:
@@ -260,7 +243,8 @@ class Bench:
                 say(f"WRONG: {case.label} {row}: relative error {max(errors):.3g}")
                 continue
             many = launches * max(1, LAUNCHES[case.kind] // len(launches))
-            ms = self.timed(lambda stream, many=many: self._enqueue(many, stream)) / len(many)
+            enqueue = functools.partial(self._enqueue, many, self.stream.cuda_stream)
+            ms = graph_milliseconds(self.stream, enqueue) / len(many)
             found.append(
                 {"kind": case.kind, "kv": case.kv, "batch": case.batch, "context": case.context, **row, "us": ms * 1e3}
             )

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from benchmarks.h200.floors import BANDWIDTH
+from benchmarks.h200.graph_time import graph_milliseconds
 from trtllm_cli.build.backends.cuda_linears import (
     Form,
     LinearLaunch,
@@ -34,7 +36,6 @@ SHAPES = {
     "proj": (4096, 14336, ""),
 }
 BYTES: dict[Form, float] = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5 + 4 / 128}  # of a weight, with a float32 scale for 128
-BANDWIDTH = 4300.0  # GB/s of a copy on an H200
 
 # Candidates by form and most tokens: tiles as cuda_linears' functions take them. vector (BM, BN, BK, warps, DEPTH);
 # fragment (BM, R, U, DEPTH, SPLIT, warps); skinny (BM, BN, BK, SPLIT, stages, warps).
@@ -125,26 +126,14 @@ class Device:
         self.plain = torch.empty(28672 * 4096, dtype=torch.bfloat16, device="cuda")
         self.scratch = torch.zeros(1 << 26, dtype=torch.uint8, device="cuda")
 
-    def timed(self, calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
+    def timed(self, calls: Sequence[Callable[[], object]]) -> float:
         """Microseconds of each of the calls, in a graph."""
-        torch = self.torch
-        with torch.cuda.stream(self.stream):
+
+        def enqueue() -> None:
             for call in calls:
                 call()
-            self.stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                for call in calls:
-                    call()
-            times = []
-            for _ in range(repeats + 2):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record(self.stream)
-                graph.replay()
-                end.record(self.stream)
-                end.synchronize()
-                times.append(start.elapsed_time(end))
-            return 1e3 * float(sorted(times[2:])[repeats // 2]) / len(calls)
+
+        return 1e3 * graph_milliseconds(self.stream, enqueue) / len(calls)
 
     def weights(self, form: Form, name: str) -> tuple[int, list[int]]:
         """Bytes of a weight with its scales, and where distinct ones are."""
@@ -223,7 +212,7 @@ def main() -> None:
     table = []
     try:
         for (form, name, tokens), ways in work.items():
-            floor = device.weights(form, name)[0] / BANDWIDTH / 1e3
+            floor = device.weights(form, name)[0] / BANDWIDTH * 1e6
             library = device.library(form, name, tokens, compiled)
             rows = []
             for way, what in ways:

@@ -12,9 +12,8 @@ import time
 
 import torch
 
+from benchmarks.h200.floors import BANDWIDTH
 from benchmarks.h200.synthetic import FORMATS, SHAPES, decode_inputs, greedy, plan_of, prefill_inputs, runner_of
-
-BANDWIDTH = 4.3e12  # bytes a second: a copy's, read and written, on an H200
 
 
 def main() -> None:

@@ -119,6 +119,36 @@ def test_tokens_are_sampled_where_they_are_computed(tmp_path):
         runner.close()
 
 
+def test_a_step_is_computed_once_whether_its_graph_is_there_or_not(tmp_path):
+    engine, _, _ = build_tiny(tmp_path, "llama")
+    device = InterpreterDevice()
+    counts = []
+
+    def capture(enqueue):
+        counts.append(device.launches)
+        return enqueue
+
+    device.capture = capture
+    logits_of(engine, [{0: [1, 2, 3]}, {0: [4]}, {0: [5]}], device)
+    prompt, token = counts
+    assert 0 < token - prompt == device.launches - token
+
+
+def test_an_engine_that_fails_to_load_leaves_no_file_open(tmp_path, monkeypatch):
+    engine, _, _ = build_tiny(tmp_path, "llama")
+    files = []
+
+    class Full(InterpreterDevice):
+        def empty(self, nbytes, what):
+            raise ResourceError(f"no room for {what}")
+
+    tensors = type(engine).tensors
+    monkeypatch.setattr(type(engine), "tensors", lambda *args: files.append(tensors(*args)) or files[-1])
+    with pytest.raises(ResourceError, match="no room for the weights"):
+        logits_of(engine, device=Full())
+    assert files[0]._file.closed
+
+
 def test_an_engine_for_another_gpu_is_refused(tmp_path, monkeypatch):
     engine, _, _ = build_tiny(tmp_path, "llama")
 

@@ -75,13 +75,6 @@ FAMILIES = {
 STEPS = [{0: [1, 2, 3, 4, 5, 6], 1: [9]}, {1: [11], 0: [5], 2: [7]}]
 
 
-class Device(InterpreterDevice):
-    """Computes a step once: what is captured has been enqueued by itself already."""
-
-    def capture(self, enqueue):
-        return lambda: None
-
-
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """Linears by torch, and no more programs than need be: both kernels and their splits have tests of their own."""
@@ -108,7 +101,7 @@ def errors(tmp_path, config, graph, seed=0, **options):
     checkpoint = save_checkpoint(tmp_path / "ckpt", config, graph, weights)
     options = {"tokens_per_block": 16, "kernels": "auto", **options}
     engine = build_engine(checkpoint, tmp_path / "engine", backend="cuda", **options)
-    runner = CudaRunner(engine, config.mapping.ranks[0], Device())
+    runner = CudaRunner(engine, config.mapping.ranks[0], InterpreterDevice())
     runner.allocate_kv_cache(8)
     reference = Reference(graph, weights, num_slots=8 * 16, block_size=16)
     batch, found = Sequences(block_size=16, num_blocks=8), []

@@ -8,8 +8,7 @@ import pytest
 from tests.batches import Sequences, as_torch
 from tests.build.test_quantized import ALGORITHMS, NO_EXPERTS, checkpoint
 from tests.engines import build_engine
-from tests.interpreter_device import fake_compile
-from tests.run.test_cuda_families import Device
+from tests.interpreter_device import InterpreterDevice, fake_compile
 from trtllm_cli.build.backends import cuda, cuda_experts, cuda_linear_steps
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.kernels.reference import Reference
@@ -45,7 +44,7 @@ def made(tmp_path, quantization, experts=True, **options):
 
 def worst(engine, graph, weights):
     """The largest relative error of a step's logits."""
-    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], Device())
+    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], InterpreterDevice())
     runner.allocate_kv_cache(8)
     reference, batch, found = Reference(graph, weights, num_slots=128, block_size=16), Sequences(block_size=16), []
     for new in STEPS:

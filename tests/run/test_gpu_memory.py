@@ -198,7 +198,7 @@ def test_the_account_is_of_all_that_the_runner_takes(engine):
     assert not isinstance(FakeRunner(), GpuRunner)
     before = runner.gpu_memory()
     assert before.needs.total == sum(map(len, device._regions))
-    assert before.needs.weights == runner._file.data_range[1]
+    assert before.needs.weights == runner._file.data_bytes
     runner.allocate_kv_cache(7)
     after = runner.gpu_memory()
     assert after.kv_cache == 7 * runner.bytes_per_block == before.free - after.free

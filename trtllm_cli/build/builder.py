@@ -77,6 +77,7 @@ class BuildPlan:
     """Everything that is decided before any weight is read; what --dry-run prints."""
 
     checkpoint: Checkpoint
+    backend: Backend
     build_config: BuildConfig
     graphs: list[Graph]
     lowered: list[Lowered]
@@ -96,6 +97,7 @@ class BuildReport:
 def plan_build(checkpoint_dir: Path, options: BuildOptions, compiling: Compiling | None = None) -> BuildPlan:
     """Traces, rewrites and lowers every rank. Reads no weights and writes nothing."""
     options = with_defaults(options)
+    assert options.backend is not None
     checkpoint = Checkpoint.open(checkpoint_dir)
     config = checkpoint.config
     if options.backend == "cuda" and config.mapping.world_size > 1:
@@ -117,7 +119,7 @@ def plan_build(checkpoint_dir: Path, options: BuildOptions, compiling: Compiling
         graph = run_passes(quantize_kv_cache(traced, kv_quant), PASSES if options.backend == "cpu" else CUDA_PASSES)
         graphs.append(graph)
         lowered.append(_lower(graph, config, build_config, options, compiling))
-    return BuildPlan(checkpoint, build_config, graphs, lowered, notes)
+    return BuildPlan(checkpoint, options.backend, build_config, graphs, lowered, notes)
 
 
 def build(
@@ -130,7 +132,6 @@ def build(
     """Compiles a checkpoint into an engine directory. Raises a TrtllmError and leaves nothing where it cannot."""
     started = time.perf_counter()
     with writing(output_dir, force=options.force, source=checkpoint_dir) as partial:
-        options = with_defaults(options)
         plan = plan_build(checkpoint_dir, options, compiling)
         config = plan.checkpoint.config
         total = sum(total_bytes(lowered.tensors.values()) for lowered in plan.lowered)
@@ -144,7 +145,7 @@ def build(
         engine_config = EngineConfig(
             format_version=FORMAT_VERSION,
             version=__version__,
-            backend=options.backend,
+            backend=plan.backend,
             target=first.target,
             pretrained_config=config,
             build_config=plan.build_config,

@@ -122,7 +122,7 @@ def _engine(path: Path, rank: int, verify: bool, *, want_graph: bool) -> tuple[I
         plan = engine.plan(file)
         traced = Graph.from_json(json.loads(file.metadata["graph"])) if want_graph else None
         tensors = dict(file.tensors)
-        data_bytes = file.data_range[1]
+        data_bytes = file.data_bytes
     config = engine.config
     more: dict[str, Any] = {
         "backend": config.backend,
@@ -153,7 +153,7 @@ def _gpu_memory(plan: dict[str, Any], data_bytes: int, limits: BuildConfig) -> d
         "activations": needs.activations,
         "scratch": needs.scratch,
         "kv_cache_per_token": block // limits.tokens_per_block,
-        "kv_cache_of_max_seq_len": block * -(-limits.max_seq_len // limits.tokens_per_block),
+        "kv_cache_of_max_seq_len": block * limits.blocks_per_sequence,
     }
 
 

@@ -43,7 +43,7 @@ def num_blocks(
     (None: unknown). `memory` takes the place of both; `max_blocks` caps either. Raises ResourceError if not even one
     request of `max_seq_len` would fit, or if `memory` is more than there is.
     """
-    one = _blocks_of_one(config)
+    one = config.blocks_per_sequence
     if memory is not None:
         if available is not None and memory > available:
             raise ResourceError(
@@ -108,7 +108,7 @@ def num_gpu_blocks(
     count = size // bytes_per_block
     if max_blocks is not None and max_blocks < count:
         count, where, reason = max_blocks, "--max-num-blocks", f"the cap of {max_blocks} blocks is"
-    if count < _blocks_of_one(config):
+    if count < config.blocks_per_sequence:
         raise ResourceError(
             _too_small(config, bytes_per_block, count, reason),
             where=where,
@@ -119,13 +119,8 @@ def num_gpu_blocks(
     return count
 
 
-def _blocks_of_one(config: BuildConfig) -> int:
-    """Of a request of max_seq_len."""
-    return -(-config.max_seq_len // config.tokens_per_block)
-
-
 def _too_small(config: BuildConfig, bytes_per_block: int, count: int, reason: str) -> str:
-    one = _blocks_of_one(config)
+    one = config.blocks_per_sequence
     return (
         f"the KV cache is too small: one request of max_seq_len {config.max_seq_len} takes {one} blocks "
         f"({human_bytes(one * bytes_per_block)}), {reason} {count} ({human_bytes(count * bytes_per_block)})"

@@ -148,7 +148,7 @@ def _check_cap(engine: Engine, rank: Rank, cap: int) -> None:
     """Before anything is on the GPU that may be more than it should be."""
     limits = engine.config.build_config
     with engine.tensors(rank) as file:
-        GpuNeeds.of(engine.plan(file), file.data_range[1], limits).check_cap(cap, limits)
+        GpuNeeds.of(engine.plan(file), file.data_bytes, limits).check_cap(cap, limits)
 
 
 def load_executor(

@@ -41,7 +41,7 @@ class EngineScorer:
         runner = load_runner(engine, rank, SingleRank(), num_threads=num_threads)
         try:
             limits = engine.config.build_config
-            one = -(-limits.max_seq_len // limits.tokens_per_block)
+            one = limits.blocks_per_sequence
             runner.allocate_kv_cache(cache_blocks(runner, limits, LoadOptions(max_num_blocks=one)))
             return cls(engine, runner)
         except BaseException:

@@ -23,7 +23,7 @@ class InputBuilder:
     @classmethod
     def of(cls, config: BuildConfig) -> InputBuilder:
         """For an engine's limits."""
-        return cls(config.max_batch_size, -(-config.max_seq_len // config.tokens_per_block), config.tokens_per_block)
+        return cls(config.max_batch_size, config.blocks_per_sequence, config.tokens_per_block)
 
     def build(self, plan: StepPlan) -> ModelInputs:
         """The step's inputs. The arrays are new ones: they outlive the next call."""

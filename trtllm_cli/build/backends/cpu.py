@@ -42,12 +42,11 @@ def lower(graph: Graph, config: ModelConfig, build_config: BuildConfig, *, kerne
         )
         for n in attention
     )
-    blocks_a_sequence = -(-build_config.max_seq_len // build_config.tokens_per_block)
     memory = Memory(
         weights=total_bytes(t for p in lowering.packings for t in p.tensors.values()),
         activations=lowering.activation_bytes(),
         kv_block=kv_block,
-        kv_blocks_full=blocks_a_sequence * build_config.max_batch_size,
+        kv_blocks_full=build_config.blocks_per_sequence * build_config.max_batch_size,
     )
     plan = {"kernels": kernels, "vocab_size": config.vocab_size, "kv_layers": len(attention), **lowering.plan()}
     return Lowered(plan, lowering.packings, memory, lowering.target(), notes)

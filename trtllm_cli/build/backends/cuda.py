@@ -98,12 +98,11 @@ def lower(
                 if "kernel" in launch and isinstance(launch["args"], dict):
                     launch["args"] = [launch["args"][name] for name in names[launch["kernel"]]]
     sizes = {NUM_TOKENS: build_config.max_num_tokens, NUM_LOGITS: build_config.max_batch_size}
-    blocks_a_sequence = -(-build_config.max_seq_len // build_config.tokens_per_block)
     memory = Memory(
         weights=total_bytes(t for p in lowering.packings for t in p.tensors.values()),
         activations=lowering.buffers.elements(sizes) + sum(lowering.scratch.values()),
         kv_block=sum(k + v for k, v in lowering.kv),
-        kv_blocks_full=blocks_a_sequence * build_config.max_batch_size,
+        kv_blocks_full=build_config.blocks_per_sequence * build_config.max_batch_size,
     )
     plan: dict[str, Any] = {
         "kernels": table,
@@ -129,9 +128,7 @@ def _image(
     for source in sources:
         kernel = compiled[source]
         blob += bytes(-len(blob) % _ALIGNMENT)
-        table.append({
-            **kernel.to_json(), "registers": kernel.registers, "spills": kernel.spills, "source": source.to_json(),
-            "offset": len(blob), "size": len(kernel.cubin),
-        })  # fmt: skip
+        place = {"offset": len(blob), "size": len(kernel.cubin)}
+        table.append({**kernel.to_json(), "source": source.to_json(), **place})
         blob += kernel.cubin
     return table, blob

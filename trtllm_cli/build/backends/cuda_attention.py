@@ -133,7 +133,7 @@ class AttentionLaunches(CudaLowering):
     def _common(self, node: Node) -> dict[str, tuple[str, Any]]:
         a = node.attrs
         sinks = self.vector(node.inputs["sinks"]) if "sinks" in node.inputs else ("*bf16", None)
-        blocks = -(-self.build_config.max_seq_len // self.build_config.tokens_per_block)
+        blocks = self.build_config.blocks_per_sequence
         out_scale = self.largest(node.inputs["out_scale"]) if "out_scale" in node.inputs else None
         return {
             "q_ptr": (self.type_of(node.inputs["q"]), self.ref(node.inputs["q"])), **self._caches(node),

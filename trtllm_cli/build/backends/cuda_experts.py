@@ -149,7 +149,7 @@ class ExpertLaunches(RowLaunches):
         bias = node.inputs.get("bias")
         args: dict[str, tuple[str, Any]] = {
             "x_ptr": self._out(x), **weight.operands, "bias_ptr": self.plain(bias)[::-1] if bias else ("*bf16", None),
-            "x_scale_ptr": ("*fp32", self._step_of(x_scale)), "out_ptr": self._out(node.output),
+            "x_scale_ptr": ("*fp32", self.steps_of_input(node)), "out_ptr": self._out(node.output),
         }  # fmt: skip
         constants: dict[str, Any] = {
             "IN": inner, "OUT": out, "NUM_EXPERTS": experts, "PAIRS_PER_ROW": top_k if self.width(x) == inner else 1,
@@ -181,12 +181,6 @@ class ExpertLaunches(RowLaunches):
 
         tiers = self._tiers(self.producers[node.inputs["ids"]])
         self.ways(node.op, NUM_TOKENS, [(tier.most, way(tier)) for tier in tiers])
-
-    def _step_of(self, x_scale: str | None) -> str | None:
-        """The steps of a quantized input: one, or one a row."""
-        if x_scale is None:
-            return None
-        return self.largest(x_scale) if x_scale in self.graph.weights else self.ref(x_scale)
 
     def _per_what(self, x_scale: str) -> str:
         return "one" if x_scale in self.graph.weights else "row"
@@ -268,18 +262,11 @@ class ExpertLaunches(RowLaunches):
         return {role: f"w:{name}" for role, name in names.items()}
 
     def _expert_gated_act(self, node: Node) -> None:
-        x, out, top_k = node.inputs["x"], node.outputs[0], node.attrs["top_k"]
-        width, quant = self.width(out) // top_k, node.attrs.get("out_quant", "none")
-        block = triton.next_power_of_2(width) if quant == "token" else min(BLOCK, triton.next_power_of_2(width))
-        kind, ref = self._out(x)
-        args = {
-            "gate_ptr": (kind, ref), "up_ptr": (kind, ref), "out_ptr": self._out(out), **self._steps_of(node)
-        }  # fmt: skip
-        grid: list[Dim] = [[f"{NUM_TOKENS}*{top_k}", 1], 1 if quant == "token" else -(-width // block)]
-        launch = self.launch(
-            "rows", "gated_act", grid, args, num_warps=8 if block > BLOCK else 4, WIDTH=width, GATE_STRIDE=2 * width,
-            UP_STRIDE=2 * width, GATE_OFFSET=width, UP_OFFSET=0, BLOCK=block, ACTIVATION=node.attrs["activation"],
-            QUANT=quant,
+        x, top_k = self._out(node.inputs["x"]), node.attrs["top_k"]
+        width = self.width(node.outputs[0]) // top_k
+        launch = self.gated_rows(
+            node, [f"{NUM_TOKENS}*{top_k}", 1], width, x, x, GATE_STRIDE=2 * width, UP_STRIDE=2 * width,
+            GATE_OFFSET=width, UP_OFFSET=0,
         )  # fmt: skip
         self.step(node.op, [launch])
 

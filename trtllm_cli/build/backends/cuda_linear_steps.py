@@ -17,7 +17,7 @@ from trtllm_cli.build.backends.cuda_linears import (
     weight_only,
 )
 from trtllm_cli.build.backends.cuda_program import TYPES, Launch
-from trtllm_cli.build.backends.cuda_rows import BLOCK, RowLaunches
+from trtllm_cli.build.backends.cuda_rows import RowLaunches
 from trtllm_cli.build.lowered import Packing, ReadWeight
 from trtllm_cli.graph import Node
 from trtllm_cli.kernels.linear_format import ROLES, LinearFormat
@@ -71,7 +71,7 @@ class LinearLaunches(RowLaunches):
     ) -> Launch:
         values = {
             "x": self.ref(node.inputs["x"]), "w": weights["weight"], "w_scale": weights.get("scale"),
-            "w_zero": weights.get("zero"), "x_scale": self._x_scale(node),
+            "w_zero": weights.get("zero"), "x_scale": self.steps_of_input(node),
             "bias": self.plain(node.inputs["bias"])[0] if "bias" in node.inputs else None, "residual": None,
             "out_scale": self.largest(act.inputs["out_scale"]) if act and "out_scale" in act.inputs else None,
             "y": self.ref(out), "num_tokens": f"n:{rows}",
@@ -101,7 +101,7 @@ class LinearLaunches(RowLaunches):
             call["bias"], after = None, [self._biased(node), *after]
         if not is_fp8:
             return [*before, call, *after]
-        call["x_scale"], call["x_scale_rows"] = self._x_scale(node), shape.x_scale == "row"
+        call["x_scale"], call["x_scale_rows"] = self.steps_of_input(node), shape.x_scale == "row"
         if "halves" not in weights:
             call["w_scale"], call["w_scale_rows"] = weights["scale"], shape.w_scale == "row"
             return [call, *after]
@@ -122,16 +122,7 @@ class LinearLaunches(RowLaunches):
         y, bias = self._out(node.output), self.plain(node.inputs["bias"])[::-1]
         width = self.width(node.output)
         args = {"x_ptr": y, "y_ptr": bias, "out_ptr": y}
-        return self.launch(
-            "rows", "binary", [self._dim(node.output), -(-width // BLOCK)], args, WIDTH=width, X_STRIDE=width,
-            Y_STRIDE=0, BLOCK=BLOCK, OP="add",
-        )  # fmt: skip
-
-    def _x_scale(self, node: Node) -> str | None:
-        name = node.inputs.get("x_scale")
-        if name is None:
-            return None
-        return self.largest(name) if name in self.graph.weights else self.ref(name)
+        return self.by_columns("binary", node.output, args, X_STRIDE=width, Y_STRIDE=0, OP="add")
 
     def _shape(self, node: Node) -> tuple[LinearShape, dict[str, str]]:
         """What the kernel is specialized for, and the packed weight's references by role."""
@@ -178,19 +169,23 @@ class LinearLaunches(RowLaunches):
             for role in ("scale", "zero"):
                 if role in made:
                     made[role] = made[role].float()
-            if fmt.name == "int8" and made["scale"].numel() < shape.n:  # one for all outputs, or for each half of them
-                made["scale"] = made["scale"].repeat_interleave(shape.n // made["scale"].numel())
             if halves:
                 made["halves"] = made["scale"].new_zeros(2, _APART)
                 made["halves"][:, 0] = made["scale"]
+            if halves or (fmt.name == "int8" and made["scale"].numel() < shape.n):  # one for all outputs, or for a half
                 made["scale"] = made["scale"].repeat_interleave(shape.n // made["scale"].numel())
             return pack_weight(shape, made)
 
-        names = {role: f"{weight}.{role}.{fmt.name}" for role in self._packed_infos(fmt, shape, halves)}
-        infos = {names[role]: info for role, info in self._packed_infos(fmt, shape, halves).items()}
+        infos = self._packed_infos(fmt, shape, halves)
+        names = {role: f"{weight}.{role}.{fmt.name}" for role in infos}
         if names["weight"] not in self._packed:
             self._packed.add(names["weight"])
-            self.packings.append(Packing(infos, lambda read: {names[role]: t for role, t in make(read).items()}))
+            self.packings.append(
+                Packing(
+                    {names[role]: info for role, info in infos.items()},
+                    lambda read: {names[role]: t for role, t in make(read).items()},
+                )
+            )
         return {role: f"w:{name}" for role, name in names.items()}
 
     def _packed_infos(self, fmt: LinearFormat, shape: LinearShape, halves: bool) -> dict[str, TensorInfo]:

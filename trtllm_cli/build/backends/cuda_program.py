@@ -61,22 +61,24 @@ class CudaLowering(Lowering):
         """Decides every tensor's dtype, and where it lives."""
         self.residuals = _residuals(self.graph)
         self.graph = _cast_inputs(self.graph, self.residuals)
-        self.buffers: BufferPlan = plan_buffers(_held(self.graph), lambda name: _BYTES[self.dtype(name)])
         self.consumers = self.graph.consumers()
         self.producers = self.graph.producers()
+        self.buffers: BufferPlan = plan_buffers(_held(self.graph), lambda name: _BYTES[self.dtype(name)])
 
     def dtype(self, name: str) -> str:
         """Torch's name of what an activation is kept in: bfloat16 but for the residual stream, logits and numbers."""
+        if name in self.graph.outputs:
+            return "float32"
         kind = self.graph.tensors[name].dtype
-        if kind in ("int32", "float8_e4m3fn") or name in self.graph.outputs:
-            return "float32" if name in self.graph.outputs else kind
+        if kind in ("int32", "float8_e4m3fn"):
+            return kind
         if name in self.residuals:
             return RESIDUAL
         return "float32" if name in self._routed or self._is_step(name) else "bfloat16"
 
     def _is_step(self, name: str) -> bool:
         """Whether it is the steps of quantized rows, or the weights of a token's experts."""
-        maker = next(node for node in self.graph.nodes if name in node.outputs)
+        maker = self.producers[name]
         return (maker.attrs.get("out_quant") == "token" and name == maker.outputs[-1]) or maker.op == "route"
 
     def width(self, name: str) -> int:
@@ -119,6 +121,13 @@ class CudaLowering(Lowering):
         """The one step of a qdq: the largest where there are several."""
         name = f"{weight}.largest"
         return self.add(name, TensorInfo("float32", (1,)), lambda read: read(weight).float().amax().reshape(1))
+
+    def steps_of_input(self, node: Node) -> str | None:
+        """The steps of a linear's quantized input: one, or one a row."""
+        name = node.inputs.get("x_scale")
+        if name is None:
+            return None
+        return self.largest(name) if name in self.graph.weights else self.ref(name)
 
     def ones(self, count: int) -> str:
         """Float32 ones: scales of what has none."""

@@ -19,13 +19,13 @@ class RowLaunches(CudaLowering):
     def _embedding(self, node: Node) -> None:
         weight = node.inputs["weight"]
         ref, kind = self.plain(weight)
-        rows, width = self.graph.weights[weight].shape
+        rows, _ = self.graph.weights[weight].shape
         args = {
             "ids_ptr": ("*i32", self.ref(node.inputs["ids"])), "last_tokens_ptr": ("*i32", "last"),
             "weight_ptr": (kind, ref), "out_ptr": self._out(node.output),
             "vocab_start": ("i32", node.attrs.get("vocab_start", 0)), "num_rows": ("i32", rows),
         }  # fmt: skip
-        self._by_columns(node, "embedding", width, args)
+        self.step(node.op, [self.by_columns("embedding", node.output, args)])
 
     def _rms_norm(self, node: Node) -> None:
         self._norm(node, "rms_norm")
@@ -69,7 +69,7 @@ class RowLaunches(CudaLowering):
     def _gated_act(self, node: Node) -> None:
         self.step(node.op, [self.gated_launch(node)])
 
-    def gated_launch(self, node: Node, up: Any = None) -> dict[str, Any]:
+    def gated_launch(self, node: Node, up: Any = None) -> Launch:
         """The activation by itself. `up`: where up's rows are, where they do not follow the gate's in each row."""
         out, width = node.outputs[0], self.width(node.outputs[0])
         if "x" in node.inputs:
@@ -81,16 +81,22 @@ class RowLaunches(CudaLowering):
         else:
             kind = self.type_of(node.inputs["gate"])
             gate, other, stride, offset = self.ref(node.inputs["gate"]), self.ref(node.inputs["up"]), width, 0
+        return self.gated_rows(
+            node, self._dim(out), width, (kind, gate), (kind, other), GATE_STRIDE=stride, UP_STRIDE=stride,
+            GATE_OFFSET=0, UP_OFFSET=offset,
+        )  # fmt: skip
+
+    def gated_rows(
+        self, node: Node, rows: Dim, width: int, gate: tuple[str, Any], up: tuple[str, Any], **layout: Any
+    ) -> Launch:
+        """The activation of `rows`, each `width` outputs; of `gate` and `up` Triton's type and reference."""
         quant = node.attrs.get("out_quant", "none")
         block = triton.next_power_of_2(width) if quant == "token" else min(BLOCK, triton.next_power_of_2(width))
-        args = {
-            "gate_ptr": (kind, gate), "up_ptr": (kind, other), "out_ptr": self._out(out), **self._steps_of(node),
-        }  # fmt: skip
-        grid: list[Dim] = [self._dim(out), 1 if quant == "token" else -(-width // block)]
+        args = {"gate_ptr": gate, "up_ptr": up, "out_ptr": self._out(node.outputs[0]), **self._steps_of(node)}
+        grid: list[Dim] = [rows, 1 if quant == "token" else -(-width // block)]
         return self.launch(
             "rows", "gated_act", grid, args, num_warps=16 if block > 8192 else 8 if block > BLOCK else 4, WIDTH=width,
-            GATE_STRIDE=stride, UP_STRIDE=stride, GATE_OFFSET=0, UP_OFFSET=offset, BLOCK=block,
-            ACTIVATION=node.attrs["activation"], QUANT=quant,
+            BLOCK=block, ACTIVATION=node.attrs["activation"], QUANT=quant, **layout,
         )  # fmt: skip
 
     def _act(self, node: Node) -> None:
@@ -108,7 +114,7 @@ class RowLaunches(CudaLowering):
     def _unary(self, node: Node, op: str, number: float) -> None:
         x, width = node.inputs["x"], self.width(node.output)
         args = {"x_ptr": self._out(x), "out_ptr": self._out(node.output), "number": ("fp32", float(number))}
-        self._by_columns(node, "unary", width, args, X_STRIDE=width, OP=op)
+        self.step(node.op, [self.by_columns("unary", node.output, args, X_STRIDE=width, OP=op)])
 
     def _add(self, node: Node) -> None:
         self._binary(node)
@@ -123,7 +129,8 @@ class RowLaunches(CudaLowering):
             "x_ptr": self._out(x), "y_ptr": self.vector(y) if is_row else self._out(y),
             "out_ptr": self._out(node.output),
         }  # fmt: skip
-        self._by_columns(node, "binary", width, args, X_STRIDE=width, Y_STRIDE=0 if is_row else width, OP=node.op)
+        strides = {"X_STRIDE": width, "Y_STRIDE": 0 if is_row else width}
+        self.step(node.op, [self.by_columns("binary", node.output, args, OP=node.op, **strides)])
 
     def _quantize(self, node: Node) -> None:
         q, how = node.outputs[0], node.attrs["out_quant"]
@@ -158,13 +165,13 @@ class RowLaunches(CudaLowering):
             "x_ptr": self._out(node.inputs["x"]), "indices_ptr": self.plain(node.inputs["indices"])[::-1],
             "out_ptr": self._out(node.output),
         }  # fmt: skip
-        width = self.width(node.output)
-        self._by_columns(node, "gather_columns", width, args, X_STRIDE=self.width(node.inputs["x"]))
+        stride = self.width(node.inputs["x"])
+        self.step(node.op, [self.by_columns("gather_columns", node.output, args, X_STRIDE=stride)])
 
     def _gather_last(self, node: Node) -> None:
         x, indices = node.inputs["x"], node.inputs["indices"]
         args = {"x_ptr": self._out(x), "indices_ptr": ("*i32", self.ref(indices)), "out_ptr": self._out(node.output)}
-        self._by_columns(node, "gather_rows", self.width(x), args, X_STRIDE=self.width(x))
+        self.step(node.op, [self.by_columns("gather_rows", node.output, args, X_STRIDE=self.width(x))])
 
     def _split(self, node: Node) -> None:
         """Each part copied: who reads them wants whole rows."""
@@ -172,15 +179,10 @@ class RowLaunches(CudaLowering):
         kind, ref = self._out(x)
         launches, start = [], 0
         for name in node.outputs:
-            width = self.width(name)
-            block = min(BLOCK, triton.next_power_of_2(width))
             at = [ref, None, start * (4 if kind == "*fp32" else 2)]
             args = {"x_ptr": (kind, at), "out_ptr": self._out(name), "number": ("fp32", 1.0)}
-            grid: list[Dim] = [self._dim(name), -(-width // block)]
-            launches.append(
-                self.launch("rows", "unary", grid, args, WIDTH=width, X_STRIDE=stride, BLOCK=block, OP="scale")
-            )
-            start += width
+            launches.append(self.by_columns("unary", name, args, X_STRIDE=stride, OP="scale"))
+            start += self.width(name)
         self.step(node.op, launches)
 
     def _concat(self, node: Node) -> None:
@@ -213,13 +215,12 @@ class RowLaunches(CudaLowering):
         )  # fmt: skip
         self.step(node.op, [launch])
 
-    def _by_columns(
-        self, node: Node, function: str, width: int, args: dict[str, tuple[str, Any]], **constants: Any
-    ) -> None:
-        """A kernel of rows.py whose grid is (rows, blocks of columns)."""
+    def by_columns(self, function: str, out: str, args: dict[str, tuple[str, Any]], **constants: Any) -> Launch:
+        """A kernel of rows.py whose grid is (rows of `out`, blocks of its columns)."""
+        width = self.width(out)
         block = min(BLOCK, triton.next_power_of_2(width))
-        grid: list[Dim] = [self._dim(node.output), -(-width // block)]
-        self.step(node.op, [self.launch("rows", function, grid, args, WIDTH=width, BLOCK=block, **constants)])
+        grid: list[Dim] = [self._dim(out), -(-width // block)]
+        return self.launch("rows", function, grid, args, WIDTH=width, BLOCK=block, **constants)
 
     def _steps_of(self, node: Node) -> dict[str, tuple[str, Any]]:
         """The operands of a quantized output."""

@@ -24,7 +24,7 @@ class SamplingLaunches(CudaLowering):
             return
         ways = []
         for most, chunk, tile in _CHUNKS:
-            vocab, stride = self.width(self.graph.outputs[0]), self.width(self.graph.outputs[0])
+            vocab = self.width(self.graph.outputs[0])
             splits = -(-vocab // chunk)
             samples = self.build_config.max_batch_size if most is None else most
             common = {
@@ -38,7 +38,7 @@ class SamplingLaunches(CudaLowering):
             counters = ("*i32", self.room("sampling counters", samples * 4))
             plain = self.launch(
                 "sample", "sample", [splits, [NUM_SAMPLES, 1]], {**common, "counters_ptr": counters}, num_warps=4,
-                VOCAB=vocab, ROW_STRIDE=stride, CHUNK=chunk, TILE=tile, SPLITS_BLOCK=triton.next_power_of_2(splits),
+                VOCAB=vocab, ROW_STRIDE=vocab, CHUNK=chunk, TILE=tile, SPLITS_BLOCK=triton.next_power_of_2(splits),
             )  # fmt: skip
             listed = self.build_config.max_batch_size * _CAPACITY * 4
             filters = {
@@ -48,7 +48,7 @@ class SamplingLaunches(CudaLowering):
             }  # fmt: skip
             filtered = self.launch(
                 "sample", "sample_filtered", [[NUM_SAMPLES, 1]], {**common, **filters}, num_warps=16, VOCAB=vocab,
-                ROW_STRIDE=stride, SPLITS=splits, SPLITS_BLOCK=triton.next_power_of_2(splits), CAPACITY=_CAPACITY,
+                ROW_STRIDE=vocab, SPLITS=splits, SPLITS_BLOCK=triton.next_power_of_2(splits), CAPACITY=_CAPACITY,
                 TILE=2048,
             )  # fmt: skip
             ways.append((most, plain, filtered))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trtllm_cli.graph import Graph, Node, TensorType, Weight
+from trtllm_cli.build.passes.stack_halves import stack_halves
+from trtllm_cli.graph import Graph, Node, TensorType
 
 
 def fuse_gate_up(graph: Graph) -> Graph:
@@ -19,23 +20,9 @@ def fuse_gate_up(graph: Graph) -> Graph:
             continue
         if any(len(consumers[name]) != 1 for name in node.inputs.values()):
             continue
-        inputs = {"x": gate.inputs["x"]}
-        for role in gate.inputs:
-            if role != "x":
-                name = f"{gate.inputs[role]}+{up.inputs[role].rsplit('.', 2)[-2]}"
-                weights[name] = _stack(graph.weights[gate.inputs[role]], graph.weights[up.inputs[role]])
-                inputs[role] = name
-        joint = f"{gate.output}.{up.output}"
-        kind = graph.type_of(gate.output)
-        width = kind.shape[-1]
-        assert isinstance(width, int)
-        tensors[joint] = TensorType(kind.dtype, (*kind.shape[:-1], 2 * width))
         replaced[id(gate)] = []
         replaced[id(up)] = []
-        replaced[id(node)] = [
-            Node("linear", inputs, (joint,), gate.attrs),
-            Node("gated_act", {"x": joint}, node.outputs, node.attrs),
-        ]
+        replaced[id(node)] = stack_halves(graph, weights, tensors, node, gate, up, gate.inputs["x"])
     nodes = [new for node in graph.nodes for new in replaced.get(id(node), [node])]
     joined = Graph(graph.name, graph.inputs, weights, graph.nodes, graph.tensors, graph.outputs)
     return joined.with_nodes(nodes, tensors)
@@ -57,7 +44,3 @@ def _has_rows(graph: Graph, node: Node) -> bool:
     """Whether what belongs to the weight has a row for each of its outputs: one scale for all cannot be stacked."""
     companions = [graph.weights[name] for role, name in node.inputs.items() if role != "x"]
     return all(w.shape[0] == graph.weights[node.inputs["weight"]].shape[0] for w in companions)
-
-
-def _stack(a: Weight, b: Weight) -> Weight:
-    return Weight(a.dtype, (a.shape[0] + b.shape[0], *a.shape[1:]), a.parts + b.parts, a.shard)

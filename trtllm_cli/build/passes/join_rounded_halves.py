@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trtllm_cli.graph import Graph, Node, TensorType, Weight
+from trtllm_cli.build.passes.stack_halves import stack_halves, stack_weights
+from trtllm_cli.graph import Graph, Node, TensorType
 
 
 def join_rounded_halves(graph: Graph) -> Graph:
@@ -26,23 +27,13 @@ def join_rounded_halves(graph: Graph) -> Graph:
         if not _alike(graph, halves, rounded) or any(len(consumers[name]) != 1 for name in node.inputs.values()):
             continue
         (gate, up), (q_gate, q_up) = [h for h in halves if h], [q for q in rounded if q]
-        inputs = {}
-        for role in ("weight", "scale"):
-            inputs[role] = _join(weights, gate.inputs[role], up.inputs[role])
         steps = {}
         if "scale" in q_gate.inputs:
-            steps["scale"] = _join(weights, q_gate.inputs["scale"], q_up.inputs["scale"])
-        joint = f"{gate.output}.{up.output}"
-        kind = graph.type_of(gate.output)
-        width = kind.shape[-1]
-        assert isinstance(width, int)
-        tensors[joint] = TensorType(kind.dtype, (*kind.shape[:-1], 2 * width))
-        x = q_gate.output
+            steps["scale"] = stack_weights(weights, q_gate.inputs["scale"], q_up.inputs["scale"])
         replaced |= {id(q_gate): [], id(q_up): [], id(gate): [], id(up): []}
         replaced[id(node)] = [
             replace(q_gate, inputs={**q_gate.inputs, **steps}),
-            Node("linear", {"x": x, **inputs}, (joint,), gate.attrs),
-            Node("gated_act", {"x": joint}, node.outputs, node.attrs),
+            *stack_halves(graph, weights, tensors, node, gate, up, q_gate.output),
         ]
     nodes = [new for node in graph.nodes for new in replaced.get(id(node), [node])]
     return Graph(graph.name, graph.inputs, weights, graph.nodes, graph.tensors, graph.outputs).with_nodes(
@@ -75,11 +66,3 @@ def _scales(graph: Graph, linear: Node) -> int:
     """How many scales a weight has: one, or one an output; 0 for other shapes."""
     shape, rows = graph.weights[linear.inputs["scale"]].shape, graph.weights[linear.inputs["weight"]].shape[0]
     return shape[0] if shape in ((1,), (rows,)) else 0
-
-
-def _join(weights: dict[str, Weight], first: str, second: str) -> str:
-    """The name of the two stacked."""
-    a, b = weights[first], weights[second]
-    name = f"{first}+{second.rsplit('.', 2)[-2]}"
-    weights[name] = Weight(a.dtype, (a.shape[0] + b.shape[0], *a.shape[1:]), a.parts + b.parts, a.shard)
-    return name

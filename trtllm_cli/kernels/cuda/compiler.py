@@ -150,10 +150,7 @@ class _Workers:
 
 
 def _kernel(answer: dict[str, Any]) -> CompiledKernel:
-    cubin = base64.b64decode(answer["cubin"])
-    return CompiledKernel(
-        **{**answer, "cubin": cubin, "params": tuple(answer["params"]), "names": tuple(answer["names"])}
-    )
+    return CompiledKernel.from_json(answer, base64.b64decode(answer["cubin"]))
 
 
 def _path(source: KernelSource, arch: str) -> Path:

@@ -70,5 +70,14 @@ class CompiledKernel:
         """What a plan keeps of it; the cubin is a tensor of the engine."""
         return {
             "entry": self.entry, "names": list(self.names), "params": list(self.params), "num_warps": self.num_warps,
-            "shared": self.shared, "uses_pdl": self.uses_pdl,
+            "shared": self.shared, "uses_pdl": self.uses_pdl, "registers": self.registers, "spills": self.spills,
         }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], cubin: bytes) -> CompiledKernel:
+        """From `to_json`'s fields, among others, and the machine code."""
+        return cls(
+            entry=data["entry"], cubin=cubin, params=tuple(data["params"]), names=tuple(data["names"]),
+            num_warps=data["num_warps"], shared=data["shared"], uses_pdl=data["uses_pdl"],
+            registers=data["registers"], spills=data["spills"], ptx=data.get("ptx", ""),
+        )  # fmt: skip

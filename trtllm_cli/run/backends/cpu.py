@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trtllm_cli.artifact import human_bytes
-from trtllm_cli.engine import KERNELS
+from trtllm_cli.engine import KERNELS, tensor_view
 from trtllm_cli.errors import EngineError, ResourceError
 from trtllm_cli.kernels.cpu import compiler, library
 from trtllm_cli.kernels.cpu.attention_steps import copy_block, kv_bytes_per_block
@@ -67,7 +67,7 @@ class CpuRunner:
             self._plan = engine.plan(self._file)
             self._weights = _Weights(self._file)
             self._buffers = self._allocate_buffers()
-            lib = library.Library.load(self._weights.view(KERNELS))
+            lib = library.Library.load(tensor_view(self._file, KERNELS))
             self._pool = lib.pool(num_threads)
             comm.activity.kernels = self._pool.progress
         except BaseException:
@@ -221,18 +221,10 @@ class _Weights:
         self._file = file
         self._arrays: dict[str, npt.NDArray[np.uint8]] = {}
 
-    def view(self, name: str) -> memoryview:
-        """A tensor's bytes. Raises EngineError when the plan names one that is not there."""
-        if name not in self._file.tensors:
-            raise EngineError(
-                f"{self._file.path.name} has no tensor `{name}`", where=str(self._file.path), fix="rebuild the engine"
-            )
-        return self._file.view(name)
-
     def address(self, name: str) -> int:
         """Where a tensor's bytes begin."""
         if name not in self._arrays:
-            self._arrays[name] = np.frombuffer(self.view(name), dtype=np.uint8)
+            self._arrays[name] = np.frombuffer(tensor_view(self._file, name), dtype=np.uint8)
         return self._arrays[name].ctypes.data
 
 

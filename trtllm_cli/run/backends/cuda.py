@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trtllm_cli.engine import KERNELS
-from trtllm_cli.errors import EngineError, ResourceError
+from trtllm_cli.engine import KERNELS, tensor_view
+from trtllm_cli.errors import EngineError
 from trtllm_cli.run.backends.cuda_device import CudaDevice, Device
 from trtllm_cli.run.backends.cuda_inputs import InputLayout, InputSlot
 from trtllm_cli.run.backends.cuda_program import Program, key_of
@@ -59,16 +59,28 @@ class CudaRunner:
 
     def __init__(self, engine: Engine, rank: Rank, device: Device) -> None:
         self._device = device
-        self._limits = limits = engine.config.build_config
+        self._limits = engine.config.build_config
+        self._done: list[Callable[[], None]] = [lambda: None] * _SLOTS
+        self._turn = 0
+        self._kv: torch.Tensor | None = None
+        self._caches: list[tuple[int, int]] = []  # each layer's k and v: where they begin
+        self._programs: dict[Any, Program] = {}
+        self._graphs: dict[tuple[bool, int, int], Callable[[], None]] = {}
+        self._met: set[tuple[int, int]] = set()
         self._file = engine.tensors(rank)
-        self._plan = plan = engine.plan(self._file)
-        self._needs = GpuNeeds.of(plan, self._file.data_range[1], limits)
         try:
-            self._needs.check_free(*device.free_memory(), limits)
-        except ResourceError:
+            self._plan = engine.plan(self._file)
+            self._load()
+        except BaseException:
             self._file.close()
             raise
-        image = self._view(KERNELS)
+
+    def _load(self) -> None:
+        """Kernels and weights, and memory for all but the KV cache."""
+        device, limits, plan = self._device, self._limits, self._plan
+        self._needs = GpuNeeds.of(plan, self._file.data_bytes, limits)
+        self._needs.check_free(*device.free_memory(), limits)
+        image = tensor_view(self._file, KERNELS)
         self._kernels = [device.load(k, bytes(image[k["offset"] : k["offset"] + k["size"]])) for k in plan["kernels"]]
         self._weights = DeviceWeights(device, self._file)
         self._rows = {"num_tokens": limits.max_num_tokens, "num_logits": limits.max_batch_size}
@@ -77,21 +89,13 @@ class CudaRunner:
         self._scratch = dict(zip(names, self._arena(list(plan["scratch"].values()), "scratch memory"), strict=True))
         self._last = device.empty((limits.max_batch_size + 1) * 4, "the tokens")
         self._last.zero_()
-        layouts = [InputLayout(limits, mixed=mixed) for mixed in (False, True)]
-        self._inputs = [device.empty(layout.size * 4, "a step's inputs").view(torch.int32) for layout in layouts]
-        self._layouts = layouts
+        self._layouts = [InputLayout(limits, mixed=mixed) for mixed in (False, True)]
+        self._inputs = [device.empty(layout.size * 4, "a step's inputs").view(torch.int32) for layout in self._layouts]
         self._slots = [
             [InputSlot(device, layout, there) for _ in range(_SLOTS)]
-            for layout, there in zip(layouts, self._inputs, strict=True)
+            for layout, there in zip(self._layouts, self._inputs, strict=True)
         ]  # fmt: skip
         self._results = [device.host(limits.max_batch_size * 4).view(torch.int32) for _ in range(_SLOTS)]
-        self._done: list[Callable[[], None]] = [lambda: None] * _SLOTS
-        self._turn = 0
-        self._kv: torch.Tensor | None = None
-        self._caches: list[tuple[int, int]] = []  # each layer's k and v: where they begin
-        self._programs: dict[Any, Program] = {}
-        self._graphs: dict[tuple[bool, int, int], Callable[[], None]] = {}
-        self._met: set[tuple[int, int]] = set()
 
     @property
     def bytes_per_block(self) -> int:
@@ -178,7 +182,7 @@ class CudaRunner:
         slot.upload(seqs)
         counts = {"num_tokens": tokens, "num_seqs": seqs, "num_logits": logits}
         if is_graph:
-            self._graph(counts, mixed)()
+            self._run_graph(counts, mixed)
         else:
             self._program(self._plan["steps"], counts, mixed).run(counts)
         if sampling is not None and len(sampling.rows):
@@ -202,14 +206,15 @@ class CudaRunner:
         self._met.add(padded)
         return False
 
-    def _graph(self, counts: dict[str, int], mixed: bool) -> Callable[[], None]:
-        """What launches a step of these counts at once."""
+    def _run_graph(self, counts: dict[str, int], mixed: bool) -> None:
+        """A step of these counts in one launch; the first one by itself, and then it is captured for those after it."""
         key = (mixed, counts["num_tokens"], counts["num_seqs"])
-        if key not in self._graphs:
-            program = self._program(self._plan["steps"], counts, mixed)
-            program.run(counts)  # once by itself: libraries set themselves up, which a graph cannot capture
-            self._graphs[key] = self._device.capture(program.enqueue)
-        return self._graphs[key]
+        if key in self._graphs:
+            self._graphs[key]()
+            return
+        program = self._program(self._plan["steps"], counts, mixed)
+        program.run(counts)  # here libraries set themselves up, which a graph cannot capture
+        self._graphs[key] = self._device.capture(program.enqueue)
 
     def _sample(self, sampling: SamplingInputs, mixed: bool) -> None:
         counts = {"num_samples": len(sampling.rows)}
@@ -271,13 +276,6 @@ class CudaRunner:
         with self._device.active():
             whole.zero_()
         return [whole[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-
-    def _view(self, name: str) -> memoryview:
-        if name not in self._file.tensors:
-            raise EngineError(
-                f"{self._file.path.name} has no tensor `{name}`", where=str(self._file.path), fix="rebuild the engine"
-            )
-        return self._file.view(name)
 
 
 class _Tokens:

@@ -113,11 +113,7 @@ class CudaDevice:
 
     def load(self, kernel: dict[str, Any], cubin: bytes) -> Any:
         """See Device."""
-        compiled = CompiledKernel(
-            entry=kernel["entry"], cubin=cubin, params=tuple(kernel["params"]), names=(), num_warps=kernel["num_warps"],
-            shared=kernel["shared"], uses_pdl=kernel["uses_pdl"], registers=0, spills=0,
-        )  # fmt: skip
-        return self.driver.load(compiled)
+        return self.driver.load(CompiledKernel.from_json(kernel, cubin))
 
     def prepare(self, kernel: Any, grid: Sequence[int], values: Sequence[int | float]) -> _StreamLaunch:
         """See Device."""

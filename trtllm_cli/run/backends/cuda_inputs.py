@@ -1,4 +1,4 @@
-"""A step's inputs on their way to the device: packed into host memory, uploaded by one or two copies."""
+"""A step's inputs on their way to the device: packed into host memory, uploaded by one copy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InputLayout:
     def __init__(self, limits: BuildConfig, *, mixed: bool) -> None:
         tokens = limits.max_num_tokens if mixed else limits.max_batch_size
         seqs = limits.max_batch_size
-        self.max_blocks = -(-limits.max_seq_len // limits.tokens_per_block)
+        self.max_blocks = limits.blocks_per_sequence
         sizes = {
             "query_start": seqs + 1, "seq_lens": seqs, "logits_indices": seqs,
             "logits_rows": seqs, "rows": seqs, "seeds": 2 * seqs, "output_positions": seqs, "temperatures": seqs,

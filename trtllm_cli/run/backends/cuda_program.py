@@ -17,7 +17,7 @@ Counts = Mapping[str, int]  # of tokens, sequences, logits, samples
 
 
 class Program:
-    """Launches for steps that take the same way at each node; `resize` it to a step's counts, then enqueue."""
+    """Launches for steps that take the same way at each node."""
 
     def __init__(
         self, device: Device, kernels: Sequence[Any], steps: Sequence[Mapping[str, Any]], address: Callable[[Any], int],
@@ -38,20 +38,15 @@ class Program:
                 else:
                     self._parts.append(_Product(device, launch, tensor, most_rows[launch["rows"]]))
 
-    def resize(self, counts: Counts) -> None:
-        """For a step of these counts."""
+    def run(self, counts: Counts) -> None:
+        """Enqueues a step of these counts, each launch as soon as it has its size."""
         for part in self._parts:
             part.resize(counts)
-
-    def enqueue(self) -> None:
-        """All launches, in order."""
-        for part in self._parts:
             part.enqueue()
 
-    def run(self, counts: Counts) -> None:
-        """`resize` and `enqueue`, such that the device begins at once."""
+    def enqueue(self) -> None:
+        """Enqueues a step of the counts of the last `run`."""
         for part in self._parts:
-            part.resize(counts)
             part.enqueue()
 
 

@@ -4,7 +4,6 @@ there while the next pieces are read.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -26,11 +25,10 @@ class DeviceWeights:
     """All tensors of a rank file, in device memory as they lie in the file."""
 
     def __init__(self, device: Device, file: TensorFile) -> None:
-        start, size = file.data_range
         self._file = file
-        self._data = device.empty(size, "the weights")
+        self._data = device.empty(file.data_bytes, "the weights")
         with device.active():
-            _copy(device, file.path, start, self._data)
+            _copy(device, file, self._data)
 
     def address(self, name: str) -> int:
         """Where a tensor's bytes begin."""
@@ -41,36 +39,27 @@ class DeviceWeights:
         return self._data[self._file.offset(name) :]
 
 
-def _copy(device: Device, path: os.PathLike[str], start: int, out: torch.Tensor) -> None:
-    """The file's bytes from `start` on to `out`."""
+def _copy(device: Device, file: TensorFile, out: torch.Tensor) -> None:
+    """All tensors' bytes to `out`."""
     size = len(out)
     ranges = [(begin, min(begin + _PIECE, size)) for begin in range(0, size, _PIECE)]
     count = min(_PIECES, len(ranges))
     pieces = [device.host(min(_PIECE, size)) for _ in range(count)]
     views = [piece.numpy().data for piece in pieces]
     copied: list[Callable[[], None]] = [lambda: None] * count  # waits until the piece is free again
-    fd = os.open(path, os.O_RDONLY)
 
     def read(i: int) -> None:
         copied[i % count]()
         begin, end = ranges[i]
-        view, position = views[i % count][: end - begin], start + begin
-        while view:
-            n = os.preadv(fd, [view], position)
-            if not n:
-                raise EOFError(f"{path} is cut short")
-            view, position = view[n:], position + n
+        file.read_data(begin, views[i % count][: end - begin])
 
-    try:
-        with ThreadPoolExecutor(max(1, min(_MOST_THREADS, available_cores(), count))) as pool:
-            reads = {i: pool.submit(read, i) for i in range(count)}
-            for i, (begin, end) in enumerate(ranges):
-                reads.pop(i).result()
-                out[begin:end].copy_(pieces[i % count][: end - begin], non_blocking=True)
-                copied[i % count] = device.record()
-                if i + count < len(ranges):
-                    reads[i + count] = pool.submit(read, i + count)
-        for wait in copied:
-            wait()
-    finally:
-        os.close(fd)
+    with ThreadPoolExecutor(max(1, min(_MOST_THREADS, available_cores(), count))) as pool:
+        reads = {i: pool.submit(read, i) for i in range(count)}
+        for i, (begin, end) in enumerate(ranges):
+            reads.pop(i).result()
+            out[begin:end].copy_(pieces[i % count][: end - begin], non_blocking=True)
+            copied[i % count] = device.record()
+            if i + count < len(ranges):
+                reads[i + count] = pool.submit(read, i + count)
+    for wait in copied:
+        wait()
