@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 from typing import Any
 
+import numpy as np
 import torch
 
 import tests.triton_interpreter  # noqa: F401 - mends the interpreter
+from tests.thread_ranks import ThreadRank
 from trtllm_cli.kernels.cuda.compiler import PACKAGE
 from trtllm_cli.kernels.cuda.kernel import CompiledKernel, KernelSource
 
 TORCH = {
     "*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp8e4nv": torch.float8_e4m3fn, "*i8": torch.int8,
-    "*u8": torch.uint8, "*i32": torch.int32,
+    "*u8": torch.uint8, "*i32": torch.int32, "*i64": torch.int64,
 }  # fmt: skip
 
 
@@ -39,12 +42,49 @@ def _function(module: str, function: str) -> Any:
 
 
 class InterpreterDevice:
+    """With `comm`, one of several, each in a thread: what ranks push is pulled when all have pushed."""
+
     torch_device = torch.device("cpu")
     name = "Triton's interpreter"
+    one_at_a_time = threading.Lock()  # the interpreter has one place for what it is at
 
-    def __init__(self) -> None:
+    def __init__(self, comm: ThreadRank | None = None, *, sees_peers: bool = True) -> None:
         self._regions: list[torch.Tensor] = []
         self.launches = 0
+        self.comm, self._sees_peers = comm, sees_peers
+        self.calls: list[str] = []
+
+    def join(self, rank, comm):
+        assert comm is self.comm
+
+    def find_peers(self, memory, group, comm):
+        self._group = group
+        found = comm.exchange(str(memory.data_ptr()))
+        return [int(found[rank]) for rank in group] if self._sees_peers else None
+
+    def await_peers(self):
+        self.comm.all_reduce(np.zeros(1), self._group)
+
+    def all_reduce(self, x, y, group):
+        self.calls.append("all_reduce")
+        total = x.float().numpy()
+        self.comm.all_reduce(total, group)
+        y.copy_(torch.from_numpy(total))
+
+    def all_gather(self, x, y, group):
+        self.calls.append("all_gather")
+        y.copy_(torch.from_numpy(self.comm.all_gather(x.float().numpy(), group)))
+
+    def send(self, x, to):
+        self.comm.send(x.float().numpy(), to)
+
+    def recv(self, y, source):
+        got = np.empty(y.shape, np.float32)
+        self.comm.recv(got, source)
+        y.copy_(torch.from_numpy(got))
+
+    def leave(self):
+        pass
 
     def empty(self, nbytes: int, what: str) -> torch.Tensor:
         region = torch.full((nbytes,), 0xFF, dtype=torch.uint8)  # NaN in every float format
@@ -112,7 +152,17 @@ class _Launch:
         for name, value in zip(self.kernel["names"], self.values, strict=True):
             kind = self.types[name]
             args.append(self.device.at(value, kind) if kind.startswith("*") else value)
-        self.function[tuple(self.grid)](*args, **self.constants)
+        if "PUSH" not in self.constants:
+            self._run(args, self.constants)
+            return
+        self._run(args, self.constants | {"PULL": False})
+        self.device.await_peers()
+        self._run(args, self.constants | {"PUSH": False})
+        self.device.await_peers()  # and before anyone pushes again
+
+    def _run(self, args, constants):
+        with self.device.one_at_a_time:
+            self.function[tuple(self.grid)](*args, **constants)
 
 
 def source_of(kernel: dict[str, Any]) -> KernelSource:

@@ -35,6 +35,6 @@ class LateStage(SingleRank):
 
     def recv(self, out: np.ndarray, source: int) -> None:
         assert source == 1
-        logits = compute(self.runner, self.inputs, StepPlan.of_message(self.messages.popleft()))
+        logits = compute(self.runner, self.inputs, StepPlan.of_message(self.messages.popleft())[0])
         assert logits is not None
         out[:] = logits

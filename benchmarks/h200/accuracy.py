@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from benchmarks.h200.synthetic import FORMATS, SHAPES, graph_of, prefill_inputs, runner_of
+from benchmarks.h200.synthetic import FORMATS, SHAPES, config_of, graph_of, prefill_inputs, runner_of
 from trtllm_cli.engine import BuildConfig
 from trtllm_cli.graph import Graph, Node
 from trtllm_cli.kernels.reference import Reference
@@ -53,7 +53,7 @@ def main() -> None:
     for fmt in a.formats:
         options = {"max_batch_size": 8, "max_num_tokens": 512, "max_seq_len": 1024}
         runner, config = runner_of(a.shape, fmt, num_blocks=64, layers=a.layers, **options)
-        graph = graph_of(a.shape, fmt, config, layers=a.layers)
+        graph = graph_of(config_of(a.shape, fmt, a.layers), 0, config)
         with torch.device("cuda"), torch.inference_mode():
             torch.backends.cuda.matmul.allow_tf32 = False
             weights = {name: _weight(runner, graph, name) for name in graph.weights}

@@ -148,12 +148,13 @@ class OnExecutor:
     """Serves requests in this thread, with an executor of its own on a runner that samples."""
 
     def __init__(
-        self, runner: Any, limits: Any, *, vocab_size: int, num_blocks: int, policy: str, prefix: bool
-    ) -> None:
+        self, runner: Any, limits: Any, *, vocab_size: int, num_blocks: int, policy: str = "guaranteed_no_evict",
+        prefix: bool = False, comm: Any = None,
+    ) -> None:  # fmt: skip
         self.runner, self.limits, self.vocab_size = runner, limits, vocab_size
         self.executor = Executor(
-            limits, runner, SingleRank(), vocab_size=vocab_size, num_blocks=num_blocks, enable_prefix_cache=prefix,
-            policy=policy,
+            limits, runner, comm or SingleRank(), vocab_size=vocab_size, num_blocks=num_blocks,
+            enable_prefix_cache=prefix, policy=policy,
         )  # fmt: skip
         self._next = 0
 

@@ -45,7 +45,7 @@ def main() -> None:
     started = time.perf_counter()
     blocks = max(max(a.batches, default=1) * (a.context // 64 + 4), 256)
     runner, config = runner_of(a.shape, a.format, num_blocks=blocks, layers=a.layers, **options)
-    runner._plan["steps"] = [s for s in runner._plan["steps"] if s["op"] not in a.without]
+    runner._steps = [s for s in runner._steps if s["op"] not in a.without]
     print(f"loaded in {time.perf_counter() - started:.1f} s")
     weights = len(runner._weights._data) - 128256 * SHAPES[a.shape]["hidden_size"] * 2  # a step reads few embeddings
     if SHAPES[a.shape].get("share_embedding_table"):
@@ -53,24 +53,7 @@ def main() -> None:
     results = []
     for batch in a.batches:
         kv = batch * a.context * runner.bytes_per_block / config.tokens_per_block
-        inputs, ahead = decode_inputs(config, batch, a.context), decode_inputs(config, batch, a.context, known=False)
-        sampling = greedy(batch)
-        pending = runner.start(inputs, sampling)
-        for _ in range(4):
-            following = runner.start(ahead, sampling)
-            tokens = pending.tokens()
-            pending = following
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        host = 0.0
-        for _ in range(a.steps):
-            t = time.perf_counter()
-            following = runner.start(ahead, sampling)
-            host += time.perf_counter() - t
-            pending.tokens()
-            pending = following
-        tokens = pending.tokens()
-        ms = (time.perf_counter() - begun) / a.steps * 1e3
+        ms, host_ms, bad = decode_milliseconds(runner, config, batch, a.context, a.steps)
         floor = (weights + kv) / BANDWIDTH * 1e3
         row = {
             "kind": "decode",
@@ -78,9 +61,9 @@ def main() -> None:
             "context": a.context,
             "ms": ms,
             "floor_ms": floor,
-            "host_ms": host / a.steps * 1e3,
+            "host_ms": host_ms,
+            "bad": bad,
         }
-        row["bad"] = int((tokens < 0).sum())
         results.append(row)
         print(
             f"{a.shape} {a.format} decode x{batch} at {a.context}: {ms:.3f} ms, floor {floor:.3f} ({floor / ms:.2f}), "
@@ -88,27 +71,54 @@ def main() -> None:
             f"{'without ' + ' '.join(a.without) if a.without else ''}"
         )
     for length in a.prefills:
-        longest = min(length, config.max_seq_len)  # more tokens are several prompts
-        inputs = prefill_inputs(config, [longest] * (length // longest))
-        sampling = greedy(inputs.num_seqs)
-        times, enqueues = [], []
-        for _ in range(8):
-            t = time.perf_counter()
-            pending = runner.start(inputs, sampling)
-            enqueues.append(time.perf_counter() - t)
-            pending.tokens()
-            times.append(time.perf_counter() - t)
-        ms, host = (sorted(x)[len(x) // 2] * 1e3 for x in (times, enqueues))
+        ms, host, times = prefill_milliseconds(runner, config, length)
         results.append({"kind": "prefill", "tokens": length, "ms": ms, "host_ms": host})
         print(
             f"{a.shape} {a.format} prefill of {length}: {ms:.2f} ms, enqueued in {host:.2f} ms; "
-            f"all: {' '.join(f'{1e3 * t:.1f}' for t in times)}"
+            f"all: {' '.join(f'{t:.1f}' for t in times)}"
         )
     if a.profile:
         _profile(runner, config, a.batches[0], a.context, a.prefills)
     if a.output:
         with open(a.output, "w") as f:
             json.dump(results, f, indent=1)
+
+
+def decode_milliseconds(runner, config, batch: int, context: int, steps: int) -> tuple[float, float, int]:
+    """Of a step, one ahead, and of its host part; how many tokens of the last were not finite."""
+    inputs, ahead = decode_inputs(config, batch, context), decode_inputs(config, batch, context, known=False)
+    sampling = greedy(batch)
+    pending = runner.start(inputs, sampling)
+    for _ in range(4):
+        following = runner.start(ahead, sampling)
+        pending.tokens()
+        pending = following
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    host = 0.0
+    for _ in range(steps):
+        t = time.perf_counter()
+        following = runner.start(ahead, sampling)
+        host += time.perf_counter() - t
+        pending.tokens()
+        pending = following
+    tokens = pending.tokens()
+    return (time.perf_counter() - begun) / steps * 1e3, host / steps * 1e3, int((tokens < 0).sum())
+
+
+def prefill_milliseconds(runner, config, length: int) -> tuple[float, float, list[float]]:
+    """Of prompts of `length` tokens in all, and of the host's part: medians; every run's."""
+    longest = min(length, config.max_seq_len)  # more tokens are several prompts
+    inputs = prefill_inputs(config, [longest] * (length // longest))
+    sampling = greedy(inputs.num_seqs)
+    times, enqueues = [], []
+    for _ in range(8):
+        t = time.perf_counter()
+        pending = runner.start(inputs, sampling)
+        enqueues.append((time.perf_counter() - t) * 1e3)
+        pending.tokens()
+        times.append((time.perf_counter() - t) * 1e3)
+    return sorted(times)[4], sorted(enqueues)[4], times
 
 
 def _profile(runner, config, batch: int, context: int, prefills: list[int]) -> None:

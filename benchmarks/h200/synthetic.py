@@ -22,6 +22,7 @@ from trtllm_cli.engine import KERNELS, BuildConfig
 from trtllm_cli.graph import Graph
 from trtllm_cli.model_config import ModelConfig
 from trtllm_cli.models import trace_model
+from trtllm_cli.run.communicator import SingleRank
 from trtllm_cli.run.model_inputs import ModelInputs
 from trtllm_cli.run.sampling_inputs import SamplingInputs
 from trtllm_cli.tensor_file import ENGINE_ALIGNMENT, TensorFile, TensorFileWriter
@@ -74,39 +75,41 @@ class FakeConfig:
     build_config: BuildConfig
 
 
-def config_of(shape: str, fmt: str, layers: int | None = None) -> ModelConfig:
-    """The model."""
-    fields = {**LLAMA, **SHAPES[shape], **FORMATS[fmt]}
+def config_of(shape: str, fmt: str, layers: int | None = None, tp: int = 1) -> ModelConfig:
+    """The model, on `tp` ranks."""
+    fields = {**LLAMA, **SHAPES[shape], **FORMATS[fmt], "mapping": {"world_size": tp, "tp_size": tp}}
     if layers:
         fields["num_hidden_layers"] = layers
     return ModelConfig.model_validate(fields)
 
 
-def graph_of(shape: str, fmt: str, build_config: BuildConfig, layers: int | None = None) -> Graph:
-    """Its graph as it is lowered."""
-    config = config_of(shape, fmt, layers)
-    traced = trace_model(config, config.mapping.ranks[0])
+def graph_of(config: ModelConfig, rank: int, build_config: BuildConfig) -> Graph:
+    """A rank's graph as it is lowered."""
+    traced = trace_model(config, config.mapping.ranks[rank])
     kv = build_config.kv_cache_dtype if build_config.kv_cache_dtype in ("int8", "fp8") else None
     return run_passes(quantize_kv_cache(traced, kv), CUDA_PASSES)
 
 
 def plan_of(
-    shape: str, fmt: str, *, layers: int | None = None, arch: str = "sm_90a", **options
+    shape: str, fmt: str, *, layers: int | None = None, arch: str = "sm_90a", tp: int = 1, rank: int = 0, **options
 ) -> tuple[Lowered, BuildConfig]:
-    """The lowered plan, its kernels compiled."""
-    config = config_of(shape, fmt, layers)
+    """A rank's lowered plan, its kernels compiled."""
+    config = config_of(shape, fmt, layers, tp)
     build_config = resolve(config, BuildOptions(backend="cuda", **options), [])
-    return lower(graph_of(shape, fmt, build_config, layers), config, build_config, arch), build_config
+    graph = graph_of(config, rank, build_config)
+    return lower(graph, config, build_config, arch, rank=rank), build_config
 
 
-def runner_of(shape: str, fmt: str, *, num_blocks: int, layers: int | None = None, **options):
-    """A runner with random weights on this machine's GPU."""
+def runner_of(shape: str, fmt: str, *, num_blocks: int, layers: int | None = None, comm=None, **options):
+    """A runner with random weights on this machine's GPU, or this rank's on its own."""
     import json
 
     from trtllm_cli.run.backends.cuda import CudaRunner
     from trtllm_cli.run.backends.cuda_device import CudaDevice
 
-    lowered, build_config = plan_of(shape, fmt, layers=layers, **options)
+    comm = comm or SingleRank()
+    rank = config_of(shape, fmt, layers, comm.world_size).mapping.ranks[comm.rank]
+    lowered, build_config = plan_of(shape, fmt, layers=layers, tp=comm.world_size, rank=comm.rank, **options)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "rank0.engine")
         with TensorFileWriter(
@@ -122,7 +125,7 @@ def runner_of(shape: str, fmt: str, *, num_blocks: int, layers: int | None = Non
                         out.write(name, memoryview(made[name].contiguous().flatten().view(torch.uint8).numpy()))
                     else:
                         out.leave_zeros(name, 0, info.nbytes)
-        runner = CudaRunner(FakeEngine(FakeConfig(build_config), path), None, CudaDevice())
+        runner = CudaRunner(FakeEngine(FakeConfig(build_config), path), rank, CudaDevice(comm.rank), comm)
         _fill(runner, lowered)
     runner.allocate_kv_cache(num_blocks)
     torch.cuda.synchronize()

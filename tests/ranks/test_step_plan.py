@@ -1,11 +1,14 @@
 """A step's plan as the message that goes to the other ranks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from trtllm_cli.run.sampling_inputs import SamplingInputs
 from trtllm_cli.run.step_plan import END, StepPlan
 
 INT32 = np.iinfo(np.int32)
@@ -36,7 +39,8 @@ PREFILL_AND_DECODE = make([7, 8, 9, 4], [(2, 0, 3, 0), (0, 11, 1, 1)], [(2, 0, 5
 
 @given(PLANS)
 def test_a_plan_is_read_as_it_was_sent(plan):
-    read = StepPlan.of_message(plan.message())
+    read, sampling = StepPlan.of_message(plan.message())
+    assert sampling is None
     for name in PARTS:
         got, want = getattr(read, name), getattr(plan, name)
         assert got.dtype == np.int32
@@ -48,17 +52,29 @@ def test_a_message_is_int32_and_has_no_more_than_the_numbers(plan):
     message = plan.message()
     assert message.dtype == np.int32
     assert message.flags.c_contiguous
-    assert message.size == 4 + sum(getattr(plan, name).size for name in PARTS)
+    assert message.size == 5 + sum(getattr(plan, name).size for name in PARTS)
 
 
 def test_the_layout_is_fixed():
     assert PREFILL_AND_DECODE.message().tolist() == [
-        4, 2, 3, 1,
+        4, 2, 3, 1, -1,
         7, 8, 9, 4,
         2, 0, 3, 0,  0, 11, 1, 1,
         2, 0, 5,  2, 1, 6,  0, 2, 9,
         3, 9,
     ]  # fmt: skip
+
+
+@given(st.integers(0, 5), st.randoms(use_true_random=False))
+def test_samples_go_with_a_plan(count, random):
+    ints = [np.array([random.randrange(-(2**31), 2**31) for _ in range(count)], np.int32) for _ in range(4)]
+    seeds = np.array([random.randrange(2**64) for _ in range(count)], np.uint64)
+    floats = [np.array([random.random() for _ in range(count)], np.float32) for _ in range(3)]
+    sampling = SamplingInputs(*ints[:2], seeds, ints[2], floats[0], ints[3], *floats[1:])
+    plan, read = StepPlan.of_message(PREFILL_AND_DECODE.message(sampling))
+    np.testing.assert_array_equal(plan.tokens, PREFILL_AND_DECODE.tokens)
+    for field in dataclasses.fields(SamplingInputs):
+        np.testing.assert_array_equal(getattr(read, field.name), getattr(sampling, field.name), strict=True)
 
 
 def test_a_decode_step_of_eight_sequences_is_small():

@@ -18,6 +18,7 @@ from trtllm_cli.models import trace_model
 from trtllm_cli.run.backends import cuda as cuda_runner
 from trtllm_cli.run.backends.cuda import CudaRunner
 from trtllm_cli.run.backends.cuda_device import device_errors
+from trtllm_cli.run.communicator import SingleRank
 from trtllm_cli.run.sampling_inputs import SamplingInputs
 
 STEPS = [{0: [1, 2, 3, 4, 5, 6, 7], 1: [9, 8]}, {0: [11], 1: [5, 4, 3]}, {1: [3], 0: [4]}]
@@ -29,7 +30,9 @@ def no_compiler(monkeypatch):
 
 
 def logits_of(engine, steps=STEPS, device=None):
-    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], device or InterpreterDevice())
+    runner = CudaRunner(
+        engine, engine.config.pretrained_config.mapping.ranks[0], device or InterpreterDevice(), SingleRank()
+    )
     runner.allocate_kv_cache(64)
     batch = Sequences(block_size=engine.config.build_config.tokens_per_block)
     out = [runner.forward(batch.step(new)).copy() for new in steps]
@@ -100,7 +103,7 @@ def test_tokens_are_sampled_where_they_are_computed(tmp_path):
     engine, _, _ = build_tiny(tmp_path, "llama")
     prompt, runners = [5, 6, 7], []
     for _ in range(2):
-        runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], InterpreterDevice())
+        runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], InterpreterDevice(), SingleRank())
         runner.allocate_kv_cache(64)
         runners.append(runner)
     known, ahead = (Sequences(block_size=16) for _ in range(2))

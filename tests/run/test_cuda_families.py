@@ -19,6 +19,7 @@ from trtllm_cli.model_config import ModelConfig
 from trtllm_cli.models import trace_model
 from trtllm_cli.models.tensors import KV_SCALES
 from trtllm_cli.run.backends.cuda import CudaRunner
+from trtllm_cli.run.communicator import SingleRank
 
 BASE = {
     "dtype": "bfloat16", "vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -101,7 +102,7 @@ def errors(tmp_path, config, graph, seed=0, **options):
     checkpoint = save_checkpoint(tmp_path / "ckpt", config, graph, weights)
     options = {"tokens_per_block": 16, "kernels": "auto", **options}
     engine = build_engine(checkpoint, tmp_path / "engine", backend="cuda", **options)
-    runner = CudaRunner(engine, config.mapping.ranks[0], InterpreterDevice())
+    runner = CudaRunner(engine, config.mapping.ranks[0], InterpreterDevice(), SingleRank())
     runner.allocate_kv_cache(8)
     reference = Reference(graph, weights, num_slots=8 * 16, block_size=16)
     batch, found = Sequences(block_size=16, num_blocks=8), []

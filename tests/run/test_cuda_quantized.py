@@ -13,6 +13,7 @@ from trtllm_cli.build.backends import cuda, cuda_experts, cuda_linear_steps
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.kernels.reference import Reference
 from trtllm_cli.run.backends.cuda import CudaRunner
+from trtllm_cli.run.communicator import SingleRank
 
 # Nine tokens of two experts of five each: pairs sorted into blocks. Two: each pair by itself.
 # FP8 has steps of a sixteenth, and what is bfloat16 before falls on the other side of some: the reference itself, with
@@ -44,7 +45,7 @@ def made(tmp_path, quantization, experts=True, **options):
 
 def worst(engine, graph, weights):
     """The largest relative error of a step's logits."""
-    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], InterpreterDevice())
+    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], InterpreterDevice(), SingleRank())
     runner.allocate_kv_cache(8)
     reference, batch, found = Reference(graph, weights, num_slots=128, block_size=16), Sequences(block_size=16), []
     for new in STEPS:

@@ -16,12 +16,13 @@ from trtllm_cli.bench.offline import RuntimeOptions, Session, bench
 from trtllm_cli.bench.report import render
 from trtllm_cli.bench.workload import NormalLengths, synthetic
 from trtllm_cli.build.backends import cuda as cuda_lowering
-from trtllm_cli.engine import BuildConfig, Engine, EngineConfig, write_config
-from trtllm_cli.errors import ResourceError, UnsupportedError, UsageError
+from trtllm_cli.engine import BuildConfig, Engine
+from trtllm_cli.errors import ResourceError, UsageError
 from trtllm_cli.models import trace_model
 from trtllm_cli.run import kv_budget
 from trtllm_cli.run.backends import GpuRunner
 from trtllm_cli.run.backends.cuda import CudaRunner
+from trtllm_cli.run.communicator import SingleRank
 from trtllm_cli.run.gpu_memory import RESERVE, GpuMemory, GpuNeeds
 from trtllm_cli.run.llm import LLM
 from trtllm_cli.run.load import LoadOptions
@@ -184,7 +185,7 @@ def engine(tmp_path, monkeypatch, checkpoint):
     engine = build_engine(checkpoint, tmp_path / "engine", backend="cuda", tokens_per_block=16, kernels="auto")
 
     def load(engine, rank, comm, **_):
-        return CudaRunner(engine, rank, RoomyDevice())
+        return CudaRunner(engine, rank, RoomyDevice(), SingleRank())
 
     for place in ("load", "scorer"):
         monkeypatch.setattr(f"trtllm_cli.run.{place}.load_runner", load)
@@ -193,7 +194,7 @@ def engine(tmp_path, monkeypatch, checkpoint):
 
 def test_the_account_is_of_all_that_the_runner_takes(engine):
     device = RoomyDevice()
-    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], device)
+    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], device, SingleRank())
     assert isinstance(runner, GpuRunner)
     assert not isinstance(FakeRunner(), GpuRunner)
     before = runner.gpu_memory()
@@ -214,7 +215,7 @@ def test_an_engine_that_does_not_fit_takes_nothing(engine):
 
     device = Full()
     with pytest.raises(ResourceError, match="does not fit on the GPU.* 1000 B of 1.0 GiB is free"):
-        CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], device)
+        CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], device, SingleRank())
     assert not device._regions
 
 
@@ -292,35 +293,6 @@ def test_a_dry_run_needs_no_gpu(engine, checkpoint, capsys):
     assert plan["target"]["arch"] == "sm_80"
     assert plan["build_config"]["max_batch_size"] == 256
     assert plan["memory_bytes"][0]["weights"] > 0
-
-
-# --- several ranks
-
-
-def test_several_gpus_are_refused_when_built(tmp_path, checkpoint, capsys):
-    file = checkpoint / "config.json"
-    data = json.loads(file.read_text())
-    file.write_text(json.dumps({**data, "mapping": {"world_size": 2, "tp_size": 2}}))
-    (checkpoint / "rank1.safetensors").write_bytes((checkpoint / "rank0.safetensors").read_bytes())
-    build = ["build", "--checkpoint-dir", str(checkpoint), "--output-dir", str(tmp_path / "out"), "--backend", "cuda"]
-    assert cli.call(build) == UnsupportedError.exit_code
-    err = capsys.readouterr().err
-    assert "several GPUs are not supported yet by the cuda backend, and this checkpoint is for 2 ranks" in err
-    assert "without --tp-size and --pp-size" in err
-
-
-def test_several_gpus_are_refused_when_loaded(tmp_path):
-    path = write_engine(tmp_path / "engine", None)
-    fields = Engine.open(path).config.model_dump(mode="json", exclude_none=True)
-    fields["backend"] = "cuda"
-    fields["pretrained_config"] |= {"mapping": {"world_size": 2, "tp_size": 2}, "num_attention_heads": 2}
-    fields["rank_files"].append({**fields["rank_files"][0], "name": "rank1.engine"})
-    (path / "rank1.engine").write_bytes((path / "rank0.engine").read_bytes())
-    write_config(path, EngineConfig.model_validate(fields))
-    for load in (lambda: LLM(path), lambda: Session.open(path)):
-        with pytest.raises(UnsupportedError, match="several GPUs are not supported yet by the cuda backend") as e:
-            load()
-        assert "--backend cpu" in e.value.fix
 
 
 # --- closing

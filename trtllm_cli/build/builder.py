@@ -100,13 +100,6 @@ def plan_build(checkpoint_dir: Path, options: BuildOptions, compiling: Compiling
     assert options.backend is not None
     checkpoint = Checkpoint.open(checkpoint_dir)
     config = checkpoint.config
-    if options.backend == "cuda" and config.mapping.world_size > 1:
-        raise UnsupportedError(
-            "several GPUs are not supported yet by the cuda backend, and this checkpoint is for "
-            f"{config.mapping.world_size} ranks",
-            where=str(checkpoint_dir),
-            fix="convert without --tp-size and --pp-size, or build for CPUs: --backend cpu",
-        )
     notes: list[str] = []
     build_config = resolve(config, options, notes)
     define = load_model_file(options.model_file) if options.model_file else None
@@ -118,7 +111,7 @@ def plan_build(checkpoint_dir: Path, options: BuildOptions, compiling: Compiling
         kv_quant = build_config.kv_cache_dtype if build_config.kv_cache_dtype in ("int8", "fp8") else None
         graph = run_passes(quantize_kv_cache(traced, kv_quant), PASSES if options.backend == "cpu" else CUDA_PASSES)
         graphs.append(graph)
-        lowered.append(_lower(graph, config, build_config, options, compiling))
+        lowered.append(_lower(graph, config, build_config, options, rank.rank, compiling))
     return BuildPlan(checkpoint, options.backend, build_config, graphs, lowered, notes)
 
 
@@ -362,6 +355,7 @@ def _lower(
     config: ModelConfig,
     build_config: BuildConfig,
     options: BuildOptions,
+    rank: int,
     compiling: Compiling | None,
 ) -> Lowered:
     match options.backend:
@@ -372,7 +366,7 @@ def _lower(
         case "cuda":
             from trtllm_cli.build.backends.cuda import lower as lower_cuda
 
-            return lower_cuda(graph, config, build_config, options.arch or DEFAULT_ARCH, compiling)
+            return lower_cuda(graph, config, build_config, options.arch or DEFAULT_ARCH, compiling, rank)
         case None:
             raise AssertionError("see with_defaults")
 

@@ -9,6 +9,7 @@ token's result is the same bits in any company. MPI's all-reduces choose an algo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from trtllm_cli.run.model_inputs import IntArray
 
     Array = npt.NDArray[np.float32]
+
+
+_TICK = 0.5  # seconds
 
 
 class Activity:
@@ -40,6 +44,10 @@ class Activity:
     def done(self) -> int:
         """What has got done, as a number that grows."""
         return self.progress + (self.kernels() if self.kernels else 0)
+
+    def tick(self) -> None:
+        """Something got done."""
+        self.progress += 1
 
     @contextmanager
     def working(self, stage: str) -> Iterator[None]:
@@ -62,6 +70,23 @@ class Activity:
         finally:
             self.stage, self.idle, self.waits = before
             self.progress += 1
+
+    @contextmanager
+    def getting_on(self, seconds: float) -> Iterator[None]:
+        """What is done meanwhile tells nothing of its progress, and may take so long; then it counts as stuck."""
+        done = threading.Event()
+
+        def count() -> None:
+            for _ in range(int(seconds / _TICK)):
+                if done.wait(_TICK):
+                    return
+                self.progress += 1
+
+        threading.Thread(target=count, name="trtllm-progress", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
 
 
 class Communicator(Protocol):

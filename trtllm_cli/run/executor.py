@@ -105,7 +105,7 @@ class Executor:
         )
         self._inputs = InputBuilder.of(config)
         self._sampling_runner: SamplingRunner | None = None
-        if comm.world_size == num_stages == 1 and isinstance(runner, SamplingRunner):
+        if num_stages == 1 and isinstance(runner, SamplingRunner):
             self._sampling_runner = runner
         self._sampling_table = SamplingTable(config.max_batch_size)
         self._most_under_way = 2 if self._sampling_runner else num_stages
@@ -273,6 +273,8 @@ class Executor:
             at_once = [i for i, seq in enumerate(sequences) if seq.state is State.RUNNING]
             sequences, logits_rows = [sequences[i] for i in at_once], [logits_rows[i] for i in at_once]
         sampling = self._sampling_table.build(plan, sequences, logits_rows)
+        if self._comm.world_size > 1:
+            self._comm.broadcast(plan.message(sampling))
         pending = start(runner, self._inputs, plan, sampling)
         for seq in sequences:
             seq.expect_token()

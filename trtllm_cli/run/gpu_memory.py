@@ -27,7 +27,7 @@ class GpuNeeds:
 
     weights: int  # and the kernels' machine code
     activations: int
-    scratch: int  # of kernels; the steps' inputs
+    scratch: int  # of kernels; the steps' inputs; what other ranks write to
 
     @classmethod
     def of(cls, plan: dict[str, Any], weights: int, limits: BuildConfig) -> GpuNeeds:
@@ -38,7 +38,7 @@ class GpuNeeds:
         return cls(
             weights=weights,
             activations=_aligned(rows[b["rows"]] * b["bytes"] for b in plan["buffers"]),
-            scratch=_aligned(plan["scratch"].values()) + inputs + last_tokens,
+            scratch=_aligned([*plan["scratch"].values(), *plan["exchange"].values()]) + inputs + last_tokens,
         )
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import TYPE_CHECKING, NoReturn
 
-from trtllm_cli.errors import UnsupportedError, UsageError, describe_error
+from trtllm_cli.errors import UsageError, describe_error
 from trtllm_cli.machine import default_threads
 from trtllm_cli.run import kv_budget
 from trtllm_cli.run.backends import GpuRunner, load_runner
@@ -62,7 +62,7 @@ class LoadOptions:
             )
 
     def check_for(self, engine: Engine) -> None:
-        """Raises UsageError for a flag that is not for the engine's backend, UnsupportedError for several GPUs."""
+        """Raises UsageError for a flag that is not for the engine's backend."""
         if engine.config.backend == "cpu":
             given = ((_FRACTION, self.kv_cache_free_gpu_memory_fraction), (_MAX_GPU_MEMORY, self.max_gpu_memory))
             for flag, value in given:
@@ -73,13 +73,6 @@ class LoadOptions:
                         fix="leave it out (--kv-cache-memory sets a KV cache's size anywhere), or build an engine with "
                         "--backend cuda",
                     )
-        mapping = engine.config.pretrained_config.mapping
-        if engine.config.backend == "cuda" and mapping.world_size > 1:
-            raise UnsupportedError(
-                f"several GPUs are not supported yet by the cuda backend, and this engine is for {mapping.world_size}",
-                where=str(engine.path),
-                fix="convert without --tp-size and --pp-size and build that, or build with --backend cpu",
-            )
 
     @property
     def kv_cache_bytes(self) -> int | None:

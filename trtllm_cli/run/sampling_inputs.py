@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,28 @@ class SamplingInputs:
     top_k: IntArray  # [n]: 0 is off
     top_p: npt.NDArray[np.float32]  # [n]: 1 is off
     min_p: npt.NDArray[np.float32]  # [n]: 0 is off
+
+    def message(self) -> IntArray:
+        """All of it as one array, for other ranks."""
+        return np.concatenate([getattr(self, name).view(np.int32) for name in _DTYPES])
+
+    @classmethod
+    def of_message(cls, message: IntArray, count: int) -> SamplingInputs:
+        """What `message` made it from; `count` entries."""
+        parts: dict[str, Any] = {}
+        start = 0
+        for name, dtype in _DTYPES.items():
+            end = start + count * np.dtype(dtype).itemsize // 4
+            parts[name] = message[start:end].view(dtype)
+            start = end
+        assert start == len(message), f"a message of {len(message)} numbers about {count} samples"
+        return cls(**parts)
+
+
+_DTYPES: dict[str, type] = {
+    "logits_rows": np.int32, "rows": np.int32, "seeds": np.uint64, "positions": np.int32, "temperatures": np.float32,
+    "top_k": np.int32, "top_p": np.float32, "min_p": np.float32,
+}  # fmt: skip
 
 
 class SamplingTable:

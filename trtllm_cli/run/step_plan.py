@@ -4,9 +4,11 @@ A plan has only what is new: the tokens, where each sequence stands, and the blo
 last step that it was in. Every rank keeps the block tables itself (`step_inputs.InputBuilder`). A decode step of eight
 sequences is about 250 bytes.
 
-A message is int32: `[num_tokens, num_sequences, num_additions, num_copies]`, then the tokens; of each sequence its row,
-start, length and whether its logits are wanted; of each addition its row and place in it, and its block; of each copy
-its source and destination. An empty message ends the loop of the ranks that follow.
+A message is int32: `[num_tokens, num_sequences, num_additions, num_copies, num_samples]`, then the tokens; of each
+sequence its row, start, length and whether its logits are wanted; of each addition its row and place in it, and its
+block; of each copy its source and destination; then what runners that sample need to know of each sample
+(SamplingInputs). num_samples is -1 where the step's logits are wanted, and not tokens. An empty message ends the loop
+of the ranks that follow.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trtllm_cli.run.model_inputs import IntArray
+from trtllm_cli.run.sampling_inputs import SamplingInputs
 
 if TYPE_CHECKING:
     from trtllm_cli.run.scheduler import Batch
 
-_HEADER = 4
+_HEADER = 5
+_NO_SAMPLING = -1
 END: IntArray = np.empty(0, np.int32)
 _NO_ADDITIONS: IntArray = np.empty((0, 3), np.int32)
 _NO_COPIES: IntArray = np.empty((0, 2), np.int32)
@@ -46,23 +50,28 @@ class StepPlan:
         """Sequences whose logits are wanted."""
         return int(self.sequences[:, 3].sum())
 
-    def message(self) -> IntArray:
-        """The plan as one array."""
-        counts = [len(part) for part in (self.tokens, self.sequences, self.additions, self.copies)]
-        parts = (np.array(counts, np.int32), self.tokens, self.sequences, self.additions, self.copies)
-        return np.concatenate([part.reshape(-1) for part in parts])
+    def message(self, sampling: SamplingInputs | None = None) -> IntArray:
+        """The plan as one array, with what its samples are where every rank's runner samples."""
+        parts = [self.tokens, self.sequences, self.additions, self.copies]
+        counts = [*map(len, parts), _NO_SAMPLING if sampling is None else len(sampling.rows)]
+        if sampling is not None:
+            parts.append(sampling.message())
+        return np.concatenate([np.array(counts, np.int32), *(part.reshape(-1) for part in parts)])
 
     @classmethod
-    def of_message(cls, message: IntArray) -> StepPlan:
-        """The plan that `message` made it from."""
-        counts = message[:_HEADER].tolist()
+    def of_message(cls, message: IntArray) -> tuple[StepPlan, SamplingInputs | None]:
+        """What `message` was made from."""
+        *counts, num_samples = message[:_HEADER].tolist()
         parts, start = [], _HEADER
         for count, width in zip(counts, (1, 4, 3, 2), strict=True):
             parts.append(message[start : start + count * width])
             start += count * width
-        assert start == len(message), f"a message of {len(message)} numbers says that it has {start}"
         tokens, sequences, additions, copies = parts
-        return cls(tokens, sequences.reshape(-1, 4), additions.reshape(-1, 3), copies.reshape(-1, 2))
+        plan = cls(tokens, sequences.reshape(-1, 4), additions.reshape(-1, 3), copies.reshape(-1, 2))
+        if num_samples == _NO_SAMPLING:
+            assert start == len(message), f"a message of {len(message)} numbers says that it has {start}"
+            return plan, None
+        return plan, SamplingInputs.of_message(message[start:], num_samples)
 
 
 def plan_step(batch: Batch) -> StepPlan:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trtllm_cli.run.backends import SamplingRunner
 from trtllm_cli.run.step_plan import StepPlan
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from trtllm_cli.run.backends import PendingTokens, Runner, SamplingRunner
+    from trtllm_cli.run.backends import PendingTokens, Runner
     from trtllm_cli.run.communicator import Communicator
     from trtllm_cli.run.model_inputs import ModelInputs
     from trtllm_cli.run.sampling_inputs import SamplingInputs
@@ -36,11 +37,16 @@ def _prepare(runner: Runner, inputs: InputBuilder, plan: StepPlan) -> ModelInput
 
 def follow(runner: Runner, comm: Communicator, inputs: InputBuilder, logits_rank: int) -> None:
     """Computes what rank 0 schedules, until it says stop. `logits_rank` sends it the logits, also where there are none:
-    so rank 0 is never more steps ahead than it has under way.
+    so rank 0 is never more steps ahead than it has under way. Where runners sample, every rank samples the same tokens,
+    for its own next step.
     """
     while len(message := comm.broadcast(None)):
-        plan = StepPlan.of_message(message)
+        plan, sampling = StepPlan.of_message(message)
         with comm.activity.working(plan.stage):
+            if sampling is not None:
+                assert isinstance(runner, SamplingRunner)
+                start(runner, inputs, plan, sampling)
+                continue
             logits = compute(runner, inputs, plan)
             if comm.rank == logits_rank:
                 assert logits is not None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trtllm_cli.build.backends.cuda_attention import AttentionLaunches
+from trtllm_cli.build.backends.cuda_collectives import CollectiveLaunches
 from trtllm_cli.build.backends.cuda_experts import ExpertLaunches
 from trtllm_cli.build.backends.cuda_linear_steps import LinearLaunches
 from trtllm_cli.build.backends.cuda_sampling import SamplingLaunches
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _ALIGNMENT = 256  # bytes: where a cubin begins in the tensor that holds all
 
 
-class CudaGraphLowering(LinearLaunches, ExpertLaunches, AttentionLaunches, SamplingLaunches):
+class CudaGraphLowering(CollectiveLaunches, LinearLaunches, ExpertLaunches, AttentionLaunches, SamplingLaunches):
     """Each node as launches."""
 
     def lower(self) -> None:
@@ -79,13 +80,14 @@ def lower(
     build_config: BuildConfig,
     arch: str,
     compiling: Callable[[int, int], None] | None = None,
+    rank: int = 0,
 ) -> Lowered:
     """The plan of one rank, its kernels compiled for `arch`, such as "sm_90a".
 
     Raises UnsupportedError for a graph with an op that there is no kernel for, ResourceError where there is no
     compiler.
     """
-    lowering = CudaGraphLowering(graph, build_config, arch=arch)
+    lowering = CudaGraphLowering(graph, build_config, arch=arch, rank=rank)
     lowering.lower()
     compiled = compile_kernels(list(lowering.kernels), arch, compiling)
     table, blob = _image(lowering.kernels, compiled)
@@ -93,14 +95,14 @@ def lower(
     names = [compiled[source].names for source in lowering.kernels]
     sampling = list(lowering.sampling.values())
     for step in [*lowering.steps, *sampling]:
-        for _, launches in step["ways"]:
+        for launches in [*(launches for _, launches in step["ways"]), step.get("without_peers", [])]:
             for launch in launches:
                 if "kernel" in launch and isinstance(launch["args"], dict):
                     launch["args"] = [launch["args"][name] for name in names[launch["kernel"]]]
     sizes = {NUM_TOKENS: build_config.max_num_tokens, NUM_LOGITS: build_config.max_batch_size}
     memory = Memory(
         weights=total_bytes(t for p in lowering.packings for t in p.tensors.values()),
-        activations=lowering.buffers.elements(sizes) + sum(lowering.scratch.values()),
+        activations=lowering.buffers.elements(sizes) + sum(lowering.scratch.values()) + sum(lowering.exchange.values()),
         kv_block=sum(k + v for k, v in lowering.kv),
         kv_blocks_full=build_config.blocks_per_sequence * build_config.max_batch_size,
     )
@@ -111,6 +113,8 @@ def lower(
         "kv": [list(pair) for pair in lowering.kv],
         "buffers": [{"rows": b.rows, "bytes": b.width} for b in lowering.buffers.buffers],
         "scratch": lowering.scratch,
+        "exchange": lowering.exchange,
+        "peers": lowering.peers,
         "steps": lowering.steps,
         "sampling": lowering.sampling,
         "output": lowering.ref(graph.outputs[0]) if graph.outputs else None,

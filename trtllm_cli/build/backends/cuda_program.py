@@ -6,22 +6,27 @@ A plan is JSON:
     buffers   bytes of a row, and which symbol counts the rows
     scratch   name -> bytes, zero at first
     kv        bytes of a block: of each layer's k, then v
+    exchange  name -> bytes, zero at first: memory that the other ranks of the group write to
+    peers     references to what they write to; every rank of the group has as many, in the same order
     steps     {"op", "by", "ways": [[most, launches], ...]}: the first way whose `most` (None: any) is at least the
-              symbol `by`; a launch with "when": "mixed" is left out of steps in which every sequence has one token
+              symbol `by`; a launch with "when": "mixed" is left out of steps in which every sequence has one token;
+              "without_peers": the launches where ranks do not see each other's memory
 
-A launch is {"kernel", "grid", "args"}, args in the kernel's order, or {"call": "mm" | "scaled_mm", ...}: torch's. In a
-grid, [symbol, per] is ceil(symbol / per), and [symbol, per, other, times] (symbol // per + other) * times; `other` is a
-symbol or a number, `times` may be left out, and a symbol may be "SYMBOL*8". An argument is a number, None (no pointer),
-or a reference:
+A launch is {"kernel", "grid", "args"}, args in the kernel's order, {"call": "mm" | "scaled_mm", ...}: torch's, or
+{"call": "all_reduce" | "all_gather" | "send" | "recv", ...}: NCCL's. In a grid, [symbol, per] is ceil(symbol / per),
+and [symbol, per, other, times] (symbol // per + other) * times; `other` is a symbol or a number, `times` may be left
+out, and a symbol may be "SYMBOL*8". An argument is a number, None (no pointer), or a reference:
 
     "b:N"  buffer     "w:NAME"  weight     "i:NAME"  step input     "s:NAME"  scratch     "n:SYMBOL"  a count
     "k:L" "v:L"  a layer's cache           "last"  the tokens last sampled, by batch row
+    "e:NAME"  exchange memory              "d:N"  how far from `peers`[N] the other ranks' is: collectives.py's deltas
     ["n", DIM]  a number as in a grid
     ["b:N", SYMBOL, BYTES]  so many bytes for each of SYMBOL behind it
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,6 +47,7 @@ TYPES = {
     "float32": "*fp32", "bfloat16": "*bf16", "float8_e4m3fn": "*fp8e4nv", "int8": "*i8", "uint8": "*u8", "int32": "*i32"
 }  # fmt: skip
 _BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "int32": 4}
+_JOINED = {("linear", "gated_act"), ("all_reduce", "add_rms_norm")}
 RESIDUAL = "float32"  # the sum over the layers is kept in
 # Bytes of shared memory that a program may have, less what a kernel takes for other things than its tiles.
 _SHARED = {(8, 0): 160 << 10, (8, 9): 96 << 10, (9, 0): 224 << 10, (10, 0): 224 << 10, (12, 0): 96 << 10}
@@ -52,22 +58,28 @@ class CudaLowering(Lowering):
     """The bookkeeping; what each op becomes is in the classes that derive from it."""
 
     arch: str = "sm_90a"
+    rank: int = 0
     kernels: dict[KernelSource, int] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     scratch: dict[str, int] = field(default_factory=dict)
+    exchange: dict[str, int] = field(default_factory=dict)
+    peers: list[str] = field(default_factory=list)
     kv: list[tuple[int, int]] = field(default_factory=list)
 
     def prepare(self) -> None:
         """Decides every tensor's dtype, and where it lives."""
         self.residuals = _residuals(self.graph)
+        self.logits = _logits(self.graph)
         self.graph = _cast_inputs(self.graph, self.residuals)
         self.consumers = self.graph.consumers()
         self.producers = self.graph.producers()
-        self.buffers: BufferPlan = plan_buffers(_held(self.graph), lambda name: _BYTES[self.dtype(name)])
+        nodes = self.graph.nodes
+        self.following = {name: after for node, after in itertools.pairwise(nodes) for name in node.outputs}
+        self.buffers: BufferPlan = plan_buffers(_held(self.graph), self.bytes_of)
 
     def dtype(self, name: str) -> str:
         """Torch's name of what an activation is kept in: bfloat16 but for the residual stream, logits and numbers."""
-        if name in self.graph.outputs:
+        if name in self.logits:
             return "float32"
         kind = self.graph.tensors[name].dtype
         if kind in ("int32", "float8_e4m3fn"):
@@ -75,6 +87,10 @@ class CudaLowering(Lowering):
         if name in self.residuals:
             return RESIDUAL
         return "float32" if name in self._routed or self._is_step(name) else "bfloat16"
+
+    def bytes_of(self, name: str) -> int:
+        """Of an element of an activation."""
+        return _BYTES[self.dtype(name)]
 
     def _is_step(self, name: str) -> bool:
         """Whether it is the steps of quantized rows, or the weights of a token's experts."""
@@ -142,6 +158,18 @@ class CudaLowering(Lowering):
         self.scratch[name] = max(self.scratch.get(name, 0), nbytes)
         return f"s:{name}"
 
+    def exchanged(self, name: str, nbytes: int) -> str:
+        """`room` that the other ranks write to."""
+        self.exchange[name] = max(self.exchange.get(name, 0), nbytes)
+        return f"e:{name}"
+
+    def deltas(self, ref: str) -> tuple[str, str]:
+        """Of a buffer or exchange memory, how far the others' is: Triton's type, and the reference."""
+        if not ref.startswith("e:") or ref not in self.peers:  # another rank may have another tensor in a buffer
+            self.peers.append(ref)
+            return "*i64", f"d:{len(self.peers) - 1}"
+        return "*i64", f"d:{self.peers.index(ref)}"
+
     def launch(
         self, module: str, function: str, grid: Sequence[Dim], args: dict[str, tuple[str, Any]], *, num_warps: int = 4,
         num_stages: int = 3, when: str = "", **constants: Any,
@@ -167,21 +195,26 @@ class CudaLowering(Lowering):
         """A node that is computed in one way."""
         self.ways(op, NUM_TOKENS, [(None, launches)])
 
-    def ways(self, op: str, by: str, ways: Sequence[tuple[int | None, list[Launch]]]) -> None:
+    def ways(
+        self, op: str, by: str, ways: Sequence[tuple[int | None, list[Launch]]],
+        without_peers: list[Launch] | None = None,
+    ) -> None:  # fmt: skip
         """A node that is computed in one of several ways."""
-        self.steps.append({"op": op, "by": by, "ways": [[most, launches] for most, launches in ways]})
+        step: dict[str, Any] = {"op": op, "by": by, "ways": [[most, launches] for most, launches in ways]}
+        self.steps.append(step if without_peers is None else {**step, "without_peers": without_peers})
 
 
 def _held(graph: Graph) -> Graph:
-    """The graph in which a gated activation also reads what the linear before it reads.
+    """The graph in which a gated activation also reads what the linear before it reads, a norm what the all-reduce
+    before it reads.
 
     Both may be one kernel, whose output must not lie where its input is.
     """
     producers = graph.producers()
     nodes = []
     for node in graph.nodes:
-        linear = producers.get(node.inputs.get("x", "")) if node.op == "gated_act" else None
-        held = {"held": linear.inputs["x"]} if linear is not None and linear.op == "linear" else {}
+        maker = producers.get(node.inputs.get("x", ""))
+        held = {"held": maker.inputs["x"]} if maker is not None and (maker.op, node.op) in _JOINED else {}
         nodes.append(replace(node, inputs={**node.inputs, **held}))
     return graph.with_nodes(nodes)
 
@@ -195,9 +228,18 @@ def _residuals(graph: Graph) -> set[str]:
                 found.add(node.output)
             case "add_rms_norm" | "add_layer_norm":
                 found.add(node.outputs[1])
-            case "add" | "scale" | "mul" | "gather_last":
+            case "add" | "scale" | "mul" | "gather_last" | "all_reduce" | "all_gather":
                 if any(name in found for name in node.inputs.values()):
                     found.add(node.output)
+    return found
+
+
+def _logits(graph: Graph) -> set[str]:
+    """The graph's outputs, and what they are made of by ops that only gather, scale or cap."""
+    found = set(graph.outputs)
+    for node in reversed(graph.nodes):
+        if node.op in ("all_gather", "scale", "softcap") and node.output in found:
+            found.add(node.inputs["x"])
     return found
 
 

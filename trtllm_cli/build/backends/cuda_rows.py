@@ -40,6 +40,11 @@ class RowLaunches(CudaLowering):
         self._norm(node, "layer_norm")
 
     def _norm(self, node: Node, function: str) -> None:
+        few, many = (self.norm_launches(node, function, few=few) for few in (True, False))
+        self.ways(node.op, self.rows(node.outputs[0]), [(_FEW, few), (None, many)])
+
+    def norm_launches(self, node: Node, function: str, *, few: bool) -> list[Launch]:
+        """A norm, for few rows or for many."""
         x, out = node.inputs["x"], node.outputs[0]
         total, heads = self.width(x), node.attrs.get("num_heads") or 1
         residual = node.inputs.get("residual")
@@ -58,13 +63,9 @@ class RowLaunches(CudaLowering):
             bias = node.inputs.get("bias")
             args["bias_ptr"] = self.vector(bias) if bias else ("*bf16", None)
             constants["HAS_BIAS"] = bias is not None
-        quantized = constants["QUANT"] != "none"
-
-        def way(warps: int) -> list[Launch]:
-            return [self.launch("norm", function, [self._dim(out)], args, num_warps=warps, **constants)]
-
-        few, many = (16, 8 if quantized or total > 4096 else 4) if total >= 2048 else (4, 4)
-        self.ways(node.op, self.rows(out), [(_FEW, way(few)), (None, way(many))])
+        wide = constants["QUANT"] != "none" or total > 4096
+        warps = 4 if total < 2048 else 16 if few else 8 if wide else 4
+        return [self.launch("norm", function, [self._dim(out)], args, num_warps=warps, **constants)]
 
     def _gated_act(self, node: Node) -> None:
         self.step(node.op, [self.gated_launch(node)])

@@ -8,7 +8,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, Union, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_uint, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    Union,
+    byref,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint,
+    c_uint64,
+    c_void_p,
+)
 from functools import cache
 from typing import Any
 
@@ -22,7 +36,12 @@ _SUCCESS = 0
 _ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76
 _MAX_DYNAMIC_SHARED = 8
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_LAZY_ENABLE_PEER_ACCESS = 1
 _STATIC_SHARED_LIMIT = 48 * 1024
+
+
+class _IpcHandle(Structure):
+    _fields_ = (("reserved", ctypes.c_ubyte * 64),)
 
 
 class _AttributeValue(Union):
@@ -105,6 +124,27 @@ class Driver:
         if kernel.shared > _STATIC_SHARED_LIMIT:
             self.check(self._lib.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, kernel.shared))
         return LoadedKernel(self, kernel, function)
+
+    def share(self, address: int) -> tuple[bytes, int]:
+        """What another process needs to see the memory that an address is in, and how far into it the address is.
+
+        Raises DeviceError for memory that cannot be shared.
+        """
+        handle, base, size = _IpcHandle(), c_uint64(), c_size_t()
+        self.check(self._lib.cuMemGetAddressRange_v2(byref(base), byref(size), c_uint64(address)))
+        self.check(self._lib.cuIpcGetMemHandle(byref(handle), c_uint64(address)))
+        return bytes(handle.reserved), address - base.value
+
+    def open_shared(self, handle: bytes) -> int:
+        """Where another process's memory begins in this one's addresses. Raises DeviceError where it cannot be seen."""
+        base = c_uint64()
+        known = _IpcHandle((ctypes.c_ubyte * 64)(*handle))
+        self.check(self._lib.cuIpcOpenMemHandle_v2(byref(base), known, _LAZY_ENABLE_PEER_ACCESS))
+        return base.value
+
+    def close_shared(self, base: int) -> None:
+        """Forgets what `open_shared` gave."""
+        self.check(self._lib.cuIpcCloseMemHandle(c_uint64(base)))
 
     def launch(self, config: _Config, function: c_void_p, parameters: Any) -> None:
         """Enqueues a prepared launch."""

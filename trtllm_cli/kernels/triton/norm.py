@@ -32,6 +32,13 @@ def _row_mask(
 
 
 @triton.jit
+def normed(x, weight, eps, WIDTH: tl.constexpr, AXIS: tl.constexpr):
+    """RMS norm of float32 `x` over an axis, of which WIDTH elements are not zeros that fill up a tile."""
+    mean_square = tl.sum(x * x, axis=AXIS, keep_dims=True) / WIDTH
+    return x * tl.rsqrt(mean_square + eps) * weight
+
+
+@triton.jit
 def rms_norm(
     x_ptr, residual_ptr, weight_ptr, out_ptr, new_residual_ptr, out_scale_ptr, row_scale_ptr, eps,
     NUM_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr,
@@ -51,8 +58,7 @@ def rms_norm(
     x = tl.load(x_ptr + row * X_STRIDE + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + row * (NUM_HEADS * WIDTH) + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean_square = tl.sum(x * x, axis=1, keep_dims=True) / WIDTH
-    y = x * tl.rsqrt(mean_square + eps) * weight
+    y = normed(x, weight, eps, WIDTH, 1)
     if HAS_RESIDUAL:
         sums = new_residual_ptr + row * (NUM_HEADS * WIDTH) + offsets
         tl.store(sums, x.to(new_residual_ptr.dtype.element_ty), mask=mask)

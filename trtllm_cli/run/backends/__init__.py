@@ -3,9 +3,10 @@
 `load_runner` gives the runner of the engine's backend. The executor knows block ids only; how the KV cache lies in
 memory is the runner's own business. Logits cross the seam as numpy: running an engine does not need torch.
 
-A `SamplingRunner` also samples, so that the next step can be enqueued before a step's tokens are known here. Whatever
-is asked of it takes effect in the order in which it was asked: a step under way computes with its blocks and samples
-into its rows before a later step, a copy of blocks or a forward gets to them.
+A `SamplingRunner` also samples, so that the next step can be enqueued before a step's tokens are known here; on several
+ranks each samples, and the same tokens. Whatever is asked of it takes effect in the order in which it was asked: a step
+under way computes with its blocks and samples into its rows before a later step, a copy of blocks or a forward gets to
+them.
 """
 
 from __future__ import annotations
@@ -112,4 +113,4 @@ def load_runner(
         case "cuda":
             from trtllm_cli.run.backends.cuda import load as load_cuda
 
-            return load_cuda(engine, rank)
+            return load_cuda(engine, rank, comm)

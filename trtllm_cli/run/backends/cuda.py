@@ -6,6 +6,7 @@ step with prompts is enqueued kernel by kernel, while the device is busy, and ca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,13 @@ from trtllm_cli.run.backends.cuda_inputs import InputLayout, InputSlot
 from trtllm_cli.run.backends.cuda_program import Program, key_of
 from trtllm_cli.run.backends.cuda_weights import DeviceWeights
 from trtllm_cli.run.gpu_memory import ALIGNMENT, GpuMemory, GpuNeeds
+from trtllm_cli.run.launched import Launched
 
 if TYPE_CHECKING:
     from trtllm_cli.engine import Engine
     from trtllm_cli.mapping import Rank
     from trtllm_cli.run.backends import PendingTokens
+    from trtllm_cli.run.communicator import Communicator
     from trtllm_cli.run.model_inputs import IntArray, ModelInputs
     from trtllm_cli.run.request import SamplingParams
     from trtllm_cli.run.sampling_inputs import SamplingInputs
@@ -37,12 +40,14 @@ _MOST_GRAPHS = 512  # each holds some hundred nodes
 _SLOTS = 3  # steps whose inputs are in host memory: two under way, and the one that is being filled
 
 
-def load(engine: Engine, rank: Rank, local_rank: int = 0) -> CudaRunner:
-    """The runner of a cuda engine.
+def load(engine: Engine, rank: Rank, comm: Communicator) -> CudaRunner:
+    """The runner of a cuda engine, on the GPU that is this process's own.
 
-    Raises EngineError where it was compiled for another GPU, DeviceError without one.
+    Raises EngineError where it was compiled for another GPU, DeviceError without one, ResourceError where there are
+    fewer GPUs than ranks on this host.
     """
-    device = CudaDevice(local_rank)
+    launched = Launched.find() if rank.mapping.world_size > 1 else None
+    device = CudaDevice(launched.gpu(torch.cuda.device_count()) if launched and torch.cuda.is_available() else 0)
     arch = engine.config.target.get("arch", "")
     if arch != device.driver.arch:
         raise EngineError(
@@ -51,17 +56,18 @@ def load(engine: Engine, rank: Rank, local_rank: int = 0) -> CudaRunner:
             fix=f"build it again: trtllm build --backend cuda --arch {device.driver.arch} --checkpoint-dir CKPT "
             f"--output-dir {engine.path} --force",
         )
-    return CudaRunner(engine, rank, device)
+    return CudaRunner(engine, rank, device, comm)
 
 
 class CudaRunner:
     """One rank's program on one GPU."""
 
-    def __init__(self, engine: Engine, rank: Rank, device: Device) -> None:
-        self._device = device
+    def __init__(self, engine: Engine, rank: Rank, device: Device, comm: Communicator) -> None:
+        self._device, self._rank, self._comm = device, rank, comm
         self._limits = engine.config.build_config
         self._done: list[Callable[[], None]] = [lambda: None] * _SLOTS
         self._turn = 0
+        self._num_steps = 0
         self._kv: torch.Tensor | None = None
         self._caches: list[tuple[int, int]] = []  # each layer's k and v: where they begin
         self._programs: dict[Any, Program] = {}
@@ -75,6 +81,11 @@ class CudaRunner:
             self._file.close()
             raise
 
+    @property
+    def has_peers(self) -> bool:
+        """Whether kernels here write to the memory of other ranks' GPUs."""
+        return self._deltas is not None
+
     def _load(self) -> None:
         """Kernels and weights, and memory for all but the KV cache."""
         device, limits, plan = self._device, self._limits, self._plan
@@ -82,11 +93,19 @@ class CudaRunner:
         self._needs.check_free(*device.free_memory(), limits)
         image = tensor_view(self._file, KERNELS)
         self._kernels = [device.load(k, bytes(image[k["offset"] : k["offset"] + k["size"]])) for k in plan["kernels"]]
-        self._weights = DeviceWeights(device, self._file)
+        self._weights = DeviceWeights(device, self._file, self._comm.activity.tick)
+        if self._rank.mapping.world_size > 1:
+            device.join(self._rank, self._comm)
         self._rows = {"num_tokens": limits.max_num_tokens, "num_logits": limits.max_batch_size}
-        self._buffers = self._arena([self._rows[b["rows"]] * b["bytes"] for b in plan["buffers"]], "the activations")
-        names = list(plan["scratch"])
-        self._scratch = dict(zip(names, self._arena(list(plan["scratch"].values()), "scratch memory"), strict=True))
+        sizes = [self._rows[b["rows"]] * b["bytes"] for b in plan["buffers"]]
+        whole, parts = self._arena([*sizes, *plan["exchange"].values()], "the activations")
+        self._buffers = parts[: len(sizes)]
+        self._exchange = dict(zip(plan["exchange"], parts[len(sizes) :], strict=True))
+        self._deltas = self._find_peers(whole)
+        self._steps = plan["steps"] if self.has_peers else [_alone(step) for step in plan["steps"]]
+        self._scratch = dict(
+            zip(plan["scratch"], self._arena(list(plan["scratch"].values()), "scratch memory")[1], strict=True)
+        )
         self._last = device.empty((limits.max_batch_size + 1) * 4, "the tokens")
         self._last.zero_()
         self._layouts = [InputLayout(limits, mixed=mixed) for mixed in (False, True)]
@@ -159,6 +178,7 @@ class CudaRunner:
         """See Runner."""
         self._programs.clear()
         self._graphs.clear()
+        self._device.leave()
         self._file.close()
 
     def _enqueue(self, inputs: ModelInputs, sampling: SamplingInputs | None) -> int:
@@ -176,7 +196,8 @@ class CudaRunner:
             tokens, seqs = padded
             logits = seqs
         slot = self._slots[mixed][turn]
-        slot.fill(inputs, tokens, seqs, logits)
+        self._num_steps = (self._num_steps + 1) % 2**31  # as on every other rank
+        slot.fill(inputs, tokens, seqs, logits, self._num_steps)
         if sampling is not None:
             slot.fill_sampling(sampling)
         slot.upload(seqs)
@@ -184,7 +205,7 @@ class CudaRunner:
         if is_graph:
             self._run_graph(counts, mixed)
         else:
-            self._program(self._plan["steps"], counts, mixed).run(counts)
+            self._program(self._steps, counts, mixed).run(counts)
         if sampling is not None and len(sampling.rows):
             self._sample(sampling, mixed)
             self._results[turn][: len(sampling.rows)].copy_(
@@ -212,7 +233,7 @@ class CudaRunner:
         if key in self._graphs:
             self._graphs[key]()
             return
-        program = self._program(self._plan["steps"], counts, mixed)
+        program = self._program(self._steps, counts, mixed)
         program.run(counts)  # here libraries set themselves up, which a graph cannot capture
         self._graphs[key] = self._device.capture(program.enqueue)
 
@@ -248,6 +269,11 @@ class CudaRunner:
                 return self._weights.address(name)
             case "s":
                 return self._scratch[name].data_ptr()
+            case "e":
+                return self._exchange[name].data_ptr()
+            case "d":
+                assert self._deltas is not None
+                return self._deltas[int(name)].data_ptr()
             case "k" | "v":
                 return self._caches[int(name)][kind == "v"]
         return self._inputs[mixed].data_ptr() + self._layouts[mixed].offsets[name] * 4
@@ -266,8 +292,26 @@ class CudaRunner:
         kind_of = getattr(torch, dtype)
         return base[offset : offset + shape[0] * shape[1] * kind_of.itemsize].view(kind_of).view(shape)
 
-    def _arena(self, sizes: list[int], what: str) -> list[torch.Tensor]:
-        """Zeroed memory of these sizes, in one piece."""
+    def _find_peers(self, memory: torch.Tensor) -> torch.Tensor | None:
+        """int64 [the plan's peers, ranks]: how far what each rank of the group has is from this one's; `memory` holds
+        all of it. None where ranks do not see each other's memory.
+        """
+        refs = self._plan["peers"]
+        if not refs:
+            return None
+        found = self._device.find_peers(memory, self._rank.tp_group, self._comm)
+        own = [self._address(ref) - memory.data_ptr() for ref in refs]
+        offsets = [json.loads(text) for text in self._comm.exchange(json.dumps(own))]
+        if found is None:
+            return None
+        there = zip(self._rank.tp_group, found, strict=True)
+        deltas = torch.tensor([[base + place for place in offsets[rank]] for rank, base in there]).T
+        deltas = (deltas - deltas[:, [self._rank.tp_rank]]).contiguous()
+        on_device = self._device.empty(deltas.nbytes, "addresses").view(torch.int64).view(deltas.shape)
+        return on_device.copy_(deltas)
+
+    def _arena(self, sizes: list[int], what: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Zeroed memory of these sizes, in one piece; the piece, and its parts."""
         starts, total = [], 0
         for size in sizes:
             starts.append(total)
@@ -275,7 +319,14 @@ class CudaRunner:
         whole = self._device.empty(total, what)
         with self._device.active():
             whole.zero_()
-        return [whole[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+            self._device.record()()
+        return whole, [whole[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def _alone(step: dict[str, Any]) -> dict[str, Any]:
+    """A step of a rank that does not see others' memory."""
+    launches = step.get("without_peers")
+    return step if launches is None else {**step, "ways": [[None, launches]]}
 
 
 class _Tokens:

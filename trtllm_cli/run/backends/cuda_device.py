@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from trtllm_cli.errors import DeviceError, ResourceError
 from trtllm_cli.kernels.cuda.driver import Driver, Launch
 from trtllm_cli.kernels.cuda.kernel import CompiledKernel
+from trtllm_cli.run.backends.nccl import Nccl
+
+if TYPE_CHECKING:
+    from trtllm_cli.mapping import Rank
+    from trtllm_cli.run.communicator import Communicator
 
 
 class PreparedLaunch(Protocol):
@@ -58,6 +64,37 @@ class Device(Protocol):
         """`y = (x * x_scale) @ (w * w_scale) + bias`, x and w E4M3; scales [] each, or [rows, 1] and [1, columns]."""
         ...
 
+    def join(self, rank: Rank, comm: Communicator) -> None:
+        """Meets the other ranks' devices; every rank calls it, before what follows. Raises DeviceError if it fails."""
+        ...
+
+    def find_peers(self, memory: torch.Tensor, group: Sequence[int], comm: Communicator) -> list[int] | None:
+        """Where each of the group has the like of `memory`, in addresses that kernels here can write to.
+
+        Every rank calls it. None, on all of the group, where one cannot see another's memory.
+        """
+        ...
+
+    def all_reduce(self, x: torch.Tensor, y: torch.Tensor, group: Sequence[int]) -> None:
+        """`y`: the sum of `x` over the group."""
+        ...
+
+    def all_gather(self, x: torch.Tensor, y: torch.Tensor, group: Sequence[int]) -> None:
+        """`y` [rows, ranks * width]: the group's `x` [rows, width] side by side."""
+        ...
+
+    def send(self, x: torch.Tensor, to: int) -> None:
+        """Sends `x` to a rank."""
+        ...
+
+    def recv(self, y: torch.Tensor, source: int) -> None:
+        """Fills `y` with what a rank sends."""
+        ...
+
+    def leave(self) -> None:
+        """Ends what `join` and `find_peers` began, once nothing is under way."""
+        ...
+
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """What enqueues again, in one call, all that `enqueue` does."""
         ...
@@ -91,6 +128,8 @@ class CudaDevice:
         self.driver = Driver.open(index)
         self.name = self.driver.name
         self.stream = torch.cuda.Stream(self.torch_device)
+        self._nccl: Nccl | None = None
+        self._mapped: list[int] = []  # other ranks' memory
 
     def empty(self, nbytes: int, what: str) -> torch.Tensor:
         """See Device."""
@@ -137,6 +176,67 @@ class CudaDevice:
         torch._scaled_mm(
             x, w, scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=y.dtype, use_fast_accum=True, out=y
         )
+
+    def join(self, rank: Rank, comm: Communicator) -> None:
+        """See Device."""
+        self._nccl = Nccl(rank, comm)
+
+    def find_peers(self, memory: torch.Tensor, group: Sequence[int], comm: Communicator) -> list[int] | None:
+        """See Device. By CUDA's handles of memory, which other processes of this host can open."""
+        own = memory.data_ptr()
+        try:
+            handle, offset = self.driver.share(own)
+            offer = f"{socket.gethostname()} {handle.hex()} {offset}"
+        except DeviceError:
+            offer = ""
+        offers = comm.exchange(offer)
+        found: list[int] = []
+        try:
+            for rank in group:
+                if rank == comm.rank:
+                    found.append(own)
+                    continue
+                host, their_handle, their_offset = offers[rank].split()
+                if host != socket.gethostname():
+                    break
+                self._mapped.append(self.driver.open_shared(bytes.fromhex(their_handle)))
+                found.append(self._mapped[-1] + int(their_offset))
+        except (DeviceError, ValueError):  # there is no way from one GPU to the other, or nothing was offered
+            pass
+        seen = comm.exchange(str(len(found) == len(group)))
+        return found if all(seen[rank] == "True" for rank in group) else None
+
+    def all_reduce(self, x: torch.Tensor, y: torch.Tensor, group: Sequence[int]) -> None:
+        """See Device."""
+        assert self._nccl is not None
+        self._nccl.all_reduce(x, y, group, self.stream.cuda_stream)
+
+    def all_gather(self, x: torch.Tensor, y: torch.Tensor, group: Sequence[int]) -> None:
+        """See Device."""
+        assert self._nccl is not None
+        parts = torch.empty(len(group), *x.shape, dtype=x.dtype, device=x.device)
+        self._nccl.all_gather(x, parts, group, self.stream.cuda_stream)
+        y.unflatten(1, (len(group), -1)).copy_(parts.transpose(0, 1))
+
+    def send(self, x: torch.Tensor, to: int) -> None:
+        """See Device."""
+        assert self._nccl is not None
+        self._nccl.send(x, to, self.stream.cuda_stream)
+
+    def recv(self, y: torch.Tensor, source: int) -> None:
+        """See Device."""
+        assert self._nccl is not None
+        self._nccl.recv(y, source, self.stream.cuda_stream)
+
+    def leave(self) -> None:
+        """See Device."""
+        if self._nccl is not None:
+            self.stream.synchronize()
+            self._nccl.close()
+            self._nccl = None
+        for base in self._mapped:
+            self.driver.close_shared(base)
+        self._mapped.clear()
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """See Device."""

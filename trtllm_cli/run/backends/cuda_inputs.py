@@ -32,7 +32,7 @@ class InputLayout:
         sizes = {
             "query_start": seqs + 1, "seq_lens": seqs, "logits_indices": seqs,
             "logits_rows": seqs, "rows": seqs, "seeds": 2 * seqs, "output_positions": seqs, "temperatures": seqs,
-            "top_k": seqs, "top_p": seqs, "min_p": seqs,
+            "top_k": seqs, "top_p": seqs, "min_p": seqs, "step": 1,
             "input_ids": tokens, "positions": tokens, "slot_mapping": tokens, "block_tables": seqs * self.max_blocks,
         }  # fmt: skip
         self.offsets: dict[str, int] = {}
@@ -58,8 +58,8 @@ class InputSlot:
             name: array[start : start + layout.sizes[name]] for name, start in layout.offsets.items()
         }  # fmt: skip
 
-    def fill(self, inputs: ModelInputs, num_tokens: int, num_seqs: int, num_logits: int) -> None:
-        """Writes a step's arrays, padded to these counts."""
+    def fill(self, inputs: ModelInputs, num_tokens: int, num_seqs: int, num_logits: int, step: int) -> None:
+        """Writes a step's arrays, padded to these counts, and the step's number."""
         views, tokens, seqs = self._views, inputs.num_tokens, inputs.num_seqs
         for name, count, pad in (
             ("input_ids", num_tokens, 0), ("positions", num_tokens, 0), ("slot_mapping", num_tokens, _PADDED_SLOT),
@@ -68,6 +68,7 @@ class InputSlot:
             values = getattr(inputs, name)
             views[name][: len(values)] = values
             views[name][len(values) : count] = pad
+        views["step"][0] = step
         tables = views["block_tables"].reshape(-1, self._layout.max_blocks)
         tables[:seqs, : inputs.block_tables.shape[1]] = inputs.block_tables
 

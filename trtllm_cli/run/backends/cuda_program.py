@@ -28,15 +28,17 @@ class Program:
 
         `key`: see `key_of`.
         """
-        self._parts: list[_Kernel | _Product] = []
+        self._parts: list[_Kernel | _Product | _Collective] = []
         for step, way in zip(steps, key, strict=True):
             for launch in step["ways"][way][1]:
                 if launch.get("when") == "mixed" and not mixed:
                     continue
                 if "kernel" in launch:
                     self._parts.append(_Kernel(device, kernels, launch, address))
-                else:
+                elif launch["call"] in ("mm", "scaled_mm"):
                     self._parts.append(_Product(device, launch, tensor, most_rows[launch["rows"]]))
+                else:
+                    self._parts.append(_Collective(device, launch, tensor, most_rows[launch["rows"]]))
 
     def run(self, counts: Counts) -> None:
         """Enqueues a step of these counts, each launch as soon as it has its size."""
@@ -150,3 +152,25 @@ class _Product:
         x_scale, w_scale = self._scales
         x_scale = x_scale if x_scale.ndim == 0 else x_scale[:rows]
         self.enqueue = functools.partial(self._device.scaled_mm, x, self._w, x_scale, w_scale, self._bias, y)
+
+
+class _Collective:
+    """What ranks exchange, by NCCL."""
+
+    def __init__(
+        self,
+        device: Device,
+        call: Mapping[str, Any],
+        tensor: Callable[[Any, str, tuple[int, int]], torch.Tensor],
+        most: int,
+    ) -> None:
+        self._function, self._whom, self._symbol = getattr(device, call["call"]), call["whom"], call["rows"]
+        dtype, width = call["dtype"], call["width"]
+        across = width * len(call["whom"]) if call["call"] == "all_gather" else width
+        widths = {"x": width, "y": across}
+        self._tensors = [tensor(call[name], dtype, (most, widths[name])) for name in ("x", "y") if name in call]
+
+    def resize(self, counts: Counts) -> None:
+        rows = counts[self._symbol]
+        tensors = [t[:rows] for t in self._tensors]
+        self.enqueue = functools.partial(self._function, *tensors, self._whom) if rows else _nothing

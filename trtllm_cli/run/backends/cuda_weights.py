@@ -24,11 +24,12 @@ _MOST_THREADS = 8
 class DeviceWeights:
     """All tensors of a rank file, in device memory as they lie in the file."""
 
-    def __init__(self, device: Device, file: TensorFile) -> None:
+    def __init__(self, device: Device, file: TensorFile, progress: Callable[[], None] = lambda: None) -> None:
+        """`progress` is called after each piece of the file."""
         self._file = file
         self._data = device.empty(file.data_bytes, "the weights")
         with device.active():
-            _copy(device, file, self._data)
+            _copy(device, file, self._data, progress)
 
     def address(self, name: str) -> int:
         """Where a tensor's bytes begin."""
@@ -39,7 +40,7 @@ class DeviceWeights:
         return self._data[self._file.offset(name) :]
 
 
-def _copy(device: Device, file: TensorFile, out: torch.Tensor) -> None:
+def _copy(device: Device, file: TensorFile, out: torch.Tensor, progress: Callable[[], None]) -> None:
     """All tensors' bytes to `out`."""
     size = len(out)
     ranges = [(begin, min(begin + _PIECE, size)) for begin in range(0, size, _PIECE)]
@@ -59,6 +60,7 @@ def _copy(device: Device, file: TensorFile, out: torch.Tensor) -> None:
             reads.pop(i).result()
             out[begin:end].copy_(pieces[i % count][: end - begin], non_blocking=True)
             copied[i % count] = device.record()
+            progress()
             if i + count < len(ranges):
                 reads[i + count] = pool.submit(read, i + count)
     for wait in copied:

@@ -1,0 +1,130 @@
+"""Collectives on GPUs: our kernels over each other's memory for what is small, NCCL for what is large or far away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+
+from trtllm_cli.build.backends.cuda_program import RESIDUAL, Dim, Launch
+from trtllm_cli.build.backends.cuda_rows import BLOCK, RowLaunches
+from trtllm_cli.errors import UnsupportedError
+from trtllm_cli.functional import NUM_TOKENS
+from trtllm_cli.graph import Node
+
+# Bytes of a rank up to which an all-reduce is one-shot: each rank then sends them to all others.
+ONE_SHOT = 1 << 20
+_SLOTS = 2  # calls that staging memory is for at a time
+_WIDEST_NORM = 16384  # elements of a row that a program has in registers
+
+
+class CollectiveLaunches(RowLaunches):
+    """Launches of kernels/triton/collectives.py, and of NCCL."""
+
+    def _all_reduce(self, node: Node) -> None:
+        if self._norm_after(node) is not None:
+            return
+        x, width = node.inputs["x"], self.width(node.output)
+        block = min(BLOCK, triton.next_power_of_2(width))
+        few = self.launch(
+            "collectives", "all_reduce", [self._dim(x), -(-width // block)],
+            {**self._exchanged(node), "out_ptr": self._out(node.output)}, BLOCK=block, **self._group(node),
+            WIDTH=width, STAGING=ONE_SHOT // 4, PUSH=True, PULL=True,
+        )  # fmt: skip
+        self._one_shot(node, [few], [self._over_group(node)])
+
+    def _add_rms_norm(self, node: Node) -> None:
+        reduce = self.producers.get(node.inputs["x"])
+        if reduce is None or reduce.op != "all_reduce" or self._norm_after(reduce) is not node:
+            super()._add_rms_norm(node)
+            return
+        width, out = self.width(node.outputs[0]), node.outputs[0]
+        args = {
+            **self._exchanged(reduce), "residual_ptr": self._out(node.inputs["residual"]),
+            "weight_ptr": self.vector(node.inputs["weight"]), "out_ptr": self._out(out),
+            "new_residual_ptr": self._out(node.outputs[1]), **self._steps_of(node), "eps": ("fp32", node.attrs["eps"]),
+        }  # fmt: skip
+        few = self.launch(
+            "collectives", "all_reduce_add_rms_norm", [self._dim(out)], args, num_warps=16 if width >= 2048 else 4,
+            WIDTH=width, STAGING=ONE_SHOT // 4, BLOCK=triton.next_power_of_2(width),
+            QUANT=node.attrs.get("out_quant", "none"), PUSH=True, PULL=True, **self._group(reduce),
+        )  # fmt: skip
+        many = [self._over_group(reduce), *self.norm_launches(node, "rms_norm", few=False)]
+        self._one_shot(reduce, [few], many, op=f"{reduce.op}+{node.op}")
+
+    def _norm_after(self, node: Node) -> Node | None:
+        """The norm that is computed together with this sum: the next node, and its only reader."""
+        readers = self.consumers.get(node.output, [])
+        follower = self.following.get(node.output)
+        if len(readers) != 1 or readers[0] is not follower or follower.op != "add_rms_norm":
+            return None
+        fits = self.width(node.output) <= _WIDEST_NORM and self._is_words(node)
+        return follower if fits and follower.inputs["x"] == node.output else None
+
+    def _one_shot(self, node: Node, few: list[Launch], many: list[Launch], op: str = "") -> None:
+        """Few rows by our kernels, more by NCCL."""
+        width = self.width(node.output) * self.bytes_of(node.inputs["x"])
+        most = ONE_SHOT // width if self._is_words(node) else 0
+        ways: list[tuple[int | None, list[Launch]]] = [(most, few)] if most else []
+        self.ways(op or node.op, self.rows(node.output), [*ways, (None, many)], without_peers=many)
+
+    def _is_words(self, node: Node) -> bool:
+        """Whether a row is whole words of four bytes."""
+        return self.width(node.output) * self.bytes_of(node.inputs["x"]) % 4 == 0
+
+    def _all_gather(self, node: Node) -> None:
+        x, group = node.inputs["x"], self._group(node)
+        width = self.width(x)
+        block = min(BLOCK, triton.next_power_of_2(width))
+        symbol = self.rows(x)
+        arrivals = self.exchanged("arrivals", 4 * group["RANKS"])
+        args = {"arrivals_ptr": ("*i32", arrivals), "deltas_ptr": self.deltas(arrivals)}
+        once: list[Dim] = [[symbol, 1 << 30]]  # no program where there are no rows
+        sync = self.launch("collectives", "sync_ranks", once, args, num_warps=1, PUSH=True, PULL=True, **group)
+        out = self._out(node.output)
+        copied = {"x_ptr": self._out(x), "deltas_ptr": self.deltas(out[1]), "out_ptr": out}
+        grid: list[Dim] = [self._dim(x), -(-width // block)]
+        copy = self.launch("collectives", "all_gather", grid, copied, WIDTH=width, BLOCK=block, **group)
+        self.ways(node.op, symbol, [(None, [sync, copy, sync])], without_peers=[self._over_group(node)])
+
+    def _send(self, node: Node) -> None:
+        x = node.inputs["x"]
+        if self.dtype(x) != RESIDUAL:
+            raise UnsupportedError(
+                f"{self.graph.name}: what one stage hands to the next is not the residual stream",
+                fix="convert without --pp-size, or build for CPUs: --backend cpu",
+            )
+        self.step(node.op, [self._call(node, x, x=self.ref(x), whom=node.attrs["to"])])
+
+    def _recv(self, node: Node) -> None:
+        y = node.output
+        self.step(node.op, [self._call(node, y, y=self.ref(y), whom=node.attrs["source"])])
+
+    def _over_group(self, node: Node) -> Launch:
+        x = node.inputs["x"]
+        return self._call(node, x, x=self.ref(x), y=self.ref(node.output), whom=node.attrs["group"])
+
+    def _call(self, node: Node, tensor: str, **operands: Any) -> Launch:
+        """A call of NCCL on what is like `tensor`."""
+        about = {"rows": self.rows(tensor), "width": self.width(tensor), "dtype": self.dtype(tensor)}
+        return {"call": node.op, **about, **operands}
+
+    def _group(self, node: Node) -> dict[str, Any]:
+        group = node.attrs["group"]
+        return {"RANKS": len(group), "RANK": group.index(self.rank)}
+
+    def _exchanged(self, node: Node) -> dict[str, tuple[str, Any]]:
+        """What a one-shot all-reduce reads, and where it exchanges it."""
+        assert self.rows(node.output) == NUM_TOKENS, "a call that some steps leave out would upset the slots"
+        ranks = len(node.attrs["group"])
+        staging = self.exchanged("staging", _SLOTS * ranks * (ONE_SHOT // 4) * 8)
+        call = self._reduces.index(node.output)
+        return {
+            "x_ptr": self._out(node.inputs["x"]), "staging_ptr": ("*i64", staging), "deltas_ptr": self.deltas(staging),
+            "step_ptr": ("*i32", "i:step"), "calls": ("i32", len(self._reduces)), "call": ("i32", call),
+        }  # fmt: skip
+
+    @property
+    def _reduces(self) -> list[str]:
+        """The step's all-reduces, which number their calls."""
+        return [node.output for node in self.graph.nodes if node.op == "all_reduce"]
