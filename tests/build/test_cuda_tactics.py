@@ -6,10 +6,11 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.engines import build_engine, save_checkpoint
 from tests.fake_timer import FakeTimer, fragments_win
-from tests.interpreter_device import fake_compile
+from tests.interpreter_device import InterpreterDevice, fake_compile
 from tests.tiny_configs import config, random_weights
 from trtllm_cli.build import builder, timing_cache
 from trtllm_cli.build.backends import cuda, cuda_linears, cuda_tactics, cuda_timing
@@ -389,6 +390,62 @@ def test_shapes_are_those_that_the_plan_computes(tiny):
         cuda.lower(graph, checkpoint.config, limits, "sm_90a", tactics)
         assert {TimedShape.of(shape) for shape in asked} == tactics.chosen.keys()
         assert asked
+
+
+@pytest.mark.parametrize(
+    ("form", "kernel"),
+    [("bf16", "vector"), ("bf16", "skinny"), ("bf16", "fragment"), ("int8", "fragment"), ("int4", "fragment")],
+)
+def test_what_is_timed_is_the_product(monkeypatch, form, kernel):
+    """The timer's launches in the interpreter: our kernel and torch's product give the same, of each of the weights."""
+    device = InterpreterDevice()
+    monkeypatch.setattr(cuda_timing, "_DEVICE", "cpu")
+    monkeypatch.setattr(cuda_timing, "_copies", lambda nbytes: 2)
+    monkeypatch.setattr(cuda_timing.torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(cuda_timing.GpuTimer, "_stream", SimpleNamespace(cuda_stream=7, wait_stream=lambda other: None))
+    outputs = []
+
+    def run(stream, enqueue):
+        outputs.append([])
+        enqueue()
+        return 3e-3
+
+    monkeypatch.setattr(cuda_timing, "graph_milliseconds", run)
+    shape = LinearShape(form, 64, 128, group=64 if form in ("int8", "int4") else 0, has_zero=form == "int4")
+    tactic = next(t for tokens in TOKENS for t in candidates(shape, tokens) if t.kernel == kernel)
+    launch, tokens = launch_of(shape, tactic), 1 if kernel == "vector" else 3
+    sources = [launch.source, *([cuda_linears.dequantized(shape).source] if form != "bf16" else [])]
+    compiled = fake_compile(sources, "sm_90a")
+    by_kernel = {compiled[source].entry: source for source in sources}
+
+    class Loaded:
+        def __init__(self, kernel):
+            self.kernel = {"names": kernel.names, "source": by_kernel[kernel.entry].to_json()}
+
+        def prepare(self, grid, values):
+            o = timer._operands
+            tensors = (o.x, o.y, o.ones, o.plain, o.scratch, *(part for w in o.weights.values() for part in w))
+            device._regions = [tensor.flatten().view(torch.uint8) for tensor in tensors]
+            made = device.prepare(self.kernel, grid, values)
+
+            def enqueue():
+                made.enqueue()
+                outputs[-1].append(o.y[: tokens * shape.n].float())
+
+            return SimpleNamespace(enqueue=enqueue, set_stream=lambda stream: None)
+
+    timer = cuda_timing.GpuTimer(SimpleNamespace(name="", load=Loaded))
+    assert timer.kernel(shape, launch, compiled[launch.source], tokens) == pytest.approx(1.5)
+    ours = list(outputs[0])
+    assert not torch.equal(*ours)
+    for i, y in enumerate(ours):
+        operands = timer._operands
+        if form != "bf16":
+            timer._launches(operands, cuda_linears.dequantized(shape), compiled[sources[1]], tokens)[i]()
+        operands.product(operands.weights["w"][i] if form == "bf16" else operands.plain.flatten(), tokens)
+        wanted = operands.y[: tokens * shape.n].float()
+        assert (y - wanted).norm() / wanted.norm() < 1e-2
+    assert timer.library(shape, compiled[sources[-1]] if form != "bf16" else None, tokens) == pytest.approx(1.5)
 
 
 @pytest.mark.gpu

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtllm_cli.artifact import human_bytes, writing
-from trtllm_cli.build.lowered import Lowered
+from trtllm_cli.build.lowered import Lowered, Working
 from trtllm_cli.build.passes import CUDA_PASSES, PASSES, run_passes
 from trtllm_cli.build.passes.quantize_kv_cache import quantize_kv_cache
 from trtllm_cli.build.write_ranks import Progress, write_ranks
@@ -51,8 +50,6 @@ DEFAULT_MAX_NUM_TOKENS = {"cpu": 512, "cuda": 8192}
 DEFAULT_MAX_BATCH_SIZE = {"cpu": 8, "cuda": 256}
 DEFAULT_TOKENS_PER_BLOCK = {"cpu": 32, "cuda": 64}
 DEFAULT_ARCH = "sm_90a"
-
-Working = Callable[[str, int, int], None]  # told of GPU kernels: "compiling kernels", how many are, and of how many
 
 
 @dataclass(frozen=True)

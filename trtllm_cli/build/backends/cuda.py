@@ -15,8 +15,8 @@ from trtllm_cli.build.backends.cuda_attention import AttentionLaunches
 from trtllm_cli.build.backends.cuda_experts import ExpertLaunches
 from trtllm_cli.build.backends.cuda_linear_steps import LinearLaunches
 from trtllm_cli.build.backends.cuda_sampling import SamplingLaunches
-from trtllm_cli.build.backends.cuda_tactics import LinearTactics, Working
-from trtllm_cli.build.lowered import Lowered, Memory
+from trtllm_cli.build.backends.cuda_tactics import LinearTactics
+from trtllm_cli.build.lowered import Lowered, Memory, Working
 from trtllm_cli.engine import KERNELS
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import NUM_LOGITS, NUM_TOKENS

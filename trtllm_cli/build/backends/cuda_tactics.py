@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from trtllm_cli.build.backends.cuda_candidates import candidates
 from trtllm_cli.build.backends.cuda_linears import LinearLaunch, LinearShape, Tactic, launch_of, shipped_tactics
 from trtllm_cli.build.backends.cuda_timing import Timer, compile_work, missing, time_work
+from trtllm_cli.build.lowered import Working
 from trtllm_cli.build.timing_cache import (
     LinearTimes,
     TimedOn,
@@ -27,7 +28,6 @@ from trtllm_cli.errors import DeviceError, ResourceError
 from trtllm_cli.kernels.cuda.compiler import source_digest, triton_version
 
 Source = Literal["timed here", "timing cache", "shipped table"]
-Working = Callable[[str, int, int], None]  # told of what is done: "timing kernels", how many are, and of how many
 
 _ACTIVATION = 3.0  # microseconds of a gated activation by itself, for few tokens
 _AS_FAST = 1.03  # times that differ by less are alike

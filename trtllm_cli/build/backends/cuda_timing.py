@@ -31,6 +31,7 @@ from trtllm_cli.kernels.cuda.driver import Driver, LoadedKernel, gpu_arch
 from trtllm_cli.kernels.cuda.graph_time import graph_milliseconds
 from trtllm_cli.kernels.cuda.kernel import CompiledKernel, KernelSource
 
+_DEVICE = "cuda"
 _MOST_BYTES = 2 << 30  # of a shape's distinct weights
 _LAUNCHES = (32, 512)  # in a graph: at least, and at most to fill the L2 cache so many times
 _L2_TIMES = 4
@@ -145,7 +146,7 @@ class GpuTimer:
 
     @functools.cached_property
     def _stream(self) -> Any:
-        torch.zeros(1, device="cuda")  # makes the context
+        torch.zeros(1, device=_DEVICE)  # makes the context
         return torch.cuda.Stream()
 
     def kernel(self, shape: LinearShape, launch: LinearLaunch, kernel: CompiledKernel, tokens: int) -> float | None:
@@ -184,7 +185,7 @@ class GpuTimer:
         if kernel not in self._loaded:
             self._loaded[kernel] = self._driver.load(kernel)
         grid = [-(-tokens // dim[1]) if isinstance(dim, tuple) else dim for dim in launch.grid]
-        scratch = torch.zeros(max(launch.scratch, 16), dtype=torch.uint8, device="cuda")
+        scratch = torch.zeros(max(launch.scratch, 16), dtype=torch.uint8, device=_DEVICE)
         operands.scratch = scratch  # which lives as long as it is in use
         shared = {
             "x": operands.x.data_ptr(), "y": operands.y.data_ptr(), "out": operands.plain.data_ptr(),
@@ -237,11 +238,11 @@ class _Operands:
         roles = {"weight": "w", "scale": "w_scale", "zero": "w_zero"}
         self.weights = {roles[role]: _random(self.count, tensor) for role, tensor in packed.items()}
         x_type = torch.float8_e4m3fn if shape.form == "fp8" else torch.bfloat16
-        self.x = torch.randn(MOST_TOKENS, shape.k, device="cuda").to(x_type)
-        self.y = torch.empty(MOST_TOKENS * shape.n, dtype=torch.bfloat16, device="cuda")
-        self.ones = torch.ones(max(shape.n, MOST_TOKENS), device="cuda")
+        self.x = torch.randn(MOST_TOKENS, shape.k, device=_DEVICE).to(x_type)
+        self.y = torch.empty(MOST_TOKENS * shape.n, dtype=torch.bfloat16, device=_DEVICE)
+        self.ones = torch.ones(max(shape.n, MOST_TOKENS), device=_DEVICE)
         plain = (shape.n, shape.k) if weight_only(shape) else (1, 8)
-        self.plain = torch.empty(plain, dtype=torch.bfloat16, device="cuda")
+        self.plain = torch.empty(plain, dtype=torch.bfloat16, device=_DEVICE)
         self.scratch = self.ones
 
     def product(self, weight: torch.Tensor, tokens: int) -> None:
@@ -266,10 +267,10 @@ def _copies(nbytes: int) -> int:
 
 def _random(count: int, like: torch.Tensor) -> torch.Tensor:
     """`count` flat tensors [count, elements], each beginning at a multiple of 256 bytes."""
-    out = torch.empty(count, -(-like.numel() // 256) * 256, dtype=like.dtype, device="cuda")
+    out = torch.empty(count, -(-like.numel() // 256) * 256, dtype=like.dtype, device=_DEVICE)
     for part in out:  # one at a time: random bytes are no random FP8 numbers, which are made of wider ones
         if like.dtype in (torch.uint8, torch.int8):
             part.random_()
         else:
-            part.copy_(torch.randn(part.shape, device="cuda", dtype=torch.bfloat16))
+            part.copy_(torch.randn(part.shape, device=_DEVICE, dtype=torch.bfloat16))
     return out
