@@ -357,7 +357,7 @@ def test_stale_times_are_taken_again(tiny, timer, tmp_path, monkeypatch):
     assert len(timing_cache.read(cache).linears) == 2 * len(data["linears"])
 
 
-def test_what_a_build_refuses(tiny, tmp_path):
+def test_what_a_build_refuses(tiny, timer, tmp_path):
     missing, bad = tmp_path / "missing.json", tmp_path / "bad.json"
     bad.write_text("hello")
     for options in ({"input_timing_cache": missing}, {"input_timing_cache": missing, "output_timing_cache": missing}):
@@ -370,6 +370,7 @@ def test_what_a_build_refuses(tiny, tmp_path):
             build(tiny, "engine", backend="cpu", arch=None, **{flag: bad})
     with pytest.raises(UsageError, match="would be in the engine"):
         build(tiny, "engine", output_timing_cache=tmp_path / "engine" / "cache.json")
+    assert not timer.calls
     assert not (tmp_path / "engine").exists()
     assert bad.read_text() == "hello"
 

@@ -28,7 +28,7 @@ FORMAT_VERSION: Final = 1
 _MOST_BYTES = 64 << 20  # of a file: thousands of shapes
 _TACTIC = rf"^({'|'.join(KERNELS)})( [1-9]\d{{0,4}}){{5,6}}$"
 
-Microseconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Microseconds = Annotated[float, Field(gt=0, le=1e9)]  # so no NaN, which is not greater
 TacticName = Annotated[str, StringConstraints(pattern=_TACTIC)]
 _Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
