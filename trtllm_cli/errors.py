@@ -6,6 +6,7 @@
     │   ├── SnapshotError
     │   ├── CheckpointError
     │   ├── EngineError
+    │   ├── TimingCacheError
     │   └── OutputExistsError            the output is there already and --force was not given
     ├── UnsupportedError        exit 4   valid input that cannot be honoured exactly, so it is refused
     ├── DownloadError           exit 5   the hub said no, or cannot be reached
@@ -82,6 +83,12 @@ class EngineError(ArtifactError):
     """An engine directory cannot be read, or was built for something else."""
 
     remake = "copy the engine again, or rebuild it: trtllm build --checkpoint-dir CKPT --output-dir ENGINE"
+
+
+class TimingCacheError(ArtifactError):
+    """A timing cache cannot be read as one."""
+
+    remake = "give a file that trtllm build --output-timing-cache wrote, or leave the flag out"
 
 
 class OutputExistsError(ArtifactError):

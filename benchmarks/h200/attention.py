@@ -21,10 +21,10 @@ from typing import Any
 
 from benchmarks.common import say, table
 from benchmarks.h200 import floors
-from benchmarks.h200.graph_time import graph_milliseconds
 from benchmarks.h200.machine import machine
 from trtllm_cli.errors import TrtllmError
 from trtllm_cli.kernels.cuda.compiler import compile_kernels
+from trtllm_cli.kernels.cuda.graph_time import graph_milliseconds
 from trtllm_cli.kernels.cuda.kernel import CompiledKernel, KernelSource
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.commands.conftest import LIMITS
 
 
@@ -37,3 +39,69 @@ def test_workers(tiny, trtllm, tmp_path):
     assert "in:  --workers" in said.err
     assert "fix: give 1 or more" in said.err
     assert [p.name for p in tmp_path.iterdir()] == ["engine"]
+
+
+# Timing caches.
+
+
+@pytest.fixture
+def timer(monkeypatch, tmp_path):
+    """A GPU, and no compiler."""
+    pytest.importorskip("triton")
+    from tests.fake_timer import FakeTimer
+    from tests.interpreter_device import fake_compile
+    from trtllm_cli.build.backends import cuda, cuda_timing
+
+    fake = FakeTimer()
+    monkeypatch.setattr(cuda, "compile_kernels", fake_compile)
+    monkeypatch.setattr(cuda_timing, "compile_kernels", fake_compile)
+    monkeypatch.setattr(cuda_timing, "find_timer", lambda arch: fake)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    return fake
+
+
+def test_timing_caches(tiny, trtllm, tmp_path, timer):
+    cache, engine = tmp_path / "cache.json", tmp_path / "engine"
+    args = ("build", "--checkpoint-dir", tiny / "checkpoint", "--backend", "cuda", "--arch", "sm_90a", *LIMITS)
+    said = trtllm(*args, "--output-dir", engine, "--output-timing-cache", cache)
+    assert said.code == 0
+    assert "note: linears: " in said.err
+    assert " shapes timed on NVIDIA H200 in " in said.err
+    timed = len(timer.calls)
+    said = trtllm(*args, "--output-dir", tmp_path / "second", "--input_timing_cache", cache, "--json")
+    assert said.code == 0
+    assert len(timer.calls) == timed
+    report = json.loads(said.out)
+    tactics = report["choices"]["linear_tactics"]
+    assert tactics["from"] == {"timing cache": len(tactics["shapes"])}
+    assert not any("timed" in note for note in report["notes"])
+    inspected = trtllm("inspect", tmp_path / "second")
+    assert '"linear_tactics"' in inspected.out
+    assert json.loads(trtllm("inspect", tmp_path / "second", "--json").out)["choices"] == report["choices"]
+    for name in ("engine", "second"):
+        assert (tmp_path / name / "rank0.engine").read_bytes() == (engine / "rank0.engine").read_bytes()
+
+
+@pytest.mark.parametrize("flag", ["--input-timing-cache", "--output-timing-cache"])
+def test_timing_caches_are_for_gpus(tiny, trtllm, tmp_path, flag):
+    args = ("build", "--checkpoint-dir", tiny / "checkpoint", "--output-dir", tmp_path / "engine", flag, tmp_path / "t")
+    said = trtllm(*args, "--backend", "cpu")
+    assert said.code == 2
+    assert f"{flag} is for GPUs, and this engine is for the CPU" in said.err
+    assert f"in:  {flag}" in said.err
+    assert "fix: add --backend cuda" in said.err
+    (tmp_path / "t").write_text('{"format_version": 1, "linears": [NaN]}')
+    said = trtllm(*args, "--backend", "cuda")
+    assert said.code == 3
+    assert "field `linears.0`" in said.err
+    assert f"in:  {tmp_path / 't'}" in said.err
+    assert "fix: give a file that trtllm build --output-timing-cache wrote, or leave the flag out" in said.err
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_dry_run_writes_no_timing_cache(tiny, trtllm, tmp_path):
+    args = ("--checkpoint-dir", tiny / "checkpoint", "--backend", "cuda", "--dry-run")
+    said = trtllm("build", *args, "--output-timing-cache", tmp_path / "t")
+    assert said.code == 2
+    assert "--dry-run writes nothing" in said.err
+    assert not list(tmp_path.iterdir())

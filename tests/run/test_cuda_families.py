@@ -11,7 +11,7 @@ from tests.batches import Sequences, as_torch
 from tests.engines import build_engine, save_checkpoint
 from tests.interpreter_device import InterpreterDevice, fake_compile
 from tests.tiny_configs import random_weights
-from trtllm_cli.build.backends import cuda, cuda_attention, cuda_linear_steps
+from trtllm_cli.build.backends import cuda, cuda_attention, cuda_tactics
 from trtllm_cli.engine import KERNELS
 from trtllm_cli.kernels.cuda.compiler import compile_kernels
 from trtllm_cli.kernels.reference import Reference
@@ -80,7 +80,7 @@ STEPS = [{0: [1, 2, 3, 4, 5, 6], 1: [9]}, {1: [11], 0: [5], 2: [7]}]
 def few_programs(monkeypatch):
     """Linears by torch, and no more programs than need be: both kernels and their splits have tests of their own."""
     monkeypatch.setattr(cuda, "compile_kernels", fake_compile)
-    monkeypatch.setattr(cuda_linear_steps, "few_tokens", lambda shape: [])
+    monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", lambda self, shape: [])
     monkeypatch.setattr(cuda_attention, "_DECODE", ((None, 1, 4, 64),))
     monkeypatch.setattr(cuda_attention, "_FEW", 0)
 

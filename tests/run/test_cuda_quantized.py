@@ -9,7 +9,7 @@ from tests.batches import Sequences, as_torch
 from tests.build.test_quantized import ALGORITHMS, NO_EXPERTS, checkpoint
 from tests.engines import build_engine
 from tests.interpreter_device import InterpreterDevice, fake_compile
-from trtllm_cli.build.backends import cuda, cuda_experts, cuda_linear_steps
+from trtllm_cli.build.backends import cuda, cuda_experts, cuda_tactics
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.kernels.reference import Reference
 from trtllm_cli.run.backends.cuda import CudaRunner
@@ -28,7 +28,7 @@ STEPS = [{0: [1, 2, 3, 4, 5, 6, 7], 1: [9, 8]}, {1: [3], 0: [4]}]
 def few_kernels(monkeypatch):
     """Nothing is compiled, and torch multiplies, as for many tokens: linears of few have tests of their own."""
     monkeypatch.setattr(cuda, "compile_kernels", fake_compile)
-    monkeypatch.setattr(cuda_linear_steps, "few_tokens", lambda shape: [])
+    monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", lambda self, shape: [])
 
 
 def made(tmp_path, quantization, experts=True, **options):

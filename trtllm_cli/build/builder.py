@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtllm_cli.artifact import human_bytes, writing
-from trtllm_cli.build.lowered import Lowered
+from trtllm_cli.build.lowered import Lowered, Working
 from trtllm_cli.build.passes import CUDA_PASSES, PASSES, run_passes
 from trtllm_cli.build.passes.quantize_kv_cache import quantize_kv_cache
 from trtllm_cli.build.write_ranks import Progress, write_ranks
@@ -38,6 +38,8 @@ from trtllm_cli.tensor_file import total_bytes
 from trtllm_cli.version import __version__
 
 if TYPE_CHECKING:
+    from trtllm_cli.build.backends.cuda_tactics import LinearTactics
+    from trtllm_cli.build.timing_cache import TimingCache
     from trtllm_cli.mapping import Rank
     from trtllm_cli.model_config import ModelConfig
 
@@ -48,8 +50,6 @@ DEFAULT_MAX_NUM_TOKENS = {"cpu": 512, "cuda": 8192}
 DEFAULT_MAX_BATCH_SIZE = {"cpu": 8, "cuda": 256}
 DEFAULT_TOKENS_PER_BLOCK = {"cpu": 32, "cuda": 64}
 DEFAULT_ARCH = "sm_90a"
-
-Compiling = Callable[[int, int], None]  # told how many of a rank's GPU kernels are compiled, and of how many
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class BuildOptions:
     kv_cache_dtype: KvCacheDType | None = None
     kernels: str = "auto"  # cpu backend: "native", "torch", or the faster by timing
     model_file: Path | None = None
+    input_timing_cache: Path | None = None  # cuda backend: see timing_cache.py
+    output_timing_cache: Path | None = None
     workers: int | None = None  # ranks that are packed side by side, a thread each; the files are the same for any
     force: bool = False
 
@@ -82,6 +84,7 @@ class BuildPlan:
     graphs: list[Graph]
     lowered: list[Lowered]
     notes: list[str] = field(default_factory=list)  # choices a user should know of
+    timing_cache: TimingCache | None = None  # cuda backend: all that is known
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ class BuildReport:
     seconds: float
 
 
-def plan_build(checkpoint_dir: Path, options: BuildOptions, compiling: Compiling | None = None) -> BuildPlan:
-    """Traces, rewrites and lowers every rank. Reads no weights and writes nothing."""
+def plan_build(checkpoint_dir: Path, options: BuildOptions, working: Working | None = None) -> BuildPlan:
+    """Traces, rewrites and lowers every rank. Reads no weights and writes nothing but what the user's cache keeps."""
     options = with_defaults(options)
     assert options.backend is not None
     checkpoint = Checkpoint.open(checkpoint_dir)
@@ -103,6 +106,7 @@ def plan_build(checkpoint_dir: Path, options: BuildOptions, compiling: Compiling
     notes: list[str] = []
     build_config = resolve(config, options, notes)
     define = load_model_file(options.model_file) if options.model_file else None
+    tactics = _tactics(options) if options.backend == "cuda" else None
     graphs, lowered = [], []
     for rank in config.mapping.ranks:
         traced = _trace(config, rank, define, options)
@@ -111,8 +115,10 @@ def plan_build(checkpoint_dir: Path, options: BuildOptions, compiling: Compiling
         kv_quant = build_config.kv_cache_dtype if build_config.kv_cache_dtype in ("int8", "fp8") else None
         graph = run_passes(quantize_kv_cache(traced, kv_quant), PASSES if options.backend == "cpu" else CUDA_PASSES)
         graphs.append(graph)
-        lowered.append(_lower(graph, config, build_config, options, rank.rank, compiling))
-    return BuildPlan(checkpoint, options.backend, build_config, graphs, lowered, notes)
+        lowered.append(_lower(graph, config, build_config, options, rank.rank, tactics, working))
+    notes += tactics.notes if tactics else []
+    timing_cache = tactics.cache if tactics else None
+    return BuildPlan(checkpoint, options.backend, build_config, graphs, lowered, notes, timing_cache)
 
 
 def build(
@@ -120,12 +126,17 @@ def build(
     output_dir: Path,
     options: BuildOptions,
     progress: Progress | None = None,
-    compiling: Compiling | None = None,
+    working: Working | None = None,
 ) -> BuildReport:
     """Compiles a checkpoint into an engine directory. Raises a TrtllmError and leaves nothing where it cannot."""
+    from trtllm_cli.build.timing_cache import update
+
     started = time.perf_counter()
+    _check_outside(options.output_timing_cache, output_dir)
     with writing(output_dir, force=options.force, source=checkpoint_dir) as partial:
-        plan = plan_build(checkpoint_dir, options, compiling)
+        plan = plan_build(checkpoint_dir, options, working)
+        if options.output_timing_cache is not None and plan.timing_cache is not None:
+            update(options.output_timing_cache, plan.timing_cache, "--output-timing-cache")
         config = plan.checkpoint.config
         total = sum(total_bytes(lowered.tensors.values()) for lowered in plan.lowered)
         _check_space(partial, total)
@@ -156,6 +167,12 @@ def with_defaults(options: BuildOptions) -> BuildOptions:
     backend: Backend = options.backend or ("cuda" if gpu else "cpu")
     if backend == "cpu" and options.arch:
         raise UsageError("--arch is for GPUs, and this engine is for the CPU", where="--arch", fix="add --backend cuda")
+    for name in ("input_timing_cache", "output_timing_cache"):
+        if backend == "cpu" and getattr(options, name):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{flag} is for GPUs, and this engine is for the CPU", where=flag, fix="add --backend cuda"
+            )
     arch = (options.arch or gpu or DEFAULT_ARCH) if backend == "cuda" else None
     if arch is not None and arch not in ARCHITECTURES:
         near = {name.rstrip("a"): name for name in ARCHITECTURES}
@@ -356,7 +373,8 @@ def _lower(
     build_config: BuildConfig,
     options: BuildOptions,
     rank: int,
-    compiling: Compiling | None,
+    tactics: LinearTactics | None,
+    working: Working | None,
 ) -> Lowered:
     match options.backend:
         case "cpu":
@@ -366,9 +384,32 @@ def _lower(
         case "cuda":
             from trtllm_cli.build.backends.cuda import lower as lower_cuda
 
-            return lower_cuda(graph, config, build_config, options.arch or DEFAULT_ARCH, compiling, rank)
+            return lower_cuda(graph, config, build_config, options.arch or DEFAULT_ARCH, rank, tactics, working)
         case None:
             raise AssertionError("see with_defaults")
+
+
+def _tactics(options: BuildOptions) -> LinearTactics:
+    """What chooses the linears' tactics. Raises TimingCacheError for a file that is there and no timing cache."""
+    from trtllm_cli.build import timing_cache
+    from trtllm_cli.build.backends import cuda_timing
+    from trtllm_cli.build.backends.cuda_tactics import LinearTactics
+
+    given, out = options.input_timing_cache, options.output_timing_cache
+    if out is not None and os.path.exists(out):
+        timing_cache.read(out)  # now, and not when the times are there that it should get
+    assert options.arch is not None
+    cache = timing_cache.read(given) if given is not None else None
+    return LinearTactics(options.arch, cache, cuda_timing.find_timer(options.arch))
+
+
+def _check_outside(timing_cache: Path | None, output_dir: Path) -> None:
+    """Raises UsageError for a timing cache that would be in the engine, which is replaced whole."""
+    if timing_cache is not None and Path(os.path.realpath(timing_cache)).is_relative_to(os.path.realpath(output_dir)):
+        raise UsageError(
+            f"the timing cache {timing_cache} would be in the engine {output_dir}", where="--output-timing-cache",
+            fix="give a path outside of it",
+        )  # fmt: skip
 
 
 def _check_space(directory: Path, needed: int) -> None:

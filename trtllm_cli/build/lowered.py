@@ -11,6 +11,8 @@ from trtllm_cli.tensor_file import TensorInfo
 if TYPE_CHECKING:
     import torch
 
+# Told of GPU kernels: what is done with them ("timing kernels"), how many are done, and of how many.
+Working = Callable[[str, int, int], None]
 # Reads a weight of the graph (its parts stacked) from the checkpoint.
 ReadWeight = Callable[[str], "torch.Tensor"]
 

@@ -74,6 +74,21 @@ def build(
     model_file: Annotated[
         Path | None, typer.Option(help="A Python file whose `define(t, config, rank)` is the model. It is run.")
     ] = None,
+    input_timing_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a GPU: a file of kernels' times, by which tactics are chosen. What it lacks is timed where there "
+            "is such a GPU.",
+            show_default=False,
+        ),
+    ] = None,
+    output_timing_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a GPU: where the times go that the build read and took; added to a timing cache that is there.",
+            show_default=False,
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -99,6 +114,8 @@ def build(
 
         trtllm build --checkpoint-dir ckpt --output-dir engine-h200 --backend cuda --arch sm_90a
 
+        trtllm build --checkpoint-dir ckpt --backend cuda --input-timing-cache h200.json --output-timing-cache h200.json
+
         trtllm build --checkpoint-dir ckpt-tp8 --output-dir engine-tp8 --workers 2
 
         trtllm build --checkpoint-dir ckpt --dry-run
@@ -107,6 +124,7 @@ def build(
     from trtllm_cli.commands.choices import choice
     from trtllm_cli.commands.console import progress_bytes, stdout
     from trtllm_cli.engine import Backend, KvCacheDType, WeightDType
+    from trtllm_cli.errors import UsageError
 
     options = builder.BuildOptions(
         backend=choice(backend, Backend, "--backend"),
@@ -121,10 +139,14 @@ def build(
         kv_cache_dtype=choice(kv_cache_dtype, KvCacheDType, "--kv-cache-dtype"),
         kernels=choice(kernels, ("auto", "native", "torch"), "--kernels"),
         model_file=model_file,
+        input_timing_cache=input_timing_cache,
+        output_timing_cache=output_timing_cache,
         workers=workers,
         force=force,
     )
     if dry_run:
+        if output_timing_cache is not None:
+            raise UsageError("--dry-run writes nothing, so no timing cache either", where="--output-timing-cache")
         plan = builder.plan_build(checkpoint_dir, options)
         if json_:
             stdout().print_json(data=_plan_json(plan))
@@ -138,7 +160,7 @@ def build(
             output_dir,
             options,
             lambda done, total: bar.update(task, description="packing weights", completed=done, total=total),
-            lambda done, total: bar.update(task, description=f"compiled {done} of {total} kernels"),
+            lambda what, done, total: bar.update(task, description=f"{what}: {done} of {total}"),
         )
     if json_:
         result = {

@@ -130,6 +130,7 @@ def _engine(path: Path, rank: int, verify: bool, *, want_graph: bool) -> tuple[I
         "built_by": config.version,
         "steps": dict(Counter(s["op"] if isinstance(s, dict) else s for s in plan["steps"])),
         "limits": config.build_config.model_dump(exclude_none=True),
+        **({"choices": config.notes} if config.notes else {}),
         "verified": verify,
     }
     kernels = []

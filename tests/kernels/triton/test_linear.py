@@ -212,6 +212,10 @@ def test_many_tokens_in_tiles_and_fp8_out(launch, kernel):
     assert error(y, ref) < 4e-2
 
 
+def shipped(shape):
+    return [(most, cuda_linears.launch_of(shape, tactic)) for most, tactic in cuda_linears.shipped_tactics(shape)]
+
+
 def test_few_tokens_takes_what_was_measured():
     """Of the shapes that were, and of others something that their kernels allow; each with its own tokens."""
     for form, group in (("bf16", 0), ("fp8", 0), ("int8", 0), ("int4", 128), ("int4", 64)):
@@ -222,7 +226,7 @@ def test_few_tokens_takes_what_was_measured():
             (57344, 8192, "silu"),
             (40, 176, ""),
         ]:
-            ways = cuda_linears.few_tokens(LinearShape(form, n, k, group=group, gated=gated))
+            ways = shipped(LinearShape(form, n, k, group=group, gated=gated))
             most = [count for count, _ in ways]
             assert most == sorted(set(most))
             assert not most or most[-1] <= cuda_linears.MOST_TOKENS
@@ -233,12 +237,12 @@ def test_few_tokens_takes_what_was_measured():
                     assert constants["BM"] == count
                 if group and way.source.function == "fragment_linear":
                     assert group % (64 * constants["U"]) == 0 or constants["U"] == 1
-        measured = cuda_linears.few_tokens(LinearShape(form, 4096, 4096, group=group))
+        measured = shipped(LinearShape(form, 4096, 4096, group=group))
         assert measured[0][0] == (1 if form in ("bf16", "fp8") else 8)
 
 
 def test_no_kernel_where_none_takes_the_shape():
-    assert cuda_linears.few_tokens(LinearShape("fp8", 40, 72)) == []
+    assert cuda_linears.shipped_tactics(LinearShape("fp8", 40, 72)) == []
 
 
 LOADS = {"bf16": 2, "fp8": 1, "int4": 2}  # U

@@ -5,7 +5,8 @@ cuda_program.py says what a plan is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,8 @@ from trtllm_cli.build.backends.cuda_collectives import CollectiveLaunches
 from trtllm_cli.build.backends.cuda_experts import ExpertLaunches
 from trtllm_cli.build.backends.cuda_linear_steps import LinearLaunches
 from trtllm_cli.build.backends.cuda_sampling import SamplingLaunches
-from trtllm_cli.build.lowered import Lowered, Memory
+from trtllm_cli.build.backends.cuda_tactics import LinearTactics
+from trtllm_cli.build.lowered import Lowered, Memory, Working
 from trtllm_cli.engine import KERNELS
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import NUM_LOGITS, NUM_TOKENS
@@ -34,10 +36,11 @@ _ALIGNMENT = 256  # bytes: where a cubin begins in the tensor that holds all
 class CudaGraphLowering(CollectiveLaunches, LinearLaunches, ExpertLaunches, AttentionLaunches, SamplingLaunches):
     """Each node as launches."""
 
-    def lower(self) -> None:
+    def lower(self, working: Working | None = None) -> None:
         """Fills the steps and the packings."""
         self.check()
         self.prepare()
+        self.tactics.prepare(self.linear_shapes(), working)
         for node in self.graph.nodes:
             getattr(self, f"_{node.op}")(node)
         self.add_sampling()
@@ -79,17 +82,19 @@ def lower(
     config: ModelConfig,
     build_config: BuildConfig,
     arch: str,
-    compiling: Callable[[int, int], None] | None = None,
     rank: int = 0,
+    tactics: LinearTactics | None = None,
+    working: Working | None = None,
 ) -> Lowered:
     """The plan of one rank, its kernels compiled for `arch`, such as "sm_90a".
 
-    Raises UnsupportedError for a graph with an op that there is no kernel for, ResourceError where there is no
-    compiler.
+    `tactics` are shared by the ranks of a build; without them those that ship are taken. Raises UnsupportedError for a
+    graph with an op that there is no kernel for, ResourceError where there is no compiler.
     """
-    lowering = CudaGraphLowering(graph, build_config, arch=arch, rank=rank)
-    lowering.lower()
-    compiled = compile_kernels(list(lowering.kernels), arch, compiling)
+    tactics = tactics or LinearTactics(arch)
+    lowering = CudaGraphLowering(graph, build_config, arch=arch, rank=rank, tactics=tactics)
+    lowering.lower(working)
+    compiled = compile_kernels(list(lowering.kernels), arch, working and partial(working, "compiling kernels"))
     table, blob = _image(lowering.kernels, compiled)
     lowering.add(KERNELS, TensorInfo("uint8", (len(blob),)), lambda _: torch.frombuffer(blob, dtype=torch.uint8))
     names = [compiled[source].names for source in lowering.kernels]
@@ -121,7 +126,8 @@ def lower(
         "output_width": lowering.width(graph.outputs[0]) if graph.outputs else 0,
     }
     target = {"arch": arch, "triton": triton_version() or ""}
-    return Lowered(plan, lowering.packings, memory, target)
+    notes = {"linear_tactics": tactics.to_json()} if tactics.chosen else {}
+    return Lowered(plan, lowering.packings, memory, target, notes)
 
 
 def _image(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,12 +11,13 @@ from trtllm_cli.build.backends.cuda_linears import (
     LinearLaunch,
     LinearShape,
     dequantized,
-    few_tokens,
     pack_weight,
+    packed_tensors,
     weight_only,
 )
 from trtllm_cli.build.backends.cuda_program import TYPES, Launch
 from trtllm_cli.build.backends.cuda_rows import RowLaunches
+from trtllm_cli.build.backends.cuda_tactics import LinearTactics
 from trtllm_cli.build.lowered import Packing, ReadWeight
 from trtllm_cli.graph import Node
 from trtllm_cli.kernels.linear_format import ROLES, LinearFormat
@@ -27,8 +27,16 @@ _FLOAT8 = "float8_e4m3fn"
 _APART = 16  # floats from one scale to the next: cuBLASLt wants them at multiples of 16 bytes
 
 
+@dataclass
 class LinearLaunches(RowLaunches):
     """Launches of kernels/triton/linear.py, and torch's matrix products."""
+
+    tactics: LinearTactics = field(default_factory=LinearTactics)
+
+    def linear_shapes(self) -> list[LinearShape]:
+        """Of every linear, as its kernel for few tokens computes it."""
+        linears = [node for node in self.graph.nodes if node.op == "linear"]
+        return [self._few_shape(node, self._fused(self._activation_after(node))) for node in linears]
 
     def _linear(self, node: Node) -> None:
         if self._activation_after(node) is None:
@@ -49,32 +57,38 @@ class LinearLaunches(RowLaunches):
         return None
 
     def _steps_of_linear(self, node: Node, act: Node | None) -> None:
-        shape, weights = self._shape(node)
+        shape = self._shape(node)
+        weights = self._pack(node, shape)
         rows = self.rows(node.output)
         many = self._many(node, act, shape, weights)
-        fuse = act is not None and act.attrs.get("out_quant", "none") != "token"
-        out = act.outputs[0] if act is not None and fuse else node.output
-        if fuse and act is not None:
-            shape = replace(shape, gated=act.attrs["activation"])
-        shape = replace(shape, out_type=TYPES[self.dtype(out)])
+        fused = self._fused(act)
         ways: list[tuple[int | None, list[Launch]]] = []
-        for most, few in few_tokens(shape):
-            launches = [self._few(node, few, out, weights, act if fuse else None, rows)]
-            if act is not None and not fuse:
+        for most, few in self.tactics.few_tokens(self._few_shape(node, fused)):
+            launches = [self._few(node, few, weights, fused, rows)]
+            if act is not None and fused is None:
                 launches.append(self.gated_launch(act))
             ways.append((most, launches))
         ways.append((None, many))
         self.ways(node.op if act is None else f"{node.op}+{act.op}", rows, ways)
 
-    def _few(
-        self, node: Node, few: LinearLaunch, out: str, weights: Mapping[str, str], act: Node | None, rows: str
-    ) -> Launch:
+    def _fused(self, act: Node | None) -> Node | None:
+        """The activation, if the linear's kernel for few tokens computes it: not where each row gets a scale."""
+        return None if act is None or act.attrs.get("out_quant") == "token" else act
+
+    def _few_shape(self, node: Node, fused: Node | None) -> LinearShape:
+        """The linear's shape, with the activation and the output of the node that ends it."""
+        out = (fused or node).outputs[0]
+        return replace(
+            self._shape(node), gated=fused.attrs["activation"] if fused else "", out_type=TYPES[self.dtype(out)]
+        )
+
+    def _few(self, node: Node, few: LinearLaunch, weights: Mapping[str, str], fused: Node | None, rows: str) -> Launch:
         values = {
             "x": self.ref(node.inputs["x"]), "w": weights["weight"], "w_scale": weights.get("scale"),
             "w_zero": weights.get("zero"), "x_scale": self.steps_of_input(node),
             "bias": self.plain(node.inputs["bias"])[0] if "bias" in node.inputs else None, "residual": None,
-            "out_scale": self.largest(act.inputs["out_scale"]) if act and "out_scale" in act.inputs else None,
-            "y": self.ref(out), "num_tokens": f"n:{rows}",
+            "out_scale": self.largest(fused.inputs["out_scale"]) if fused and "out_scale" in fused.inputs else None,
+            "y": self.ref((fused or node).outputs[0]), "num_tokens": f"n:{rows}",
             "scratch": self.room("linear", few.scratch) if few.scratch else None,
         }  # fmt: skip
         grid = [dim if isinstance(dim, int) else [rows, dim[1]] for dim in few.grid]
@@ -124,21 +138,20 @@ class LinearLaunches(RowLaunches):
         args = {"x_ptr": y, "y_ptr": bias, "out_ptr": y}
         return self.by_columns("binary", node.output, args, X_STRIDE=width, Y_STRIDE=0, OP="add")
 
-    def _shape(self, node: Node) -> tuple[LinearShape, dict[str, str]]:
-        """What the kernel is specialized for, and the packed weight's references by role."""
+    def _shape(self, node: Node) -> LinearShape:
+        """What the kernel is specialized for."""
         fmt = self._kernel_format(node)
         n, k = self.width(node.output), self.width(node.inputs["x"])
         x_scale = node.inputs.get("x_scale")
         scales = self.graph.weights[node.inputs["scale"]].shape[-1] if "scale" in node.inputs else 0
         is_fp8 = fmt.name == "fp8"
-        shape = LinearShape(
+        return LinearShape(
             form={"bfloat16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "int4"}[fmt.name],  # type: ignore[arg-type]
             n=n, k=k, group=(fmt.group_size or k) if fmt.name in ("int8", "int4") else 0, has_zero=fmt.has_zero,
             w_scale=("one" if scales == 1 else "row") if is_fp8 else "none",
             x_scale=("one" if x_scale in self.graph.weights else "row") if is_fp8 else "none",
             has_bias="bias" in node.inputs, x_type=self.type_of(node.inputs["x"]),
         )  # fmt: skip
-        return shape, self._pack(node, fmt, shape)
 
     def _kernel_format(self, node: Node) -> LinearFormat:
         """How the kernels read the weight; what they have no way for becomes bfloat16 in the engine."""
@@ -153,7 +166,9 @@ class LinearLaunches(RowLaunches):
                 return fmt
         return LinearFormat("bfloat16")
 
-    def _pack(self, node: Node, fmt: LinearFormat, shape: LinearShape) -> dict[str, str]:
+    def _pack(self, node: Node, shape: LinearShape) -> dict[str, str]:
+        """The packed weight's references by role."""
+        fmt = self._kernel_format(node)
         weight = node.inputs["weight"]
         if fmt.name == "bfloat16" and "quant" not in node.attrs:
             return {"weight": self.plain(weight)[0]}
@@ -176,7 +191,10 @@ class LinearLaunches(RowLaunches):
                 made["scale"] = made["scale"].repeat_interleave(shape.n // made["scale"].numel())
             return pack_weight(shape, made)
 
-        infos = self._packed_infos(fmt, shape, halves)
+        packed = packed_tensors(shape)
+        if halves:
+            packed["halves"] = torch.empty(2, _APART, device="meta")
+        infos = {role: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for role, t in packed.items()}
         names = {role: f"{weight}.{role}.{fmt.name}" for role in infos}
         if names["weight"] not in self._packed:
             self._packed.add(names["weight"])
@@ -187,34 +205,3 @@ class LinearLaunches(RowLaunches):
                 )
             )
         return {role: f"w:{name}" for role, name in names.items()}
-
-    def _packed_infos(self, fmt: LinearFormat, shape: LinearShape, halves: bool) -> dict[str, TensorInfo]:
-        """The packed tensors' shapes, by packing a weight without numbers."""
-        n, k = shape.n, shape.k
-        meta: dict[str, torch.Tensor] = {}
-
-        def empty(dtype: torch.dtype, *size: int) -> torch.Tensor:
-            return torch.empty(size, dtype=dtype, device="meta")
-
-        match fmt.name:
-            case "bfloat16":
-                meta["weight"] = empty(torch.bfloat16, n, k)
-            case "fp8":
-                meta |= {
-                    "weight": empty(torch.float8_e4m3fn, n, k),
-                    "scale": empty(torch.float32, 1 if shape.w_scale == "one" else n),
-                }
-            case "int8":
-                meta |= {
-                    "weight": empty(torch.int8, n, k),
-                    "scale": empty(torch.float32, n, *([] if shape.group == k else [k // shape.group])),
-                }
-            case "int4":
-                groups = empty(torch.float32, n, k // shape.group)
-                meta |= {"weight": empty(torch.uint8, n, k // 2), "scale": groups} | (
-                    {"zero": groups} if shape.has_zero else {}
-                )
-        if halves:
-            meta["halves"] = empty(torch.float32, 2, _APART)
-        packed: dict[str, Any] = pack_weight(shape, meta) if fmt.name != "bfloat16" else meta
-        return {role: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for role, t in packed.items()}

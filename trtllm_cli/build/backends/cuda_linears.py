@@ -1,14 +1,15 @@
 """Which kernel computes a linear for few tokens, with which tiles; for more the runtime calls cuBLASLt.
 
-The tiles were the fastest of a sweep on an H200 (benchmarks/h200/linear_sweep.py, which prints the rows of _TILES).
+_SHIPPED is what was the fastest on an H200 (benchmarks/h200/linear_sweep.py prints its rows); cuda_tactics.py puts what
+was measured for a shape itself in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import log2
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -18,6 +19,7 @@ Form = Literal["bf16", "fp8", "int8", "int4"]
 PerWhat = Literal["none", "one", "row"]
 Dim = int | tuple[str, int]  # a number, or a symbol and how many of it a program takes
 
+KERNELS = ("vector", "skinny", "fragment")
 MOST_TOKENS = 64  # that any of the kernels here is for
 COUNTERS = 8192  # kernels/triton/linear.py's
 
@@ -52,11 +54,20 @@ class LinearLaunch:
     scratch: int = 0  # bytes, role "scratch"; the first 4 * COUNTERS are zero at first, and the kernel leaves them zero
 
 
-# By form, then by outputs, inputs and whether gated, of Llama-3.1-8B: most tokens, kernel, its tiles as the functions
-# below take them. Left out is what cuBLASLt does as fast within 3%, with the 3 us that a gated activation by itself
-# takes; int8 and int4 compete with cuBLASLt on dequantized weights.
-_Way = tuple[int, str, tuple[int, ...]]
-_TILES: dict[str, dict[tuple[int, int, bool], list[_Way]]] = {
+class Tactic(NamedTuple):
+    """A kernel, and its tiles as its function below takes them."""
+
+    kernel: str  # one of KERNELS
+    tiles: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return " ".join(map(str, (self.kernel, *self.tiles)))
+
+
+# By form, then by outputs, inputs and whether gated, of Llama-3.1-8B: most tokens, kernel, tiles. Left out is what
+# cuBLASLt does as fast within 3%, with the 3 us that a gated activation by itself takes; int8 and int4 compete with
+# cuBLASLt on dequantized weights.
+_SHIPPED: dict[str, dict[tuple[int, int, bool], list[tuple[int, str, tuple[int, ...]]]]] = {
     "bf16": {
         (6144, 4096, False): [(1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 4, 1024, 4, 2))],
         (4096, 4096, False): [
@@ -101,34 +112,40 @@ _TILES: dict[str, dict[tuple[int, int, bool], list[_Way]]] = {
 }  # fmt: skip
 
 
-def few_tokens(shape: LinearShape) -> list[tuple[int, LinearLaunch]]:
-    """(most tokens, launch), ascending: of the nearest measured shape; beyond the last one cuBLASLt is faster."""
+def shipped_tactics(shape: LinearShape) -> list[tuple[int, Tactic]]:
+    """(most tokens, tactic), ascending: of the nearest shape that ships; beyond the last one cuBLASLt is faster."""
     outputs, gated = _outputs(shape), bool(shape.gated)
 
     def distance(measured: tuple[int, int, bool]) -> float:
         return abs(log2(measured[0] / outputs)) + abs(log2(measured[1] / shape.k)) + 100 * (measured[2] != gated)
 
-    table = _TILES["int4" if weight_only(shape) else shape.form]
-    ways = [(most, _adapted(shape, kernel, tiles)) for most, kernel, tiles in table[min(table, key=distance)]]
-    return [(most, way) for most, way in ways if way is not None]
+    table = _SHIPPED["int4" if weight_only(shape) else shape.form]
+    ways = [(most, adapted(shape, Tactic(kernel, tiles))) for most, kernel, tiles in table[min(table, key=distance)]]
+    return [(most, tactic) for most, tactic in ways if tactic is not None]
 
 
-def _adapted(shape: LinearShape, kernel: str, tiles: tuple[int, ...]) -> LinearLaunch | None:
+def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
     """The kernel with tiles that this shape allows, or None."""
-    if kernel == "vector":
-        bm, bn, bk, *rest = tiles
+    if tactic.kernel == "vector":
+        bm, bn, bk, *rest = tactic.tiles
         while shape.k % bk and bk > 64:
             bn, bk = 2 * bn, bk // 2
-        return None if shape.k % bk else vector(shape, bm, bn, bk, *rest)
-    if kernel == "skinny":
-        bm, bn, bk, split, *rest = tiles
-        return skinny(shape, bm, bn, bk, split if _split_fits(shape, bm, bn) else 1, *rest)
-    bm, r, u, depth, split, warps = tiles
+        return None if shape.k % bk else Tactic("vector", (bm, bn, bk, *rest))
+    if tactic.kernel == "skinny":
+        bm, bn, bk, split, *rest = tactic.tiles
+        return Tactic("skinny", (bm, bn, bk, split if _split_fits(shape, bm, bn) else 1, *rest))
+    bm, r, u, depth, split, warps = tactic.tiles
     if shape.k % 16:
         return None
     if shape.form == "int8" or (weight_only(shape) and _group(shape) % (64 * u) and _group(shape) != shape.k):
         u = 1  # a round of int8 then has as many bytes as one of int4, or groups are short
-    return fragment(shape, bm, r, u, depth, split if _split_fits(shape, bm, 16 * r) else 1, warps)
+    return Tactic("fragment", (bm, r, u, depth, split if _split_fits(shape, bm, 16 * r) else 1, warps))
+
+
+def launch_of(shape: LinearShape, tactic: Tactic) -> LinearLaunch:
+    """The launch of a tactic that is adapted to the shape."""
+    make: dict[str, Callable[..., LinearLaunch]] = {"vector": vector, "skinny": skinny, "fragment": fragment}
+    return make[tactic.kernel](shape, *tactic.tiles)
 
 
 def weight_only(shape: LinearShape) -> bool:
@@ -166,6 +183,29 @@ def pack_weight(shape: LinearShape, parts: Mapping[str, torch.Tensor]) -> dict[s
             padded[: shape.n] = values
             packed[role] = padded.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
     return packed
+
+
+def packed_tensors(shape: LinearShape) -> dict[str, torch.Tensor]:
+    """A packed weight's tensors by role, without numbers."""
+
+    def empty(dtype: torch.dtype, *size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    n, k = shape.n, shape.k
+    groups = empty(torch.float32, n, k // _group(shape))
+    match shape.form:
+        case "bf16":
+            parts = {"weight": empty(torch.bfloat16, n, k)}
+        case "fp8":
+            scales = empty(torch.float32, 1 if shape.w_scale == "one" else n)
+            parts = {"weight": empty(torch.float8_e4m3fn, n, k), "scale": scales}
+        case "int8":
+            parts = {"weight": empty(torch.int8, n, k), "scale": groups}
+        case "int4":
+            parts = {"weight": empty(torch.uint8, n, k // 2), "scale": groups}
+            if shape.has_zero:
+                parts["zero"] = groups
+    return pack_weight(shape, parts)
 
 
 def dequantized(shape: LinearShape) -> LinearLaunch:

@@ -185,9 +185,7 @@ class CudaLowering(Lowering):
         self, source: KernelSource, grid: Sequence[Dim], values: dict[str, Any], *, when: str = ""
     ) -> Launch:
         """A launch of a source that is made elsewhere; `values` by the arguments' names."""
-        if ARCHITECTURES[self.arch] < (9, 0):  # there is no programmatic dependent launch
-            source = source.without_pdl()
-        index = self.kernels.setdefault(source, len(self.kernels))
+        index = self.kernels.setdefault(source.on(self.arch), len(self.kernels))
         made: Launch = {"kernel": index, "grid": [*grid, 1, 1][:3], "args": values}
         return {**made, "when": when} if when else made
 

@@ -41,8 +41,10 @@ class KernelSource:
         """Whether it may start before the kernel in front of it has ended, and waits itself."""
         return bool(dict(self.constants).get("PDL"))
 
-    def without_pdl(self) -> KernelSource:
-        """The same, started only when the kernel in front of it has ended."""
+    def on(self, arch: str) -> KernelSource:
+        """As it is compiled for an architecture: before sm_90 there is no programmatic dependent launch."""
+        if ARCHITECTURES[arch] >= (9, 0):
+            return self
         constants = tuple((name, False if name == "PDL" else value) for name, value in self.constants)
         return replace(self, constants=constants)
 

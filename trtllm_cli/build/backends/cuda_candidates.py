@@ -1,0 +1,69 @@
+"""The tactics that are timed for a linear: those that won, or came near it, in sweeps on an H200.
+
+A dozen kernels a shape: each has to be compiled, and a build waits for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trtllm_cli.build.backends.cuda_linears import Form, LinearShape, Tactic, adapted, weight_only
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64)  # that are timed; a tactic is for all up to its own
+_WIDE = 16384  # outputs that have tiles enough for all multiprocessors without splitting sums
+
+# By form and most tokens; int8 has int4's.
+_Tiles = dict[tuple[Form, int], list[tuple[int, ...]]]
+_VECTOR: _Tiles = {
+    ("bf16", 1): [(1, 2, 2048, 4, 2)],
+    ("bf16", 2): [(2, 2, 2048, 4, 2), (2, 4, 1024, 4, 2)],
+    ("bf16", 4): [(4, 2, 2048, 4, 2), (4, 4, 1024, 4, 2)],
+    ("fp8", 1): [(1, 4, 2048, 4, 2), (1, 2, 2048, 4, 2)],
+    ("fp8", 2): [(2, 4, 2048, 4, 2), (2, 2, 2048, 4, 2)],
+    ("fp8", 4): [(4, 4, 2048, 4, 1)],
+}
+_FRAGMENT: _Tiles = {
+    ("bf16", 8): [(8, 1, 2, 4, 1, 8)],
+    ("fp8", 8): [(8, 1, 1, 4, 1, 8), (8, 1, 1, 4, 1, 4)],
+    ("int4", 8): [(8, 1, 2, 2, 1, 8), (8, 1, 2, 3, 1, 8), (8, 1, 2, 4, 1, 8), (8, 1, 2, 4, 1, 4), (8, 1, 2, 3, 2, 4)],
+    ("int4", 16): [(16, 1, 2, 2, 1, 8), (16, 2, 2, 2, 1, 8), (16, 1, 2, 4, 1, 4)],
+    ("int4", 32): [(32, 1, 1, 4, 1, 8), (32, 2, 1, 2, 1, 8)],
+}
+_GATED_FRAGMENT: _Tiles = {
+    ("bf16", 8): [(8, 1, 2, 2, 1, 4)],
+    ("fp8", 8): [(8, 1, 1, 4, 1, 4), (8, 1, 1, 2, 1, 4)],
+    ("int4", 8): [
+        (8, 1, 2, 2, 1, 4), (8, 1, 2, 4, 1, 4), (8, 1, 2, 2, 1, 2), (8, 1, 2, 3, 1, 2), (8, 1, 2, 4, 1, 2),
+        (8, 1, 2, 2, 1, 8),
+    ],
+    ("int4", 16): [(16, 1, 2, 2, 1, 4), (16, 1, 2, 2, 1, 2), (16, 1, 1, 2, 1, 4), (16, 2, 1, 2, 1, 4)],
+    ("int4", 32): [(32, 1, 1, 2, 1, 4), (32, 2, 1, 1, 1, 4)],
+}  # fmt: skip
+_SKINNY: _Tiles = {
+    ("bf16", 16): [(16, 64, 128, 1, 5, 4), (16, 64, 128, 2, 5, 4)],
+    ("fp8", 16): [(16, 64, 128, 1, 6, 4), (16, 64, 128, 2, 6, 4)],
+    ("bf16", 32): [(32, 64, 128, 2, 4, 4)],
+    ("bf16", 64): [(64, 64, 128, 2, 4, 4), (64, 64, 128, 1, 4, 4)],
+    ("fp8", 64): [(64, 64, 128, 1, 5, 4)],
+}
+_SPLIT = {"skinny": 3, "fragment": 4}  # where the tiles say into how many parts sums are split
+
+
+def candidates(shape: LinearShape, tokens: int) -> list[Tactic]:
+    """What is timed for a linear of so many tokens; none where no kernel takes the shape."""
+    found = (adapted(shape, tactic) for tactic in _listed(shape, tokens))
+    return list(dict.fromkeys(tactic for tactic in found if tactic is not None))
+
+
+def _listed(shape: LinearShape, tokens: int) -> Iterator[Tactic]:
+    form: Form = "int4" if weight_only(shape) else shape.form
+    lists = {"vector": _VECTOR, "fragment": _GATED_FRAGMENT if shape.gated else _FRAGMENT, "skinny": _SKINNY}
+    for kernel, of_form in lists.items():
+        for (of, most), every in of_form.items():
+            # The narrowest tiles that hold the tokens; wider ones of other kernels too; int4 may read weights twice.
+            fits = most // 2 < tokens <= most or (kernel == "skinny" and most == 16 and 1 < tokens <= 16)
+            twice = form == "int4" and tokens == 2 * most
+            if of == form and (fits or twice or (most == 8 and tokens <= 8)):
+                for tiles in every:
+                    if shape.n <= _WIDE or kernel not in _SPLIT or tiles[_SPLIT[kernel]] == 1:
+                        yield Tactic(kernel, tiles)
