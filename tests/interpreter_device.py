@@ -17,7 +17,7 @@ from trtllm_cli.kernels.cuda.kernel import CompiledKernel, KernelSource
 
 TORCH = {
     "*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp8e4nv": torch.float8_e4m3fn, "*i8": torch.int8,
-    "*u8": torch.uint8, "*i32": torch.int32,
+    "*u8": torch.uint8, "*i16": torch.int16, "*i32": torch.int32,
 }  # fmt: skip
 
 

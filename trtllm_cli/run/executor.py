@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -217,7 +217,7 @@ class Executor:
             oldest = self._under_way.popleft()
             if oldest.pending is not None:
                 sequences, tokens = oldest.wanted, oldest.pending.tokens().tolist()
-                logprobs: list[list[Logprob] | None] = [None] * len(tokens)
+                logprobs = oldest.pending.logprobs()
             else:
                 sequences, logits = self._fork_logits(oldest.wanted, self._receive(oldest))
                 tokens, logprobs = self._sample(sequences, logits)
@@ -256,6 +256,7 @@ class Executor:
             else:
                 if not self._under_way:  # else the batch is forgotten: what is under way ends first
                     self._under_way.append(self._start(batch))
+                    self._sampling_table.sampled_elsewhere(batch.complete)
                 return
 
     def _start(self, batch: Batch) -> _UnderWay:
@@ -473,5 +474,5 @@ class Executor:
 
 
 def _samples(runner: SamplingRunner, request: Request) -> bool:
-    """Whether the runner samples for the request. Where nothing stops it, `min_tokens` asks nothing."""
-    return runner.samples(request.params if request.stops else replace(request.params, min_tokens=0))
+    """Whether the runner samples for the request."""
+    return runner.samples(request.params, len(request.stops) if request.params.min_tokens else 0)

@@ -13,7 +13,7 @@ import torch
 from trtllm_cli.build.backends.cuda_attention import AttentionLaunches
 from trtllm_cli.build.backends.cuda_experts import ExpertLaunches
 from trtllm_cli.build.backends.cuda_linear_steps import LinearLaunches
-from trtllm_cli.build.backends.cuda_sampling import SamplingLaunches
+from trtllm_cli.build.backends.cuda_sampling import MOST_LOGPROBS, SamplingLaunches
 from trtllm_cli.build.lowered import Lowered, Memory
 from trtllm_cli.engine import KERNELS
 from trtllm_cli.errors import UnsupportedError
@@ -113,6 +113,8 @@ def lower(
         "scratch": lowering.scratch,
         "steps": lowering.steps,
         "sampling": lowering.sampling,
+        "token_counts": lowering.count_dtype,
+        "most_logprobs": MOST_LOGPROBS,
         "output": lowering.ref(graph.outputs[0]) if graph.outputs else None,
         "output_width": lowering.width(graph.outputs[0]) if graph.outputs else 0,
     }

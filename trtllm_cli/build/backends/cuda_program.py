@@ -8,6 +8,8 @@ A plan is JSON:
     kv        bytes of a block: of each layer's k, then v
     steps     {"op", "by", "ways": [[most, launches], ...]}: the first way whose `most` (None: any) is at least the
               symbol `by`; a launch with "when": "mixed" is left out of steps in which every sequence has one token
+    sampling  such steps by name, which follow where they are asked for: penalties, bans, plain, filtered, logprobs
+    token_counts, most_logprobs    the dtype of the scratch "token counts"; how many likely tokens "logprobs" gives
 
 A launch is {"kernel", "grid", "args"}, args in the kernel's order, or {"call": "mm" | "scaled_mm", ...}: torch's. In a
 grid, [symbol, per] is ceil(symbol / per), and [symbol, per, other, times] (symbol // per + other) * times; `other` is a
@@ -16,6 +18,7 @@ or a reference:
 
     "b:N"  buffer     "w:NAME"  weight     "i:NAME"  step input     "s:NAME"  scratch     "n:SYMBOL"  a count
     "k:L" "v:L"  a layer's cache           "last"  the tokens last sampled, by batch row
+    "x:NAME"  an input of penalties, bans or logprobs
     ["n", DIM]  a number as in a grid
     ["b:N", SYMBOL, BYTES]  so many bytes for each of SYMBOL behind it
 """
@@ -39,7 +42,8 @@ Dim = int | Sequence[Any]
 Launch = dict[str, Any]
 
 TYPES = {
-    "float32": "*fp32", "bfloat16": "*bf16", "float8_e4m3fn": "*fp8e4nv", "int8": "*i8", "uint8": "*u8", "int32": "*i32"
+    "float32": "*fp32", "bfloat16": "*bf16", "float8_e4m3fn": "*fp8e4nv", "int8": "*i8", "uint8": "*u8",
+    "int16": "*i16", "int32": "*i32",
 }  # fmt: skip
 _BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "int32": 4}
 RESIDUAL = "float32"  # the sum over the layers is kept in
