@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trtllm_cli.run.model_inputs import ModelInputs
-from trtllm_cli.run.request import SamplingParams
+from trtllm_cli.run.request import Logprob, SamplingParams
 from trtllm_cli.run.sampler import SamplingState, sample
 from trtllm_cli.run.sampling_inputs import SamplingInputs
 
@@ -130,8 +130,11 @@ class FakeSamplingRunner(FakeRunner):
     """Implements `trtllm_cli.run.backends.SamplingRunner`: a device that computes as late as it may.
 
     What it is told waits in `queue` until the tokens are asked for, or a forward comes. It keeps each row's last token
-    itself, and forgets those of rows that the step before did not sample for. `num_started` counts started steps.
+    itself, and forgets those of rows that the step before did not sample for. It keeps the tokens of rows whose history
+    it had, and checks that they are those in the cache. `num_started` counts started steps.
     """
+
+    MOST_LOGPROBS, MOST_BANNED = 3, 2
 
     def __init__(self, vocab_size: int = 64, tokens_per_block: int = 4, *, max_batch_size: int = 4) -> None:
         super().__init__(vocab_size, tokens_per_block)
@@ -139,14 +142,11 @@ class FakeSamplingRunner(FakeRunner):
         self.queue: deque[Callable[[], None]] = deque()
         self.under_way: deque[FakePendingTokens] = deque()
         self.num_started = self.num_forwards = 0
+        self.histories: dict[int, tuple[list[int], list[int]]] = {}  # of a row: prompt, output
 
-    def samples(self, params: SamplingParams) -> bool:
-        return (
-            params.logprobs is None
-            and params.min_tokens == 0
-            and params.repetition_penalty == 1
-            and params.presence_penalty == params.frequency_penalty == 0
-        )
+    def samples(self, params: SamplingParams, num_banned: int) -> bool:
+        assert params.min_tokens or not num_banned
+        return (params.logprobs or 0) <= self.MOST_LOGPROBS and num_banned <= self.MOST_BANNED
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         assert not {source for source, _ in pairs} & {destination for _, destination in pairs}, "their order matters"
@@ -161,7 +161,7 @@ class FakeSamplingRunner(FakeRunner):
 
         def compute() -> None:
             assert all(np.array_equal(array, copy) for array, copy in kept), "inputs changed after the start"
-            pending.result = self._compute(inputs, sampling)
+            pending.result, pending.likely = self._compute(inputs, sampling)
 
         self.queue.append(compute)
         return pending
@@ -174,39 +174,79 @@ class FakeSamplingRunner(FakeRunner):
         self.last_tokens[:] = EMPTY
         return super().forward(inputs)
 
-    def _compute(self, inputs: ModelInputs, sampling: SamplingInputs) -> npt.NDArray[np.int32]:
+    def _compute(
+        self, inputs: ModelInputs, sampling: SamplingInputs
+    ) -> tuple[npt.NDArray[np.int32], list[list[Logprob] | None]]:
         ids = inputs.input_ids.copy()
         unknown = ids < 0
         ids[unknown] = self.last_tokens[-1 - ids[unknown]]
         logits = FakeRunner.forward(self, replace(inputs, input_ids=ids))
         assert logits is not None
         self._check_sampling(sampling, len(logits))
+        self._penalize(inputs, sampling, logits)
+        for row, token in sampling.banned:
+            logits[row, token] = -np.inf
         states = []
-        for temperature, top_k, top_p, min_p, seed, position in zip(
+        wanted = dict(sampling.logprobs.tolist())
+        for entry, (temperature, top_k, top_p, min_p, seed, position) in enumerate(zip(
             sampling.temperatures, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seeds, sampling.positions,
             strict=True,
-        ):  # fmt: skip
+        )):  # fmt: skip
             params = SamplingParams(
-                temperature=float(temperature), top_k=int(top_k), top_p=float(top_p), min_p=float(min_p)
-            )
+                temperature=float(temperature), top_k=int(top_k), top_p=float(top_p), min_p=float(min_p),
+                logprobs=wanted.get(entry),
+            )  # fmt: skip
             states.append(SamplingState(params, seed=int(seed), vocab_size=self.vocab_size))
             states[-1].num_output = int(position)
         tokens = np.full(len(states), EMPTY, np.int32)
+        likely: list[list[Logprob] | None] = [None] * len(states)
         chosen = logits[sampling.logits_rows]
         for i, state in enumerate(states):
-            if np.isfinite(chosen[i]).all():
-                [tokens[i]], _ = sample(chosen[i : i + 1], [state])
+            if np.isfinite(chosen[i].max()):
+                [tokens[i]], [likely[i]] = sample(chosen[i : i + 1], [state])
         self.last_tokens[:] = EMPTY
         self.last_tokens[sampling.rows] = tokens
-        return tokens
+        for row, token in zip(sampling.rows.tolist(), tokens.tolist(), strict=True):
+            if row in self.histories:
+                self.histories[row][1].append(token)
+        return tokens, likely
+
+    def _penalize(self, inputs: ModelInputs, sampling: SamplingInputs, logits: npt.NDArray[np.float32]) -> None:
+        """Changes logits in place, once each, whatever number of entries share them."""
+        start = 0
+        for row, prompt, length in sampling.histories.tolist():
+            tokens = sampling.history_tokens[start : start + length].tolist()
+            self.histories[row] = tokens[:prompt], tokens[prompt:]
+            start += length
+        assert start == len(sampling.history_tokens)
+        logits_rows = sampling.logits_rows[sampling.penalized]
+        assert len(np.unique(logits_rows)) == len(logits_rows), "logits are penalized twice"
+        for i, entry in enumerate(sampling.penalized):
+            prompt, output = self.histories[int(sampling.rows[entry])]
+            seq = int(np.searchsorted(inputs.query_start, inputs.logits_indices[logits_rows[i]], side="right")) - 1
+            assert prompt + output == self._history(inputs, seq, int(inputs.seq_lens[seq])).tolist()
+            assert len(output) == sampling.positions[entry]
+            params = SamplingParams(
+                repetition_penalty=float(sampling.repetition_penalties[i]),
+                presence_penalty=float(sampling.presence_penalties[i]),
+                frequency_penalty=float(sampling.frequency_penalties[i]),
+            )
+            state = SamplingState(params, seed=0, vocab_size=self.vocab_size, prompt=prompt)
+            for token in output:
+                state.accept(token)
+            state.adjust(logits[logits_rows[i]])
 
     def _check_sampling(self, sampling: SamplingInputs, num_logits: int) -> None:
         arrays = vars(sampling)
+        floats = ("temperatures", "top_p", "min_p", "repetition_penalties", "presence_penalties", "frequency_penalties")
+        wanted = {"seeds": np.uint64, **dict.fromkeys(floats, np.float32)}
         for name, array in arrays.items():
-            wanted = {"seeds": np.uint64, "temperatures": np.float32, "top_p": np.float32, "min_p": np.float32}
             assert array.dtype == wanted.get(name, np.int32), name
             assert array.flags.c_contiguous, name
-            assert len(array) == len(sampling.rows), name
+            if name.endswith("penalties"):
+                assert len(array) == len(sampling.penalized), name
+            elif name not in ("penalized", "histories", "history_tokens", "banned", "logprobs"):
+                assert len(array) == len(sampling.rows), name
         assert len(np.unique(sampling.rows)) == len(sampling.rows), "two tokens for one row"
         assert set(sampling.logits_rows.tolist()) == set(range(num_logits))
         assert (sampling.rows >= 0).all()
@@ -219,9 +259,14 @@ class FakePendingTokens:
     def __init__(self, runner: FakeSamplingRunner) -> None:
         self.runner = runner
         self.result: npt.NDArray[np.int32] | None = None
+        self.likely: list[list[Logprob] | None] = []
 
     def tokens(self) -> npt.NDArray[np.int32]:
         assert self.runner.under_way.popleft() is self, "asked out of order, or twice"
         while self.result is None:
             self.runner.queue.popleft()()
         return self.result
+
+    def logprobs(self) -> list[list[Logprob] | None]:
+        assert self.result is not None, "asked before the tokens"
+        return self.likely

@@ -20,7 +20,7 @@ from trtllm_cli.kernels.cuda.kernel import CompiledKernel, KernelSource
 
 TORCH = {
     "*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp8e4nv": torch.float8_e4m3fn, "*i8": torch.int8,
-    "*u8": torch.uint8, "*i32": torch.int32, "*i64": torch.int64,
+    "*u8": torch.uint8, "*i16": torch.int16, "*i32": torch.int32, "*i64": torch.int64,
 }  # fmt: skip
 
 
@@ -53,6 +53,7 @@ class InterpreterDevice:
         self.launches = 0
         self.comm, self._sees_peers = comm, sees_peers
         self.calls: list[str] = []
+        self._recorded: list[Any] | None = None
 
     def join(self, rank, comm):
         assert comm is self.comm
@@ -65,20 +66,49 @@ class InterpreterDevice:
     def await_peers(self):
         self.comm.all_reduce(np.zeros(1), self._group)
 
+    def do(self, work, *args):
+        """Does it, or notes it for a graph."""
+        if self._recorded is None:
+            work(*args)
+        else:
+            self._recorded.append((work, args))
+
+    def capture(self, enqueue):
+        self._recorded = recorded = []
+        try:
+            enqueue()
+        finally:
+            self._recorded = None
+
+        def replay():
+            for work, args in recorded:
+                work(*args)
+
+        return replay
+
     def all_reduce(self, x, y, group):
+        self.do(self._all_reduce, x, y, group)
+
+    def _all_reduce(self, x, y, group):
         self.calls.append("all_reduce")
         total = x.float().numpy()
         self.comm.all_reduce(total, group)
         y.copy_(torch.from_numpy(total))
 
     def all_gather(self, x, y, group):
+        self.do(self._all_gather, x, y, group)
+
+    def _all_gather(self, x, y, group):
         self.calls.append("all_gather")
         y.copy_(torch.from_numpy(self.comm.all_gather(x.float().numpy(), group)))
 
     def send(self, x, to):
-        self.comm.send(x.float().numpy(), to)
+        self.do(lambda: self.comm.send(x.float().numpy(), to))
 
     def recv(self, y, source):
+        self.do(self._recv, y, source)
+
+    def _recv(self, y, source):
         got = np.empty(y.shape, np.float32)
         self.comm.recv(got, source)
         y.copy_(torch.from_numpy(got))
@@ -113,13 +143,11 @@ class InterpreterDevice:
         raise AssertionError("an address outside of all memory")
 
     def mm(self, x, w, bias, y):
-        y.copy_(x.float() @ w.float() + (0 if bias is None else bias.float()))
+        self.do(lambda: y.copy_(x.float() @ w.float() + (0 if bias is None else bias.float())))
 
     def scaled_mm(self, x, w, x_scale, w_scale, bias, y):
-        y.copy_((x.float() @ w.float()) * x_scale * w_scale + (0 if bias is None else bias.float()))
-
-    def capture(self, enqueue):
-        return enqueue
+        more = 0 if bias is None else bias.float()
+        self.do(lambda: y.copy_((x.float() @ w.float()) * x_scale * w_scale + more))
 
     def active(self):
         return contextlib.nullcontext()
@@ -147,22 +175,25 @@ class _Launch:
             self.values[place] = value
 
     def enqueue(self):
+        self.device.do(self._launch, list(self.grid), list(self.values))
+
+    def _launch(self, grid, values):
         self.device.launches += 1
         args = []
-        for name, value in zip(self.kernel["names"], self.values, strict=True):
+        for name, value in zip(self.kernel["names"], values, strict=True):
             kind = self.types[name]
             args.append(self.device.at(value, kind) if kind.startswith("*") else value)
         if "PUSH" not in self.constants:
-            self._run(args, self.constants)
+            self._run(grid, args, self.constants)
             return
-        self._run(args, self.constants | {"PULL": False})
+        self._run(grid, args, self.constants | {"PULL": False})
         self.device.await_peers()
-        self._run(args, self.constants | {"PUSH": False})
+        self._run(grid, args, self.constants | {"PUSH": False})
         self.device.await_peers()  # and before anyone pushes again
 
-    def _run(self, args, constants):
+    def _run(self, grid, args, constants):
         with self.device.one_at_a_time:
-            self.function[tuple(self.grid)](*args, **constants)
+            self.function[tuple(grid)](*args, **constants)
 
 
 def source_of(kernel: dict[str, Any]) -> KernelSource:

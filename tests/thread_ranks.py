@@ -51,6 +51,9 @@ class ThreadRank:
     def push(self) -> None:
         pass
 
+    def flush(self) -> None:
+        pass
+
     def _exchange(self, x: np.ndarray, group: Sequence[int]) -> list[np.ndarray]:
         """Every rank's x, in the group's order."""
         assert self.rank in group

@@ -9,11 +9,13 @@ import difflib
 import importlib
 import io
 import itertools
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_cli.errors import INTERNAL, ResourceError, UsageError, describe_error
@@ -170,11 +172,23 @@ def _join(launched: Launched, argv: Sequence[str], settings: Settings) -> World:
     from trtllm_cli.machine import available_cores
     from trtllm_cli.run import world
 
+    if _is_for_gpu(argv):
+        import torch  # noqa: F401 - for seconds no other thread runs meanwhile, and this rank would be taken for dead
     joined = world.join(launched, _print_error, settings.rank_timeout)
     note = launched.binding_note(available_cores(), available_cores(os.getppid()))
     if note and launched.rank == 0:
         print(f"note: {note}", file=sys.stderr)
     return joined
+
+
+def _is_for_gpu(argv: Sequence[str]) -> bool:
+    """Whether the engine that a command names runs on a GPU. What is wrong with it is said by who opens it."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    path = next((value for flag, value in itertools.pairwise(words) if flag == "--engine-dir"), None)
+    try:
+        return path is not None and json.loads(Path(path, "config.json").read_bytes())["backend"] == "cuda"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 class _Pipe(io.TextIOWrapper):

@@ -104,7 +104,7 @@ class Probe:
                 entry.is_late = bool(self.steps) and self.steps[-1].end.query()
                 entry.end = self.mark()
             self.steps.append(entry)
-            return SimpleNamespace(tokens=lambda: self._wait(pending))
+            return SimpleNamespace(tokens=lambda: self._wait(pending), logprobs=pending.logprobs)
 
         def watched_step() -> Any:
             if not self._on:

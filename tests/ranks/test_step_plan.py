@@ -70,7 +70,11 @@ def test_samples_go_with_a_plan(count, random):
     ints = [np.array([random.randrange(-(2**31), 2**31) for _ in range(count)], np.int32) for _ in range(4)]
     seeds = np.array([random.randrange(2**64) for _ in range(count)], np.uint64)
     floats = [np.array([random.random() for _ in range(count)], np.float32) for _ in range(3)]
-    sampling = SamplingInputs(*ints[:2], seeds, ints[2], floats[0], ints[3], *floats[1:])
+    more = {} if count % 2 else {
+        "penalized": ints[0][:1], "history_tokens": ints[1], "banned": np.stack(ints[:2], axis=1),
+        "histories": np.stack(ints[:3], axis=1), "frequency_penalties": floats[0][:2],
+    }  # fmt: skip
+    sampling = SamplingInputs(*ints[:2], seeds, ints[2], floats[0], ints[3], *floats[1:], **more)
     plan, read = StepPlan.of_message(PREFILL_AND_DECODE.message(sampling))
     np.testing.assert_array_equal(plan.tokens, PREFILL_AND_DECODE.tokens)
     for field in dataclasses.fields(SamplingInputs):

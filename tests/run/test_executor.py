@@ -44,7 +44,7 @@ class Log:
 
     def __init__(self, executor, runner):
         self.executor, self.runner = executor, runner
-        self.tokens, self.ends, self.stop_reasons = {}, {}, {}
+        self.tokens, self.logprobs, self.ends, self.stop_reasons = {}, {}, {}, {}
 
     def step(self):
         config, before = self.executor.config, len(self.runner.steps)
@@ -57,6 +57,7 @@ class Log:
             assert key not in self.ends, "news of a sequence that has ended"
             if event.token_id is not None:
                 self.tokens.setdefault(key, []).append(event.token_id)
+                self.logprobs.setdefault(key, []).append(event.logprobs)
             if event.finish_reason:
                 self.ends[key], self.stop_reasons[key] = event.finish_reason, event.stop_reason
         self.executor.check_integrity()

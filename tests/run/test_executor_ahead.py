@@ -52,18 +52,23 @@ def ahead(executor, runner, requests):
 
 @functools.cache
 def synchronous(prompt, params, eos=()):
-    """The tokens and ends, by index, of a request that an executor of logits computes alone."""
+    """Tokens, ends and log probabilities, by index, of a request that an executor of logits computes alone."""
     executor, runner = test_executor.make(400, max_batch_size=16, max_num_tokens=100, eos=eos)
     log = run(executor, runner, [(list(prompt), params)])
-    return {i: (log.tokens[0, i], log.ends[0, i], log.stop_reasons[0, i]) for i in range(params.n)}
+    return {i: (log.tokens[0, i], log.ends[0, i], log.stop_reasons[0, i], log.logprobs[0, i]) for i in range(params.n)}
 
 
 # Everything at once.
 
-HOST = [{"logprobs": 1}, {"frequency_penalty": 0.5}, {"repetition_penalty": 1.5, "temperature": 1.0}, {"min_tokens": 3}]
+HOST = [{"logprobs": 5}, {"logprobs": 4, "frequency_penalty": 0.5}, {"min_tokens": 3, "stop_token_ids": (5, 9, 40)},
+        {"logprobs": 4, "repetition_penalty": 1.5, "temperature": 1.0}]  # fmt: skip
 DEVICE = [{}, {"temperature": 1.0}, {"temperature": 0.5, "top_k": 8}, {"temperature": 2.0, "top_p": 0.75},
           {"temperature": 1.0, "min_p": 0.125, "top_k": 20, "top_p": 0.5}, {"stop_token_ids": (5, 9, 40)},
           {"ignore_eos": True, "min_tokens": 2}, {"temperature": 1e-6}]  # fmt: skip
+SPECIAL = [{"logprobs": 1}, {"logprobs": 0}, {"frequency_penalty": 0.5}, {"min_tokens": 3},
+           {"repetition_penalty": 1.5, "temperature": 1.0},
+           {"presence_penalty": -2.0, "min_tokens": 2, "logprobs": 3, "temperature": 0.5},
+           {"repetition_penalty": 4.0, "frequency_penalty": 2.0, "temperature": 1.0, "top_k": 8}]  # fmt: skip
 few_tokens = st.lists(st.integers(0, 2), min_size=1, max_size=20)  # a tiny alphabet: prefixes meet
 
 
@@ -86,7 +91,8 @@ finish = st.tuples(st.just("finish"), st.integers(0, 30), st.integers(0, 2))
 @given(
     actions=st.one_of(
         st.lists(st.one_of(add(DEVICE), add(DEVICE), step, cancel, finish), min_size=1, max_size=25),
-        st.lists(st.one_of(add(DEVICE), add(DEVICE + HOST), step, step, cancel, finish), min_size=1, max_size=25),
+        st.lists(st.one_of(add(DEVICE), add(SPECIAL), step, cancel, finish), min_size=1, max_size=25),
+        st.lists(st.one_of(add(SPECIAL), add(DEVICE + HOST), step, step, cancel, finish), min_size=1, max_size=25),
     ),
     num_blocks=st.integers(9, 24),
     batch=st.integers(1, 5),
@@ -122,11 +128,12 @@ def test_whatever_happens_each_sequence_gets_the_tokens_of_the_synchronous_execu
     for request, (prompt, params) in enumerate(requests):
         for index, wanted in synchronous(tuple(prompt), params, eos).items():
             key = request, index
-            got = log.tokens.get(key, [])
+            got, logprobs = log.tokens.get(key, []), log.logprobs.get(key, [])
+            assert logprobs == wanted[3][: len(got)]
             if key in ended or log.ends[key] == "cancelled":
                 assert got == wanted[0][: len(got)]
             else:
-                assert (got, log.ends[key], log.stop_reasons[key]) == wanted
+                assert (got, log.ends[key], log.stop_reasons[key]) == wanted[:3]
     assert not executor._unforked
     assert not executor._sampled_here
     stats = executor.stats
@@ -161,7 +168,7 @@ def test_text_does_not_depend_on_scheduling(setting):
     log = ahead(executor, runner, REQUESTS)
     for i, (prompt, params) in enumerate(REQUESTS):
         assert {k: log.tokens[i, k] for k in range(params.n)} == {
-            k: tokens for k, (tokens, _, _) in synchronous(tuple(prompt), params).items()
+            k: tokens for k, (tokens, *_) in synchronous(tuple(prompt), params).items()
         }
     assert runner.num_forwards == 0
     if setting.get("num_blocks") == 14:
@@ -273,7 +280,7 @@ def test_steps_with_a_request_that_the_runner_cannot_sample_for_wait_for_all_tok
     executor.add_request(0, [1, 2, 3], SamplingParams(max_tokens=12))
     log.step()
     assert (runner.num_started, runner.num_forwards) == (2, 0)
-    executor.add_request(1, prompt_of(20), SamplingParams(max_tokens=3, logprobs=1))
+    executor.add_request(1, prompt_of(20), SamplingParams(max_tokens=3, logprobs=5))
     log.step()  # the first chunk of its prompt, of which nothing is sampled
     assert (runner.num_started, runner.num_forwards) == (3, 0)
     log.step()  # the rest has to wait
@@ -293,7 +300,7 @@ def test_steps_with_a_request_that_the_runner_cannot_sample_for_wait_for_all_tok
 
 def test_a_step_that_is_put_off_keeps_its_copies():
     executor, runner = make(max_num_tokens=10)
-    requests = [(prompt_of(10), SamplingParams(max_tokens=5, n=2)), ([1, 2], SamplingParams(max_tokens=2, logprobs=1))]
+    requests = [(prompt_of(10), SamplingParams(max_tokens=5, n=2)), ([1, 2], SamplingParams(max_tokens=2, logprobs=5))]
     log = ahead(executor, runner, requests)  # the second comes right after the first is forked
     assert len(runner.copies) == 1
     assert log.tokens == {
@@ -301,11 +308,48 @@ def test_a_step_that_is_put_off_keeps_its_copies():
     }
 
 
-@pytest.mark.parametrize(("eos", "forwards"), [((), 0), ((3,), 4)], ids=["no bans", "bans"])
-def test_min_tokens_asks_something_only_where_tokens_stop(eos, forwards):
+@pytest.mark.parametrize(
+    ("eos", "min_tokens", "forwards"),
+    [((), 4, 0), ((3, 17), 4, 0), ((3, 17, 9), 0, 0), ((3, 17, 9), 4, 4)],
+    ids=["no bans", "bans", "stops", "more bans than the runner takes"],
+)
+def test_what_is_banned_until_min_tokens(eos, min_tokens, forwards):
     executor, runner = make(eos=eos)
-    ahead(executor, runner, [([1, 2], SamplingParams(min_tokens=4, max_tokens=4))])
+    log = ahead(executor, runner, [([1, 2], SamplingParams(min_tokens=min_tokens, max_tokens=4))])
     assert runner.num_forwards == forwards
+    assert log.tokens[0, 0] == expected_tokens([1, 2], 4, VOCAB, eos, min_tokens)
+
+
+def test_penalties_go_on_where_steps_were_sampled_here():
+    """Of what the runner has not sampled itself it is told again."""
+    executor, runner = make(num_blocks=200, max_batch_size=5)
+    penalties = SamplingParams(max_tokens=30, repetition_penalty=2.0, frequency_penalty=1.0, temperature=1.0, seed=5)
+    requests = [(prompt_of(5, 1), penalties), ([1, 2, 3], replace(penalties, seed=6, n=2))]
+    log = Log(executor, runner)
+    for i, request in enumerate(requests):
+        executor.add_request(i, *request)
+    for i in range(2, 4):
+        for _ in range(6):
+            log.step()
+        executor.cancel(1) if i == 3 else None
+        executor.add_request(i, prompt_of(3, i), SamplingParams(max_tokens=2, logprobs=20))
+    log.drain()
+    assert runner.num_forwards > 2
+    assert runner.num_started > 12
+    assert log.tokens[0, 0] == synchronous(tuple(requests[0][0]), penalties)[0][0]
+    for i, (tokens, *_) in synchronous((1, 2, 3), requests[1][1]).items():
+        got = log.tokens[1, i]
+        assert len(got) > 6
+        assert got == tokens[: len(got)]
+
+
+def test_a_preempted_sequence_is_counted_anew():
+    executor, runner = make(9, max_num_tokens=8, prefix=False, max_batch_size=2)
+    params = SamplingParams(max_tokens=24, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.5)
+    log = ahead(executor, runner, [(prompt_of(4, i), params) for i in range(2)])
+    assert executor.stats.preemptions
+    assert runner.num_forwards == 0
+    assert log.tokens == {(i, 0): synchronous(tuple(prompt_of(4, i)), params)[0][0] for i in range(2)}
 
 
 def test_a_world_of_several_ranks_is_not_run_ahead():
@@ -337,6 +381,8 @@ def test_sampling_inputs():
                                                       n=2))  # fmt: skip
     executor.add_request(1, [4, 5], SamplingParams(seed=7, temperature=1e-6))
     executor.step()
+    plain = ("penalized", "repetition_penalties", "presence_penalties", "frequency_penalties", "histories",
+             "history_tokens", "banned", "logprobs")  # fmt: skip
     (first, sampling), (second, again) = given
     assert {name: array.tolist() for name, array in vars(sampling).items()} == {
         "logits_rows": [0, 0, 1],
@@ -347,11 +393,54 @@ def test_sampling_inputs():
         "top_k": [2**31 - 1, 2**31 - 1, 0],
         "top_p": [0.75, 0.75, 1],
         "min_p": [0.125, 0.125, 0],
+        **{name: [] for name in plain},
     }
     assert first.input_ids.tolist() == [1, 2, 3, 4, 5]
     assert second.input_ids.tolist() == [-1, -3, -2]
     assert again.positions.tolist() == [1, 1, 1]
     assert again.logits_rows.tolist() == [0, 1, 2]
+
+
+def test_sampling_inputs_of_penalties_bans_and_logprobs():
+    executor, runner = make(eos=[9])
+    given = []
+    start = runner.start
+    runner.start = lambda inputs, sampling: (given.append(vars(sampling)), start(inputs, sampling))[1]
+    executor.add_request(0, [1, 2, 3], SamplingParams(repetition_penalty=1.5, frequency_penalty=-0.5, n=2, logprobs=2,
+                                                      ignore_eos=True))  # fmt: skip
+    executor.add_request(1, [4, 5], SamplingParams(min_tokens=2, stop_token_ids=(6,), logprobs=0))
+    executor.add_request(2, [7], SamplingParams(presence_penalty=0.25))
+    for _ in range(2):
+        executor.step()
+    first, second, third = given
+
+    def special(sampling):
+        return {name: array.tolist() for name, array in list(sampling.items())[8:]}
+
+    assert first["logits_rows"].tolist() == [0, 0, 1, 2]
+    assert first["rows"].tolist() == [0, 3, 1, 2]
+    assert special(first) == {
+        "penalized": [0, 3],  # both answers' logits are the same, and changed once
+        "repetition_penalties": [1.5, 1.0],
+        "presence_penalties": [0.0, 0.25],
+        "frequency_penalties": [-0.5, 0.0],
+        "histories": [[0, 3, 3], [3, 3, 3], [2, 1, 1]],
+        "history_tokens": [1, 2, 3, 1, 2, 3, 7],
+        "banned": [[1, 6], [1, 9]],
+        "logprobs": [[0, 2], [1, 2], [2, 0]],
+    }
+    assert second["rows"].tolist() == [0, 3, 1, 2]
+    assert special(second) == {
+        "penalized": [0, 1, 3],
+        "repetition_penalties": [1.5, 1.5, 1.0],
+        "presence_penalties": [0.0, 0.0, 0.25],
+        "frequency_penalties": [-0.5, -0.5, 0.0],
+        "histories": [],
+        "history_tokens": [],
+        "banned": [[2, 6], [2, 9]],
+        "logprobs": [[0, 2], [1, 2], [2, 0]],
+    }
+    assert special(third) == {**special(second), "banned": []}
 
 
 # Failures.
@@ -377,7 +466,7 @@ def test_logits_that_are_not_finite_raise():
     executor, runner = make()
     executor.add_request(0, [1, 2], SamplingParams(max_tokens=9))
     executor.step()
-    runner._compute = lambda inputs, sampling: np.full(len(sampling.rows), -1, np.int32)
+    runner._compute = lambda inputs, sampling: (np.full(len(sampling.rows), -1, np.int32), [None] * len(sampling.rows))
     with pytest.raises(EngineError, match="not finite"):
         executor.step()
 
@@ -387,7 +476,7 @@ def test_what_is_not_finite_of_a_sequence_that_has_ended_does_not_matter():
     executor.add_request(0, [1, 2], SamplingParams(max_tokens=9))
     executor.step()
     executor.finish(0, 0)
-    runner._compute = lambda inputs, sampling: np.full(len(sampling.rows), -1, np.int32)
+    runner._compute = lambda inputs, sampling: (np.full(len(sampling.rows), -1, np.int32), [None] * len(sampling.rows))
     assert executor.step() == []
 
 

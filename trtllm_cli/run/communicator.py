@@ -124,6 +124,10 @@ class Communicator(Protocol):
         """Helps what is being sent on its way; call it now and then during long computations."""
         ...
 
+    def flush(self) -> None:
+        """Returns when what was sent is on its way, and needs no more help: before waiting for what others compute."""
+        ...
+
     def finish(self) -> None:
         """Returns when every rank has called it, the last thing that it may call."""
         ...
@@ -169,6 +173,9 @@ class SingleRank:
         raise AssertionError("a world of one has no other rank")
 
     def push(self) -> None:
+        """There is nothing under way."""
+
+    def flush(self) -> None:
         """There is nothing under way."""
 
     def finish(self) -> None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trtllm_cli.errors import RequestError
-from trtllm_cli.run.backends import SamplingRunner
+from trtllm_cli.run.backends import GpuRunner, SamplingRunner
 from trtllm_cli.run.block_manager import BlockManager
 from trtllm_cli.run.request import FinishReason, Logprob, SamplingParams, TokenEvent
 from trtllm_cli.run.sampler import SamplingState, not_finite, sample
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from trtllm_cli.engine import BuildConfig
     from trtllm_cli.run.backends import PendingTokens, Runner
     from trtllm_cli.run.communicator import Communicator
+    from trtllm_cli.run.model_inputs import IntArray
     from trtllm_cli.run.scheduler import Batch
 
 DEFAULT_MAX_TOKENS = 128
@@ -107,6 +108,7 @@ class Executor:
         self._sampling_runner: SamplingRunner | None = None
         if num_stages == 1 and isinstance(runner, SamplingRunner):
             self._sampling_runner = runner
+        self._has_gpu = isinstance(runner, GpuRunner)
         self._sampling_table = SamplingTable(config.max_batch_size)
         self._most_under_way = 2 if self._sampling_runner else num_stages
         self._under_way: deque[_UnderWay] = deque()  # the oldest first
@@ -217,7 +219,7 @@ class Executor:
             oldest = self._under_way.popleft()
             if oldest.pending is not None:
                 sequences, tokens = oldest.wanted, oldest.pending.tokens().tolist()
-                logprobs: list[list[Logprob] | None] = [None] * len(tokens)
+                logprobs = oldest.pending.logprobs()
             else:
                 sequences, logits = self._fork_logits(oldest.wanted, self._receive(oldest))
                 tokens, logprobs = self._sample(sequences, logits)
@@ -256,14 +258,21 @@ class Executor:
             else:
                 if not self._under_way:  # else the batch is forgotten: what is under way ends first
                     self._under_way.append(self._start(batch))
+                    self._sampling_table.sampled_elsewhere(batch.complete)
                 return
 
     def _start(self, batch: Batch) -> _UnderWay:
         """Computes rank 0's part of a step, once the others have theirs."""
         plan = self._plan(batch)
         if self._comm.world_size > 1:
-            self._comm.broadcast(plan.message())
+            self._tell(plan.message())
         return _UnderWay(plan, batch.complete, logits=compute(self._runner, self._inputs, plan))
+
+    def _tell(self, message: IntArray) -> None:
+        """Sends a step to the other ranks."""
+        self._comm.broadcast(message)
+        if self._has_gpu:  # which this rank soon waits for, and which waits for the others'
+            self._comm.flush()
 
     def _start_sampling(self, runner: SamplingRunner, batch: Batch) -> _UnderWay:
         """Enqueues a step and the sampling of its tokens."""
@@ -274,7 +283,7 @@ class Executor:
             sequences, logits_rows = [sequences[i] for i in at_once], [logits_rows[i] for i in at_once]
         sampling = self._sampling_table.build(plan, sequences, logits_rows)
         if self._comm.world_size > 1:
-            self._comm.broadcast(plan.message(sampling))
+            self._tell(plan.message(sampling))
         pending = start(runner, self._inputs, plan, sampling)
         for seq in sequences:
             seq.expect_token()
@@ -475,5 +484,5 @@ class Executor:
 
 
 def _samples(runner: SamplingRunner, request: Request) -> bool:
-    """Whether the runner samples for the request. Where nothing stops it, `min_tokens` asks nothing."""
-    return runner.samples(request.params if request.stops else replace(request.params, min_tokens=0))
+    """Whether the runner samples for the request."""
+    return runner.samples(request.params, len(request.stops) if request.params.min_tokens else 0)

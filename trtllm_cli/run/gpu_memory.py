@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_cli.artifact import human_bytes
 from trtllm_cli.errors import ResourceError
-from trtllm_cli.run.backends.cuda_inputs import InputLayout
+from trtllm_cli.run.backends.cuda_inputs import InputLayout, SpecialLayout
 
 if TYPE_CHECKING:
     from trtllm_cli.engine import BuildConfig
@@ -27,13 +27,14 @@ class GpuNeeds:
 
     weights: int  # and the kernels' machine code
     activations: int
-    scratch: int  # of kernels; the steps' inputs; what other ranks write to
+    scratch: int  # of kernels, token counts for penalties among it; the steps' inputs; what other ranks write to
 
     @classmethod
     def of(cls, plan: dict[str, Any], weights: int, limits: BuildConfig) -> GpuNeeds:
         """Of a cuda plan, the bytes of its rank file's tensors, and the limits that the engine was built with."""
         rows = {"num_tokens": limits.max_num_tokens, "num_logits": limits.max_batch_size}
-        inputs = sum(InputLayout(limits, mixed=mixed).size * 4 for mixed in (False, True))
+        layouts = (InputLayout(limits, mixed=False), InputLayout(limits, mixed=True), SpecialLayout(limits))
+        inputs = sum(layout.size * 4 for layout in layouts)
         last_tokens = (limits.max_batch_size + 1) * 4
         return cls(
             weights=weights,

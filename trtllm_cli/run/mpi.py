@@ -109,12 +109,17 @@ class MpiCommunicator:
         """See Communicator. MPI moves large messages only while it is called."""
         self._sending = [(request, x) for request, x in self._sending if not request.Test()]
 
-    def finish(self) -> None:
-        """See Communicator."""
+    def flush(self) -> None:
+        """See Communicator. Of a large message, MPI may wait for the receiver before it sends more than its beginning."""
         with self.activity.waiting():
             for request, _ in self._sending:
                 request.Wait()
-            self._sending = []
+        self._sending = []
+
+    def finish(self) -> None:
+        """See Communicator."""
+        self.flush()
+        with self.activity.waiting():
             self._world.Barrier()
             self._mpi.Finalize()
 

@@ -71,7 +71,7 @@ class StepPlan:
         if num_samples == _NO_SAMPLING:
             assert start == len(message), f"a message of {len(message)} numbers says that it has {start}"
             return plan, None
-        return plan, SamplingInputs.of_message(message[start:], num_samples)
+        return plan, SamplingInputs.of_message(message[start:])
 
 
 def plan_step(batch: Batch) -> StepPlan:

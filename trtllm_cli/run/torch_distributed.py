@@ -78,6 +78,9 @@ class TorchCommunicator:
         """See Communicator. gloo's own thread does it."""
         self._sending = [(work, x) for work, x in self._sending if not work.is_completed()]
 
+    def flush(self) -> None:
+        """See Communicator. gloo's own thread does it."""
+
     def finish(self) -> None:
         """See Communicator."""
         with self.activity.waiting():

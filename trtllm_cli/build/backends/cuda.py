@@ -15,7 +15,7 @@ from trtllm_cli.build.backends.cuda_attention import AttentionLaunches
 from trtllm_cli.build.backends.cuda_collectives import CollectiveLaunches
 from trtllm_cli.build.backends.cuda_experts import ExpertLaunches
 from trtllm_cli.build.backends.cuda_linear_steps import LinearLaunches
-from trtllm_cli.build.backends.cuda_sampling import SamplingLaunches
+from trtllm_cli.build.backends.cuda_sampling import MOST_LOGPROBS, SamplingLaunches
 from trtllm_cli.build.backends.cuda_tactics import LinearTactics
 from trtllm_cli.build.lowered import Lowered, Memory, Working
 from trtllm_cli.engine import KERNELS
@@ -92,7 +92,9 @@ def lower(
     graph with an op that there is no kernel for, ResourceError where there is no compiler.
     """
     tactics = tactics or LinearTactics(arch)
-    lowering = CudaGraphLowering(graph, build_config, arch=arch, rank=rank, tactics=tactics)
+    lowering = CudaGraphLowering(
+        graph, build_config, arch=arch, rank=rank, vocab_size=config.vocab_size, tactics=tactics
+    )
     lowering.lower(working)
     compiled = compile_kernels(list(lowering.kernels), arch, working and partial(working, "compiling kernels"))
     table, blob = _image(lowering.kernels, compiled)
@@ -122,6 +124,8 @@ def lower(
         "peers": lowering.peers,
         "steps": lowering.steps,
         "sampling": lowering.sampling,
+        "token_counts": lowering.count_dtype,
+        "most_logprobs": MOST_LOGPROBS,
         "output": lowering.ref(graph.outputs[0]) if graph.outputs else None,
         "output_width": lowering.width(graph.outputs[0]) if graph.outputs else 0,
     }

@@ -12,8 +12,8 @@ from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import NUM_TOKENS
 from trtllm_cli.graph import Node
 
-# Bytes of a rank up to which an all-reduce is one-shot: each rank then sends them to all others.
-ONE_SHOT = 1 << 20
+# Bytes that a rank sends, all others taken together, up to which an all-reduce is one-shot (benchmarks/h200/two_gpus.py).
+ONE_SHOT = 4 << 20
 _SLOTS = 2  # calls that staging memory is for at a time
 _WIDEST_NORM = 16384  # elements of a row that a program has in registers
 
@@ -29,7 +29,7 @@ class CollectiveLaunches(RowLaunches):
         few = self.launch(
             "collectives", "all_reduce", [self._dim(x), -(-width // block)],
             {**self._exchanged(node), "out_ptr": self._out(node.output)}, BLOCK=block, **self._group(node),
-            WIDTH=width, STAGING=ONE_SHOT // 4, PUSH=True, PULL=True,
+            WIDTH=width, STAGING=self._staging(node), PUSH=True, PULL=True,
         )  # fmt: skip
         self._one_shot(node, [few], [self._over_group(node)])
 
@@ -46,7 +46,7 @@ class CollectiveLaunches(RowLaunches):
         }  # fmt: skip
         few = self.launch(
             "collectives", "all_reduce_add_rms_norm", [self._dim(out)], args, num_warps=16 if width >= 2048 else 4,
-            WIDTH=width, STAGING=ONE_SHOT // 4, BLOCK=triton.next_power_of_2(width),
+            WIDTH=width, STAGING=self._staging(reduce), BLOCK=triton.next_power_of_2(width),
             QUANT=node.attrs.get("out_quant", "none"), PUSH=True, PULL=True, **self._group(reduce),
         )  # fmt: skip
         many = [self._over_group(reduce), *self.norm_launches(node, "rms_norm", few=False)]
@@ -64,9 +64,13 @@ class CollectiveLaunches(RowLaunches):
     def _one_shot(self, node: Node, few: list[Launch], many: list[Launch], op: str = "") -> None:
         """Few rows by our kernels, more by NCCL."""
         width = self.width(node.output) * self.bytes_of(node.inputs["x"])
-        most = ONE_SHOT // width if self._is_words(node) else 0
+        most = 4 * self._staging(node) // width if self._is_words(node) else 0
         ways: list[tuple[int | None, list[Launch]]] = [(most, few)] if most else []
         self.ways(op or node.op, self.rows(node.output), [*ways, (None, many)], without_peers=many)
+
+    def _staging(self, node: Node) -> int:
+        """Words of four bytes that a rank may have in a one-shot all-reduce."""
+        return ONE_SHOT // (len(node.attrs["group"]) - 1) // 4
 
     def _is_words(self, node: Node) -> bool:
         """Whether a row is whole words of four bytes."""
@@ -117,7 +121,7 @@ class CollectiveLaunches(RowLaunches):
         """What a one-shot all-reduce reads, and where it exchanges it."""
         assert self.rows(node.output) == NUM_TOKENS, "a call that some steps leave out would upset the slots"
         ranks = len(node.attrs["group"])
-        staging = self.exchanged("staging", _SLOTS * ranks * (ONE_SHOT // 4) * 8)
+        staging = self.exchanged("staging", _SLOTS * ranks * self._staging(node) * 8)
         call = self._reduces.index(node.output)
         return {
             "x_ptr": self._out(node.inputs["x"]), "staging_ptr": ("*i64", staging), "deltas_ptr": self.deltas(staging),

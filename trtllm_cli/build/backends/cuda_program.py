@@ -11,6 +11,8 @@ A plan is JSON:
     steps     {"op", "by", "ways": [[most, launches], ...]}: the first way whose `most` (None: any) is at least the
               symbol `by`; a launch with "when": "mixed" is left out of steps in which every sequence has one token;
               "without_peers": the launches where ranks do not see each other's memory
+    sampling  such steps by name, which follow where they are asked for: penalties, bans, plain, filtered, logprobs
+    token_counts, most_logprobs    the dtype of the scratch "token counts"; how many likely tokens "logprobs" gives
 
 A launch is {"kernel", "grid", "args"}, args in the kernel's order, {"call": "mm" | "scaled_mm", ...}: torch's, or
 {"call": "all_reduce" | "all_gather" | "send" | "recv", ...}: NCCL's. In a grid, [symbol, per] is ceil(symbol / per),
@@ -20,6 +22,7 @@ out, and a symbol may be "SYMBOL*8". An argument is a number, None (no pointer),
     "b:N"  buffer     "w:NAME"  weight     "i:NAME"  step input     "s:NAME"  scratch     "n:SYMBOL"  a count
     "k:L" "v:L"  a layer's cache           "last"  the tokens last sampled, by batch row
     "e:NAME"  exchange memory              "d:N"  how far from `peers`[N] the other ranks' is: collectives.py's deltas
+    "x:NAME"  an input of penalties, bans or logprobs
     ["n", DIM]  a number as in a grid
     ["b:N", SYMBOL, BYTES]  so many bytes for each of SYMBOL behind it
 """
@@ -44,7 +47,8 @@ Dim = int | Sequence[Any]
 Launch = dict[str, Any]
 
 TYPES = {
-    "float32": "*fp32", "bfloat16": "*bf16", "float8_e4m3fn": "*fp8e4nv", "int8": "*i8", "uint8": "*u8", "int32": "*i32"
+    "float32": "*fp32", "bfloat16": "*bf16", "float8_e4m3fn": "*fp8e4nv", "int8": "*i8", "uint8": "*u8",
+    "int16": "*i16", "int32": "*i32",
 }  # fmt: skip
 _BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "int32": 4}
 _JOINED = {("linear", "gated_act"), ("all_reduce", "add_rms_norm")}
@@ -59,6 +63,7 @@ class CudaLowering(Lowering):
 
     arch: str = "sm_90a"
     rank: int = 0
+    vocab_size: int = 0  # of which the logits may have more, to be cut alike for all ranks
     kernels: dict[KernelSource, int] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     scratch: dict[str, int] = field(default_factory=dict)

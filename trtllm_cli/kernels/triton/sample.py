@@ -2,7 +2,7 @@
 
 The noise is run/philox.py's: Philox4x32-10 (Salmon et al., SC 2011) and Gumbel-max as a race in groups of 128 ids. It
 is computed in float32, about 1e-6 from float64's, so only tokens whose scores are as close as that may trade places.
-Penalties, bans and logprobs are not applied here.
+Penalties and bans come before (penalties.py), log probabilities after (logprobs.py).
 """
 
 import triton

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trtllm_cli.run.communicator import Communicator
     from trtllm_cli.run.gpu_memory import GpuMemory
     from trtllm_cli.run.model_inputs import IntArray, ModelInputs
-    from trtllm_cli.run.request import SamplingParams
+    from trtllm_cli.run.request import Logprob, SamplingParams
     from trtllm_cli.run.sampling_inputs import SamplingInputs
 
 
@@ -66,6 +66,12 @@ class PendingTokens(Protocol):
         """
         ...
 
+    def logprobs(self) -> list[list[Logprob] | None]:
+        """Of each of the step's SamplingInputs what the sampler gives; None where it does not ask. Asked once, right
+        after the tokens.
+        """
+        ...
+
 
 @runtime_checkable
 class SamplingRunner(Runner, Protocol):
@@ -75,10 +81,10 @@ class SamplingRunner(Runner, Protocol):
     until a `start` has sampled it. `close` may be called with steps under way.
     """
 
-    def samples(self, params: SamplingParams) -> bool:
+    def samples(self, params: SamplingParams, num_banned: int) -> bool:
         """Whether it can sample for such a request all by itself: a step with one that it cannot gets `forward`.
 
-        `min_tokens` is 0 where no token would be banned.
+        `num_banned`: token ids that are banned until there are `min_tokens`.
         """
         ...
 

@@ -17,11 +17,19 @@ import torch
 from trtllm_cli.engine import KERNELS, tensor_view
 from trtllm_cli.errors import EngineError
 from trtllm_cli.run.backends.cuda_device import CudaDevice, Device
-from trtllm_cli.run.backends.cuda_inputs import InputLayout, InputSlot
+from trtllm_cli.run.backends.cuda_inputs import (
+    MOST_BANNED,
+    InputLayout,
+    InputSlot,
+    SpecialLayout,
+    SpecialSlot,
+    count_tokens,
+)
 from trtllm_cli.run.backends.cuda_program import Program, key_of
 from trtllm_cli.run.backends.cuda_weights import DeviceWeights
 from trtllm_cli.run.gpu_memory import ALIGNMENT, GpuMemory, GpuNeeds
 from trtllm_cli.run.launched import Launched
+from trtllm_cli.run.request import Logprob
 
 if TYPE_CHECKING:
     from trtllm_cli.engine import Engine
@@ -37,6 +45,7 @@ GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768,
 _MOST_AT_ONCE = 512  # tokens of a step with prompts that is captured when it is first met: the host would be too slow
 _GRAPH_STEP = 32  # tokens to which such a step is padded, larger ones to twice that
 _MOST_GRAPHS = 512  # each holds some hundred nodes
+_NO_TOKEN = 2**31 - 1  # where the vocabulary has fewer likely tokens than were asked for; kernels/triton/logprobs.py
 _SLOTS = 3  # steps whose inputs are in host memory: two under way, and the one that is being filled
 
 
@@ -115,6 +124,15 @@ class CudaRunner:
             for layout, there in zip(self._layouts, self._inputs, strict=True)
         ]  # fmt: skip
         self._results = [device.host(limits.max_batch_size * 4).view(torch.int32) for _ in range(_SLOTS)]
+        self._special_layout = SpecialLayout(limits)
+        self._special = device.empty(self._special_layout.size * 4, "a step's inputs").view(torch.int32)
+        self._special_slots = [SpecialSlot(device, self._special_layout, self._special) for _ in range(_SLOTS)]
+        self._histories: list[list[torch.Tensor]] = [[] for _ in range(_SLOTS)]  # on their way
+        shape = (limits.max_batch_size, 1 + plan.get("most_logprobs", 0))
+        self._logprobs = [
+            [device.host(4 * shape[0] * shape[1]).view(dtype).view(shape) for dtype in (torch.int32, torch.float32)]
+            for _ in range(_SLOTS)
+        ]  # token ids, and their log probabilities
 
     @property
     def bytes_per_block(self) -> int:
@@ -158,21 +176,18 @@ class CudaRunner:
             logits = self._tensor(self._plan["output"], "float32", (rows, width)).cpu()
         return logits.numpy()[:, : self._plan["vocab_size"]]
 
-    def samples(self, params: SamplingParams) -> bool:
+    def samples(self, params: SamplingParams, num_banned: int) -> bool:
         """See SamplingRunner."""
-        return (
-            params.logprobs is None
-            and params.repetition_penalty == 1.0
-            and not params.presence_penalty
-            and not params.frequency_penalty
-            and not params.min_tokens
-        )
+        if "penalties" not in self._plan["sampling"]:  # the engine was built before there were kernels for these
+            penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+            return penalties == (1.0, 0.0, 0.0) and not num_banned and params.logprobs is None
+        return num_banned <= MOST_BANNED and (params.logprobs or 0) <= self._plan["most_logprobs"]
 
     def start(self, inputs: ModelInputs, sampling: SamplingInputs) -> PendingTokens:
         """See SamplingRunner."""
         with self._device.active():
             turn = self._enqueue(inputs, sampling)
-        return _Tokens(self._done[turn], self._results[turn], len(sampling.rows))
+        return _Tokens(self._done[turn], sampling, self._results[turn], self._logprobs[turn])
 
     def close(self) -> None:
         """See Runner."""
@@ -207,10 +222,7 @@ class CudaRunner:
         else:
             self._program(self._steps, counts, mixed).run(counts)
         if sampling is not None and len(sampling.rows):
-            self._sample(sampling, mixed)
-            self._results[turn][: len(sampling.rows)].copy_(
-                self._scratch["tokens"].view(torch.int32)[: len(sampling.rows)], non_blocking=True
-            )
+            self._sample(turn, sampling, mixed)
         self._done[turn] = self._device.record()
         return turn
 
@@ -237,17 +249,50 @@ class CudaRunner:
         program.run(counts)  # here libraries set themselves up, which a graph cannot capture
         self._graphs[key] = self._device.capture(program.enqueue)
 
-    def _sample(self, sampling: SamplingInputs, mixed: bool) -> None:
-        counts = {"num_samples": len(sampling.rows)}
-        steps = [self._plan["sampling"]["plain"]]
-        if (sampling.top_k > 0).any() or (sampling.top_p < 1).any() or (sampling.min_p > 0).any():
-            steps.append(self._plan["sampling"]["filtered"])
-        self._program(steps, counts, mixed).run(counts)
+    def _sample(self, turn: int, sampling: SamplingInputs, mixed: bool) -> None:
+        """Samples a step's tokens, and sends them and their log probabilities to the host."""
+        counts = {
+            "num_samples": len(sampling.rows), "num_penalized": len(sampling.penalized),
+            "num_banned": len(sampling.banned), "num_logprobs": len(sampling.logprobs),
+        }  # fmt: skip
+        if counts["num_penalized"] or counts["num_banned"] or counts["num_logprobs"]:
+            self._send_histories(turn, sampling)
+            self._special_slots[turn].upload(sampling)
+        filters = (sampling.top_k > 0).any() or (sampling.top_p < 1).any() or (sampling.min_p > 0).any()
+        for name, is_asked in (
+            ("penalties", counts["num_penalized"]), ("bans", counts["num_banned"]), ("plain", True),
+            ("filtered", filters), ("logprobs", counts["num_logprobs"]),
+        ):  # fmt: skip
+            if is_asked:
+                self._program([self._plan["sampling"][name]], counts, mixed, name).run(counts)
+        results = [(self._results[turn], self._scratch["tokens"].view(torch.int32), counts["num_samples"])]
+        if counts["num_logprobs"]:
+            shape = (self._limits.max_batch_size, 1 + self._plan["most_logprobs"])
+            made = (self._tensor("s:logprob ids", "int32", shape), self._tensor("s:logprobs", "float32", shape))
+            results += [
+                (there, here, counts["num_logprobs"]) for there, here in zip(self._logprobs[turn], made, strict=True)
+            ]
+        for there, here, count in results:
+            there[:count].copy_(here[:count], non_blocking=True)
 
-    def _program(self, steps: list[Any], counts: dict[str, int], mixed: bool) -> Program:
-        """The launches of a step that takes the ways of these counts."""
+    def _send_histories(self, turn: int, sampling: SamplingInputs) -> None:
+        """Begins to count these rows' tokens. What is on its way stays in host memory until the slot is taken again."""
+        shape = (self._limits.max_batch_size, self._plan["output_width"])
+        counts = self._tensor("s:token counts", self._plan["token_counts"], shape)
+        self._histories[turn] = []
+        start = 0
+        for row, prompt, length in sampling.histories.tolist():
+            tokens = sampling.history_tokens[start : start + length]
+            start += length
+            host = self._device.host(counts[row].nbytes).view(counts.dtype)
+            count_tokens(tokens[:prompt], tokens[prompt:], host.numpy())
+            counts[row].copy_(host, non_blocking=True)
+            self._histories[turn].append(host)
+
+    def _program(self, steps: list[Any], counts: dict[str, int], mixed: bool, name: str = "") -> Program:
+        """The launches of a step that takes the ways of these counts; `name` tells apart what the steps are."""
         ways = key_of(steps, counts)
-        key = (mixed, len(steps), ways)
+        key = (mixed, name, ways)
         if key not in self._programs:
             self._programs[key] = Program(
                 self._device, self._kernels, steps, lambda ref: self._address(ref, mixed), self._tensor, self._rows,
@@ -274,6 +319,8 @@ class CudaRunner:
             case "d":
                 assert self._deltas is not None
                 return self._deltas[int(name)].data_ptr()
+            case "x":
+                return self._special.data_ptr() + self._special_layout.offsets[name] * 4
             case "k" | "v":
                 return self._caches[int(name)][kind == "v"]
         return self._inputs[mixed].data_ptr() + self._layouts[mixed].offsets[name] * 4
@@ -332,11 +379,24 @@ def _alone(step: dict[str, Any]) -> dict[str, Any]:
 class _Tokens:
     """A step's tokens, on their way."""
 
-    def __init__(self, wait: Callable[[], None], result: torch.Tensor, count: int) -> None:
-        self._wait, self._result, self._count = wait, result, count
+    def __init__(
+        self, wait: Callable[[], None], sampling: SamplingInputs, result: torch.Tensor, logprobs: list[torch.Tensor]
+    ) -> None:
+        self._wait, self._result, self._logprobs = wait, result, logprobs
+        self._count, self._wanted = len(sampling.rows), sampling.logprobs
 
     def tokens(self) -> IntArray:
         """See PendingTokens."""
         self._wait()
         array: IntArray = self._result.numpy()[: self._count].copy()
         return array
+
+    def logprobs(self) -> list[list[Logprob] | None]:
+        """See PendingTokens."""
+        out: list[list[Logprob] | None] = [None] * self._count
+        if len(self._wanted):
+            ids, values = (part[: len(self._wanted)].tolist() for part in self._logprobs)
+            for i, (entry, number) in enumerate(self._wanted.tolist()):
+                pairs = zip(ids[i][: 1 + number], values[i][: 1 + number], strict=True)
+                out[entry] = [Logprob(token, value) for token, value in pairs if token != _NO_TOKEN]
+        return out

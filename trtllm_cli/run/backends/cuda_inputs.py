@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,29 +12,18 @@ if TYPE_CHECKING:
 
     from trtllm_cli.engine import BuildConfig
     from trtllm_cli.run.backends.cuda_device import Device
-    from trtllm_cli.run.model_inputs import ModelInputs
+    from trtllm_cli.run.model_inputs import IntArray, ModelInputs
     from trtllm_cli.run.sampling_inputs import SamplingInputs
 
 _ALIGNMENT = 64  # elements: 256 bytes
 _PADDED_SLOT = -1
+MOST_BANNED = 32  # token ids of a request that min_tokens bans on the device
 
 
-class InputLayout:
-    """Where each input begins, in elements of four bytes.
+class Layout:
+    """Where each input begins, in elements of four bytes."""
 
-    Block tables come last, and only as many rows as there are.
-    """
-
-    def __init__(self, limits: BuildConfig, *, mixed: bool) -> None:
-        tokens = limits.max_num_tokens if mixed else limits.max_batch_size
-        seqs = limits.max_batch_size
-        self.max_blocks = limits.blocks_per_sequence
-        sizes = {
-            "query_start": seqs + 1, "seq_lens": seqs, "logits_indices": seqs,
-            "logits_rows": seqs, "rows": seqs, "seeds": 2 * seqs, "output_positions": seqs, "temperatures": seqs,
-            "top_k": seqs, "top_p": seqs, "min_p": seqs, "step": 1,
-            "input_ids": tokens, "positions": tokens, "slot_mapping": tokens, "block_tables": seqs * self.max_blocks,
-        }  # fmt: skip
+    def __init__(self, sizes: dict[str, int]) -> None:
         self.offsets: dict[str, int] = {}
         position = 0
         for name, size in sizes.items():
@@ -44,19 +33,56 @@ class InputLayout:
         self.sizes = sizes
 
 
-class InputSlot:
+class InputLayout(Layout):
+    """Of what every step has. Block tables come last, and only as many rows as there are."""
+
+    def __init__(self, limits: BuildConfig, *, mixed: bool) -> None:
+        tokens = limits.max_num_tokens if mixed else limits.max_batch_size
+        seqs = limits.max_batch_size
+        self.max_blocks = limits.blocks_per_sequence
+        super().__init__({
+            "query_start": seqs + 1, "seq_lens": seqs, "logits_indices": seqs,
+            "logits_rows": seqs, "rows": seqs, "seeds": 2 * seqs, "output_positions": seqs, "temperatures": seqs,
+            "top_k": seqs, "top_p": seqs, "min_p": seqs, "step": 1,
+            "input_ids": tokens, "positions": tokens, "slot_mapping": tokens, "block_tables": seqs * self.max_blocks,
+        })  # fmt: skip
+
+
+class SpecialLayout(Layout):
+    """Of penalties, bans and log probabilities. Bans come last, and only as many as there are."""
+
+    def __init__(self, limits: BuildConfig) -> None:
+        names = (
+            "penalized_logits", "penalized_rows", "uncounted", "repetition_penalties", "presence_penalties",
+            "frequency_penalties", "logprob_samples", "num_logprobs",
+        )  # fmt: skip
+        seqs = limits.max_batch_size
+        super().__init__({**dict.fromkeys(names, seqs), "banned": seqs * MOST_BANNED * 2})
+
+
+class _Slot:
     """Host memory for one step's inputs, and the device memory that every step of its kind reads."""
 
-    def __init__(self, device: Device, layout: InputLayout, on_device: torch.Tensor) -> None:
+    def __init__(self, device: Device, layout: Layout, on_device: torch.Tensor) -> None:
         import torch
 
-        self._layout = layout
         self._pinned = device.host(layout.size * 4).view(torch.int32)
         self._on_device = on_device
         array: npt.NDArray[np.int32] = self._pinned.numpy()
         self._views = {
             name: array[start : start + layout.sizes[name]] for name, start in layout.offsets.items()
         }  # fmt: skip
+
+    def _upload(self, end: int) -> None:
+        self._on_device[:end].copy_(self._pinned[:end], non_blocking=True)
+
+
+class InputSlot(_Slot):
+    """Of what every step has."""
+
+    def __init__(self, device: Device, layout: InputLayout, on_device: torch.Tensor) -> None:
+        super().__init__(device, layout, on_device)
+        self._layout = layout
 
     def fill(self, inputs: ModelInputs, num_tokens: int, num_seqs: int, num_logits: int, step: int) -> None:
         """Writes a step's arrays, padded to these counts, and the step's number."""
@@ -84,5 +110,32 @@ class InputSlot:
 
     def upload(self, num_seqs: int) -> None:
         """Enqueues the copy."""
-        end = self._layout.offsets["block_tables"] + num_seqs * self._layout.max_blocks
-        self._on_device[:end].copy_(self._pinned[:end], non_blocking=True)
+        self._upload(self._layout.offsets["block_tables"] + num_seqs * self._layout.max_blocks)
+
+
+class SpecialSlot(_Slot):
+    """Of penalties, bans and log probabilities."""
+
+    def __init__(self, device: Device, layout: SpecialLayout, on_device: torch.Tensor) -> None:
+        super().__init__(device, layout, on_device)
+        self._banned = layout.offsets["banned"]
+
+    def upload(self, sampling: SamplingInputs) -> None:
+        """Writes a step's arrays and enqueues the copy."""
+        v, rows = self._views, sampling.rows[sampling.penalized]
+        uncounted = ~np.isin(rows, sampling.histories[:, 0])
+        logits = sampling.logits_rows[sampling.penalized]
+        for name, values in (("penalized_logits", logits), ("penalized_rows", rows), ("uncounted", uncounted)):
+            v[name][: len(rows)] = values
+        for name in ("repetition_penalties", "presence_penalties", "frequency_penalties"):
+            v[name][: len(rows)].view(np.float32)[:] = getattr(sampling, name)
+        for name, values in zip(("logprob_samples", "num_logprobs"), sampling.logprobs.T, strict=True):
+            v[name][: len(values)] = values
+        v["banned"][: sampling.banned.size] = sampling.banned.reshape(-1)
+        self._upload(self._banned + sampling.banned.size)
+
+
+def count_tokens(prompt: IntArray, output: IntArray, counts: npt.NDArray[Any]) -> None:
+    """Writes a sequence's row of the device's token counts; see kernels/triton/penalties.py."""
+    counts[:] = np.bincount(output, minlength=len(counts))
+    counts[prompt] |= np.iinfo(counts.dtype).min
