@@ -64,6 +64,8 @@ class InterpreterDevice:
         return [int(found[rank]) for rank in group] if self._sees_peers else None
 
     def await_peers(self):
+        if self.comm is None:
+            return
         self.comm.all_reduce(np.zeros(1), self._group)
 
     def do(self, work, *args):
@@ -187,7 +189,7 @@ class _Launch:
             self._run(grid, args, self.constants)
             return
         self._run(grid, args, self.constants | {"PULL": False})
-        self.device.await_peers()
+        self.device.await_peers()  # and of programs that wait for each other, all have pushed
         self._run(grid, args, self.constants | {"PUSH": False})
         self.device.await_peers()  # and before anyone pushes again
 

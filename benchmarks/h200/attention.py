@@ -58,10 +58,10 @@ def _constants(kv: str, block_size: int) -> dict[str, Any]:
 
 
 def decode_source(kv: str, block_size: int, warps: int, stages: int, block_n: int, splits: int) -> KernelSource:
-    args = _args(kv) | {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "counter_ptr": "*i32"}
+    args = _args(kv) | {"partial_ptr": "*i64", "lse_ptr": "*i64", "step_ptr": "*i32", "calls": "i32", "call": "i32"}
     return KernelSource.of(
         "decode_attention", "decode_attention", args, num_warps=warps, num_stages=stages, BLOCK_G=16, BLOCK_N=block_n,
-        NUM_SPLITS=splits, **_constants(kv, block_size),
+        NUM_SPLITS=splits, PUSH=True, PULL=True, **_constants(kv, block_size),
     )  # fmt: skip
 
 
@@ -205,18 +205,21 @@ class Bench:
         most = max((dict(s.constants).get("NUM_SPLITS", 1) for s in sources), default=1)
         decoding = case.kind == "decode"
         rows = case.batch * HEADS * most if decoding else 1
-        partial = torch.empty(rows * HEAD_DIM, device="cuda")
-        lse, counter = (
-            torch.empty(rows, device="cuda"),
-            torch.zeros(case.batch * KV_HEADS, dtype=torch.int32, device="cuda"),
-        )
+        partial = torch.zeros(rows * HEAD_DIM, dtype=torch.int64, device="cuda")
+        lse, step = torch.zeros(rows, dtype=torch.int64, device="cuda"), torch.ones(1, dtype=torch.int32, device="cuda")
         at: dict[str, Any] = {
             "q_ptr": q, "block_tables_ptr": tables, "query_start_ptr": starts, "seq_lens_ptr": lens,
             "sinks_ptr": self.one, "kv_scale_ptr": self.one, "out_scale_ptr": self.one, "out_ptr": out,
-            "partial_ptr": partial, "lse_ptr": lse, "counter_ptr": counter,
+            "partial_ptr": partial, "lse_ptr": lse, "step_ptr": step,
         }  # fmt: skip
         values = {name: tensor.data_ptr() for name, tensor in at.items()}
-        values |= {"max_blocks": blocks, "scale": HEAD_DIM**-0.5, "softcap": 0.0, "num_seqs": case.batch}
+        values |= {
+            "max_blocks": blocks,
+            "scale": HEAD_DIM**-0.5,
+            "softcap": 0.0,
+            "num_seqs": case.batch,
+            "calls": MOST_LAYERS,
+        }
         checked = sorted({0, case.batch - 1})
         expected = [self._expected(q, caches[0], tables, s, new, case.context) for s in checked]
         found = []
@@ -225,26 +228,29 @@ class Bench:
                 continue
             c, kernel = dict(source.constants), compiled[source]
             if decoding:
-                grid = (case.batch, KV_HEADS, c["NUM_SPLITS"])
+                grid = (c["NUM_SPLITS"], case.batch, KV_HEADS)
             else:
                 grid = (HEADS // c["PACK"], tokens // c["BLOCK_Q"] + case.batch, 1)
             loaded = self.driver.load(kernel)
             launches = []
-            for cache in caches:
-                values |= {"k_cache_ptr": cache[0].data_ptr(), "v_cache_ptr": cache[1].data_ptr()}
+            for call in range(len(caches) * max(1, LAUNCHES[case.kind] // len(caches))):
+                cache = caches[call % len(caches)]
+                values |= {"k_cache_ptr": cache[0].data_ptr(), "v_cache_ptr": cache[1].data_ptr(), "call": call}
                 launches.append(loaded.prepare(grid, [values[name] for name in kernel.names]))
             out.fill_(math.nan)
+            for scratch in (partial, lse):
+                scratch.zero_()
             torch.cuda.synchronize()
-            self._enqueue(launches[:1], self.stream.cuda_stream)
+            with torch.cuda.stream(self.stream):
+                self._enqueue(launches[:1], step)
             torch.cuda.synchronize()
             row = {**name_of(source), "registers": kernel.registers, "spills": kernel.spills, "shared": kernel.shared}
             errors = [self._error(out, s, new, want) for s, want in zip(checked, expected, strict=True)]
             if not max(errors) < 0.03:  # NaN too
                 say(f"WRONG: {case.label} {row}: relative error {max(errors):.3g}")
                 continue
-            many = launches * max(1, LAUNCHES[case.kind] // len(launches))
-            enqueue = functools.partial(self._enqueue, many, self.stream.cuda_stream)
-            ms = graph_milliseconds(self.stream, enqueue) / len(many)
+            enqueue = functools.partial(self._enqueue, launches, step)
+            ms = graph_milliseconds(self.stream, enqueue) / len(launches)
             found.append(
                 {"kind": case.kind, "kv": case.kv, "batch": case.batch, "context": case.context, **row, "us": ms * 1e3}
             )
@@ -255,10 +261,10 @@ class Bench:
                 found[-1]["of_goal"] = found[-1]["tflops"] * 1e12 / PREFILL_GOAL
         return sorted(found, key=lambda r: r["us"])
 
-    @staticmethod
-    def _enqueue(launches: list[Any], stream: int) -> None:
+    def _enqueue(self, launches: list[Any], step: Any) -> None:
+        step.add_(1)
         for launch in launches:
-            launch.set_stream(stream)
+            launch.set_stream(self.stream.cuda_stream)
             launch.enqueue()
 
     def _expected(self, q: Any, cache: Any, tables: Any, seq: int, new: int, length: int) -> Any:

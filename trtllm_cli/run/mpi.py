@@ -110,7 +110,7 @@ class MpiCommunicator:
         self._sending = [(request, x) for request, x in self._sending if not request.Test()]
 
     def flush(self) -> None:
-        """See Communicator. Of a large message, MPI may wait for the receiver before it sends more than its beginning."""
+        """See Communicator. Of a large message MPI sends the beginning, and waits for the receiver before the rest."""
         with self.activity.waiting():
             for request, _ in self._sending:
                 request.Wait()

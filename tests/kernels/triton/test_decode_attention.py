@@ -124,17 +124,18 @@ def decode(launch, case, splits=1, block_n=16, block_g=16, times=1):
     d, seqs = case.device, len(case.lengths) + case.padding
     tiles = case.kv_heads * -(-(case.heads // case.kv_heads) // block_g)
     rows = seqs * case.heads * splits
-    partial = torch.full((rows * case.v_head_dim,), torch.nan, device=d)
-    lse = torch.full((rows,), torch.nan, device=d)
-    counter = torch.zeros(seqs * tiles, dtype=torch.int32, device=d)
+    partial = torch.zeros(rows * case.v_head_dim, dtype=torch.int64, device=d)
+    lse = torch.zeros(rows, dtype=torch.int64, device=d)
+    phases = [(True, True)] if splits == 1 else [(True, False), (False, True)]
     single = torch.tensor([n == 1 for n in case.new for _ in range(n)], device=d)
-    for _ in range(times):
-        launch(
-            decode_attention.decode_attention, (seqs, tiles, splits), *case.tensors(), partial, lse, counter,
-            case.inputs["block_tables"].shape[1], case.scale, case.softcap, BLOCK_G=block_g, BLOCK_N=block_n,
-            NUM_SPLITS=splits, **case.common(),
-        )  # fmt: skip
-        assert not counter.any()
+    for time in range(times):
+        step = torch.full((1,), 1 + time, dtype=torch.int32, device=d)
+        for push, pull in phases:
+            launch(
+                decode_attention.decode_attention, (splits, seqs, tiles), *case.tensors(), partial, lse, step, 3, 2,
+                case.inputs["block_tables"].shape[1], case.scale, case.softcap, BLOCK_G=block_g, BLOCK_N=block_n,
+                NUM_SPLITS=splits, PUSH=push, PULL=pull, **case.common(),
+            )  # fmt: skip
     case.check(single)
 
 
@@ -204,14 +205,15 @@ LLAMA = {
     "NUM_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "V_HEAD_DIM": 128, "BLOCK_SIZE": 64, "WINDOW": 0, "SOFTCAP": False,
     "SINKS": False, "BLOCK_G": 16, "BLOCK_N": 64, "PDL": True,
 }  # fmt: skip
-SCRATCH = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "counter_ptr": "*i32"}
+BOTH = {"PUSH": True, "PULL": True}
+SCRATCH = {"partial_ptr": "*i64", "lse_ptr": "*i64", "step_ptr": "*i32", "calls": "i32", "call": "i32"}
 
 
 @pytest.mark.parametrize("splits", [1, 16])
 @pytest.mark.parametrize("cache", ["*bf16", "*fp8e4nv", "*i8"])
 def test_compiles_for_the_real_shapes(compile_kernel, splits, cache):
     types = {**POINTERS, **SCRATCH, "k_cache_ptr": cache, "v_cache_ptr": cache}
-    constants = {**LLAMA, "NUM_SPLITS": splits, "KV_QUANT": cache != "*bf16"}
+    constants = {**LLAMA, **BOTH, "NUM_SPLITS": splits, "KV_QUANT": cache != "*bf16"}
     compiled = compile_kernel(
         decode_attention.decode_attention, args=types, constexprs=constants, num_warps=4, num_stages=3
     )
@@ -219,13 +221,13 @@ def test_compiles_for_the_real_shapes(compile_kernel, splits, cache):
     assert compiled.shared < 113 * 1024  # two programs fit a multiprocessor
     for instruction in ("mma.sync", "cp.async.cg", "griddepcontrol.wait"):
         assert instruction in compiled.ptx
-    assert ("atom." in compiled.ptx) == (splits > 1)
+    assert ("ld.volatile.global" in compiled.ptx) == (splits > 1)
 
 
 def test_compiles_for_latent_attention(compile_kernel):
     types = {**POINTERS, **SCRATCH, "k_cache_ptr": "*bf16", "v_cache_ptr": "*bf16"}
     shape = {"NUM_KV_HEADS": 1, "GROUP": 128, "HEAD_DIM": 576, "V_HEAD_DIM": 512, "BLOCK_N": 32}
-    constants = {**LLAMA, **shape, "NUM_SPLITS": 8, "KV_QUANT": False}
+    constants = {**LLAMA, **BOTH, **shape, "NUM_SPLITS": 8, "KV_QUANT": False}
     compiled = compile_kernel(
         decode_attention.decode_attention, args=types, constexprs=constants, num_warps=4, num_stages=2
     )

@@ -87,25 +87,30 @@ class AttentionLaunches(CudaLowering):
         seqs = most or self.build_config.max_batch_size
         block_g = 16 if group <= 16 else 32 if group <= 32 else 64
         tiles = kv_heads * -(-group // block_g)
-        partial = counters = lse = None
+        partial = lse = None
         if splits > 1:
             rows = seqs * a["num_heads"] * splits
-            partial = self.room("attention partial", rows * v_head_dim(a) * 4)
-            lse = self.room("attention lse", rows * 4)
-            counters = self.room("attention counters", seqs * tiles * 4)
+            partial = self.room("attention partial", rows * v_head_dim(a) * 8)
+            lse = self.room("attention lse", rows * 8)
         if self._width(node) > 256 or block_g > 16:  # wide heads, many of them: their tiles take many registers
             warps = 8 if block_g * v_head_dim(a) > 64 * 256 else 4
             block_n = 64 if self._width(node) <= 320 else 32
         tile = self._tile_bytes(node, block_n)
         stages = self.stages(max(2, min(3, (112 << 10) // tile)), tile)
         args = self._common(node) | {
-            "partial_ptr": ("*fp32", partial), "lse_ptr": ("*fp32", lse), "counter_ptr": ("*i32", counters),
+            "partial_ptr": ("*i64", partial), "lse_ptr": ("*i64", lse), "step_ptr": ("*i32", "i:step"),
+            "calls": ("i32", self._num_attentions), "call": ("i32", a["layer"]),
         }  # fmt: skip
         return self.launch(
-            "decode_attention", "decode_attention", [[NUM_SEQS, 1], tiles, splits], args,
-            num_warps=warps, num_stages=stages, BLOCK_G=block_g, BLOCK_N=block_n, NUM_SPLITS=splits,
-            **self._options(node),
+            "decode_attention", "decode_attention", [splits, [NUM_SEQS, 1], tiles], args,
+            num_warps=warps, num_stages=stages, BLOCK_G=block_g, BLOCK_N=block_n, NUM_SPLITS=splits, PUSH=True,
+            PULL=True, **self._options(node),
         )  # fmt: skip
+
+    @property
+    def _num_attentions(self) -> int:
+        """Layers that call attention in a step."""
+        return sum(node.op in ("attention", "paged_attention") for node in self.graph.nodes)
 
     def _prefill(self, node: Node) -> Launch:
         a = node.attrs

@@ -12,7 +12,7 @@ from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import NUM_TOKENS
 from trtllm_cli.graph import Node
 
-# Bytes that a rank sends, all others taken together, up to which an all-reduce is one-shot (benchmarks/h200/two_gpus.py).
+# Bytes that a rank sends to all others together, up to which an all-reduce is one-shot (benchmarks/h200/two_gpus.py).
 ONE_SHOT = 4 << 20
 _SLOTS = 2  # calls that staging memory is for at a time
 _WIDEST_NORM = 16384  # elements of a row that a program has in registers

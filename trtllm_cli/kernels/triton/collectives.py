@@ -4,10 +4,9 @@ Every rank of a group has a piece of memory of one layout, which the others have
 how many bytes behind an address in this rank's own the same place in each rank's memory is. RANK is this rank's place
 in the group.
 
-An all-reduce is one-shot: a rank writes what it has to all others, 8 bytes at a time of which 4 are data and 4 a flag,
-and waits for theirs; so no word is read before it is there, and there is no other synchronization (the LL protocol of
-NCCL). `staging_ptr` int64 [2, RANKS, STAGING]: what others wrote here, of two calls in turn. Whoever gets to a call has
-seen every other rank get to the one before it, and so past reading the one before that.
+An all-reduce is one-shot: a rank writes what it has to all others, each word with a flag, and waits for theirs; there
+is no other synchronization. `staging_ptr` int64 [2, RANKS, STAGING]: what others wrote here, of two calls in turn.
+Whoever gets to a call has seen every other rank get to the one before it, and so past reading the one before that.
 
 PUSH and PULL are both set on a GPU. Where one processor plays all the ranks, it first pushes for each, then pulls.
 """
@@ -16,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.device import store, store_quantized
+from trtllm_cli.kernels.triton.device import await_flagged, flagged, store, store_quantized
 from trtllm_cli.kernels.triton.norm import normed
 
 
@@ -51,7 +50,7 @@ def _sum_over_ranks(
     own = tl.load(x_ptr.to(tl.pointer_type(tl.int32)) + row * WORDS + columns, mask=mask, other=0)
     slot, place = (flag & 1).to(tl.int64) * (RANKS * STAGING), row * WORDS + columns
     if PUSH:
-        packed = (own.to(tl.int64) & 0xFFFFFFFF) | (flag.to(tl.int64) << 32)
+        packed = flagged(own, flag)
         for peer in tl.static_range(RANKS):
             if peer != RANK:
                 theirs = tl.multiple_of(_there(staging_ptr, deltas_ptr, peer).to(tl.pointer_type(tl.int64)), 16)
@@ -63,10 +62,7 @@ def _sum_over_ranks(
                 total += _floats(own, IS_BF16)
             else:
                 here = staging_ptr + (slot + source * STAGING) + place
-                got = tl.load(here, mask=mask, other=0, volatile=True)
-                while tl.max((((got >> 32).to(tl.int32) != flag) & mask).to(tl.int32)) != 0:
-                    got = tl.load(here, mask=mask, other=0, volatile=True)
-                total += _floats(got.to(tl.int32), IS_BF16)
+                total += _floats(await_flagged(here, mask, flag), IS_BF16)
     return total
 
 

@@ -1,14 +1,14 @@
 """Attention of one new token a sequence over its paged KV cache, and the device functions it shares with prefill.
 
-Flash-decoding (Dao and others, 2023): several programs each take a part of a sequence's cache, and the last of them to
-finish combines what they found. The query heads of a KV head are rows of one tile, so the cache is read once.
+Flash-decoding (Dao and others, 2023): several programs each take a part of a sequence's cache, show the others what
+they found, and combine some heads each. The query heads of a KV head are rows of one tile, so the cache is read once.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.device import store, tanh
+from trtllm_cli.kernels.triton.device import await_flagged, flagged, store, tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where a running maximum starts: finite, so that a row whose scores are all hidden (-inf) gives zeros, not NaN.
@@ -100,8 +100,8 @@ def in_log2(products, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def attend(
-    acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, first, last, bounds, lowest, num_blocks, length,
-    head, scale, softcap,
+    acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, base, first, last, bounds, lowest, num_blocks,
+    length, head, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -109,13 +109,12 @@ def attend(
 
     acc [M, V_BLOCK] is the sum of weights times values, `total` [M] of weights, `top` [M] the largest score; scores in
     units of log2. With MASKED, row i sees the tokens below `bounds[i]`, from `lowest[i]` on with WINDOW; what lies in
-    the cache past `length` may be NaN. `scale` is that of a score q.k.
+    the cache past `length` may be NaN. `scale` is that of a score q.k; `base` are the `page_rows` of `first`.
     """
     MAIN: tl.constexpr = head_parts(HEAD_DIM)[0]
     REST: tl.constexpr = head_parts(HEAD_DIM)[1]
     V_BLOCK: tl.constexpr = acc.shape[1]
     DTYPE: tl.constexpr = q.dtype
-    base = page_rows(table_ptr, first, num_blocks, head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
     for start in range(first, last, BLOCK_N):
         # Carried over from a tile before, else the compiler spends stages of its pipeline on the block table.
         next_base = page_rows(table_ptr, start + BLOCK_N, num_blocks, head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
@@ -146,35 +145,38 @@ def attend(
 @triton.jit
 def decode_attention(
     q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, kv_scale_ptr,
-    out_scale_ptr, out_ptr, partial_ptr, lse_ptr, counter_ptr, max_blocks, scale, softcap,
+    out_scale_ptr, out_ptr, partial_ptr, lse_ptr, step_ptr, calls, call, max_blocks, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_QUANT: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, PUSH: tl.constexpr, PULL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of the sequences that have one token in this step; the others' rows of `out` are left alone.
 
-    Grid: (num_seqs, NUM_KV_HEADS * cdiv(GROUP, BLOCK_G), NUM_SPLITS). A program takes BLOCK_G (16, 32, 64) of the GROUP
+    Grid: (NUM_SPLITS, num_seqs, NUM_KV_HEADS * cdiv(GROUP, BLOCK_G)). A program takes BLOCK_G (16, 32, 64) of the GROUP
     query heads of a KV head, and its share of the sequence's tiles of BLOCK_N tokens: a power of two that divides
-    BLOCK_SIZE or that it divides. Programs without a share leave early.
+    BLOCK_SIZE or that it divides. Programs without a share leave early. Those that wait for each other begin one after
+    another, so that all of them run when the first of them waits.
 
     q [num_tokens, H * HEAD_DIM] and out [num_tokens, H * V_HEAD_DIM], H = NUM_KV_HEADS * GROUP; caches [num_blocks,
     NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM or V_HEAD_DIM]; block_tables int32 [num_seqs, max_blocks]; query_start int32
-    [num_seqs + 1]; seq_lens int32 [num_seqs], 0: padded; sinks [H], read with SINKS; kv_scale float32 [2], read with
-    KV_QUANT; out_scale float32 [1], read where `out` is float8e4nv. WINDOW 0: none. max_blocks i32; scale and softcap
-    (read with SOFTCAP) fp32.
+    [num_seqs + 1]; seq_lens int32 [num_seqs], 0: padded: none of these four is written in this step. sinks [H], read
+    with SINKS; kv_scale float32 [2], read with KV_QUANT; out_scale float32 [1], read where `out` is float8e4nv. WINDOW
+    0: none. max_blocks i32; scale and softcap (read with SOFTCAP) fp32.
 
-    With NUM_SPLITS > 1: partial float32 [num_seqs * H * NUM_SPLITS * V_HEAD_DIM] and lse float32 [num_seqs * H *
-    NUM_SPLITS] are scratch, counter int32 [num_seqs * grid's second size] is zeros before the first launch, and again
-    after each.
+    With NUM_SPLITS > 1: partial int64 [num_seqs * H * NUM_SPLITS * V_HEAD_DIM] and lse int64 [num_seqs * H *
+    NUM_SPLITS] are scratch for what is `flagged`, zeros at first. step int32 [1]: the step's number, above 0; `call`:
+    which of a step's `calls` this is. On a GPU programs push what they found and pull the others'. Where one processor
+    plays all of them, all push, and then all pull.
     """
-    split = tl.program_id(2)
+    split, seq = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
-    seq = tl.program_id(0)
     token = tl.load(query_start_ptr + seq)
     length = tl.load(seq_lens_ptr + seq)
     if (tl.load(query_start_ptr + seq + 1) - token != 1) | (length <= 0):
+        if PDL:
+            gdc_wait()  # else this kernel could end before the one in front, and the next one take that for ended too
         return
     lowest = 0
     if WINDOW > 0:
@@ -196,99 +198,80 @@ def decode_attention(
     DTYPE: tl.constexpr = dot_dtype(q_ptr.dtype.element_ty, KV_QUANT)
     TILES_G: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    kv_head = tl.program_id(1) // TILES_G
-    first_member = tl.program_id(1) % TILES_G * BLOCK_G
+    kv_head = tl.program_id(2) // TILES_G
+    first_member = tl.program_id(2) % TILES_G * BLOCK_G
     members = first_member + tl.arange(0, BLOCK_G)
     real = members < GROUP
     heads = kv_head * GROUP + members
+    table_ptr, num_blocks = block_tables_ptr + seq.to(tl.int64) * max_blocks, tl.cdiv(length, BLOCK_SIZE)
+    base = page_rows(table_ptr, first, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
     k_scale, v_scale = 1.0, 1.0
     if KV_QUANT:
         k_scale = tl.load(kv_scale_ptr)
         v_scale = tl.load(kv_scale_ptr + 1)
-
-    q_rows = token.to(tl.int64) * NUM_HEADS + heads
-    q = load_q(q_ptr, q_rows, real, 0, MAIN, HEAD_DIM, DTYPE)
-    q_rest = q
-    if REST > 0:
-        q_rest = load_q(q_ptr, q_rows, real, MAIN, REST, HEAD_DIM, DTYPE)
-    acc, top, total = attend(
-        tl.zeros([BLOCK_G, V_BLOCK], tl.float32), tl.full([BLOCK_G], LOWEST, tl.float32),
-        tl.zeros([BLOCK_G], tl.float32), q, q_rest, k_cache_ptr, v_cache_ptr,
-        block_tables_ptr + seq.to(tl.int64) * max_blocks, first, last, tl.full([BLOCK_G], length, tl.int32),
-        tl.full([BLOCK_G], lowest, tl.int32), tl.cdiv(length, BLOCK_SIZE), length, kv_head, scale * k_scale, softcap,
-        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
-    )  # fmt: skip
-
-    cols = tl.arange(0, V_BLOCK)
-    mask = real[:, None] & (cols < V_HEAD_DIM)[None, :]
     out_step = 1.0
     if out_ptr.dtype.element_ty == tl.float8e4nv:
         out_step = tl.load(out_scale_ptr)
-    if num_splits == 1:
-        if SINKS:
-            sinks = tl.load(sinks_ptr + heads, mask=real, other=0.0).to(tl.float32)
-            total += tl.exp2(sinks * LOG2E - top)
-        y = acc * (v_scale / (total * out_step))[:, None]
-        store(out_ptr + (q_rows * V_HEAD_DIM)[:, None] + cols[None, :], y, mask)
-    else:
-        rows = (seq.to(tl.int64) * NUM_HEADS + heads) * NUM_SPLITS + split
-        tl.store(partial_ptr + (rows * V_HEAD_DIM)[:, None] + cols[None, :], acc / total[:, None], mask=mask)
-        tl.store(lse_ptr + rows, top + tl.log2(total), mask=real)
-        # The barrier puts every thread's stores before the one thread's atomic, which releases them.
-        tl.debug_barrier()
-        counter = counter_ptr + seq * tl.num_programs(1) + tl.program_id(1)
-        if tl.atomic_add(counter, 1, sem="acq_rel") == num_splits - 1:
-            tl.store(counter, 0)
-            _combine(
-                partial_ptr, lse_ptr, sinks_ptr, out_ptr, seq.to(tl.int64) * NUM_HEADS + kv_head * GROUP + first_member,
-                token.to(tl.int64) * NUM_HEADS + kv_head * GROUP + first_member, kv_head * GROUP + first_member,
-                GROUP - first_member, num_splits, v_scale / out_step, V_HEAD_DIM, NUM_SPLITS, min(GROUP, BLOCK_G),
-                SINKS,
-            )  # fmt: skip
+    flag = 0
+    if NUM_SPLITS > 1:
+        flag = tl.load(step_ptr) * calls + call
+    if PDL:
+        gdc_wait()
+    seq_row = seq.to(tl.int64) * NUM_HEADS
+    if PUSH:
+        q_rows = token.to(tl.int64) * NUM_HEADS + heads
+        q = load_q(q_ptr, q_rows, real, 0, MAIN, HEAD_DIM, DTYPE)
+        q_rest = q
+        if REST > 0:
+            q_rest = load_q(q_ptr, q_rows, real, MAIN, REST, HEAD_DIM, DTYPE)
+        acc, top, total = attend(
+            tl.zeros([BLOCK_G, V_BLOCK], tl.float32), tl.full([BLOCK_G], LOWEST, tl.float32),
+            tl.zeros([BLOCK_G], tl.float32), q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, base, first, last,
+            tl.full([BLOCK_G], length, tl.int32), tl.full([BLOCK_G], lowest, tl.int32), num_blocks, length, kv_head,
+            scale * k_scale, softcap,
+            NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
+        )  # fmt: skip
+        cols = tl.arange(0, V_BLOCK)
+        mask = real[:, None] & (cols < V_HEAD_DIM)[None, :]
+        if num_splits == 1:
+            if SINKS:
+                sinks = tl.load(sinks_ptr + heads, mask=real, other=0.0).to(tl.float32)
+                total += tl.exp2(sinks * LOG2E - top)
+            y = acc * (v_scale / (total * out_step))[:, None]
+            store(out_ptr + (q_rows * V_HEAD_DIM)[:, None] + cols[None, :], y, mask)
+        else:
+            rows = (seq_row + heads) * NUM_SPLITS + split
+            found = flagged(acc / total[:, None], flag)
+            tl.store(partial_ptr + (rows * V_HEAD_DIM)[:, None] + cols[None, :], found, mask=mask)
+            tl.store(lse_ptr + rows, flagged(top + tl.log2(total), flag), mask=real)
+    if PULL and NUM_SPLITS > 1:
+        if num_splits > 1:
+            for member in range(split, tl.minimum(GROUP - first_member, BLOCK_G), num_splits):
+                head = kv_head * GROUP + first_member + member
+                _combine(
+                    partial_ptr, lse_ptr, sinks_ptr, out_ptr, seq_row + head, token.to(tl.int64) * NUM_HEADS + head,
+                    head, flag, num_splits, v_scale / out_step, V_HEAD_DIM, NUM_SPLITS, SINKS,
+                )  # fmt: skip
 
 
 @triton.jit
 def _combine(
-    partial_ptr, lse_ptr, sinks_ptr, out_ptr, partial_row, out_row, head, count, num_splits, factor,
-    V_HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, MOST: tl.constexpr, SINKS: tl.constexpr,
-):  # fmt: skip
-    """The output of `count` heads, at most MOST, from `head` on, of what each split found: its own output, weighted by
-    2 ** lse.
-    """
-    if MOST <= 8:  # side by side, so that their reads do not wait for each other
-        for i in tl.static_range(MOST):
-            _combine_head(
-                partial_ptr, lse_ptr, sinks_ptr, out_ptr, partial_row + i, out_row + i, head + i, i < count, num_splits,
-                factor, V_HEAD_DIM, NUM_SPLITS, SINKS,
-            )  # fmt: skip
-    else:
-        for i in range(tl.minimum(count, MOST)):
-            _combine_head(
-                partial_ptr, lse_ptr, sinks_ptr, out_ptr, partial_row + i, out_row + i, head + i, True, num_splits,
-                factor, V_HEAD_DIM, NUM_SPLITS, SINKS,
-            )  # fmt: skip
-
-
-@triton.jit
-def _combine_head(
-    partial_ptr, lse_ptr, sinks_ptr, out_ptr, partial_row, out_row, head, real, num_splits, factor,
+    partial_ptr, lse_ptr, sinks_ptr, out_ptr, partial_row, out_row, head, flag, num_splits, factor,
     V_HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
+    """The output of a head of what each split found, once it has: its own output, weighted by 2 ** lse."""
     splits = tl.arange(0, triton.next_power_of_2(NUM_SPLITS))
-    live = (splits < num_splits) & real
+    live = splits < num_splits
     cols = tl.arange(0, triton.next_power_of_2(V_HEAD_DIM))
     wide = cols < V_HEAD_DIM
     rows = partial_row * NUM_SPLITS + splits
-    # Past the first-level cache: other multiprocessors wrote these.
-    lse = tl.load(lse_ptr + rows, mask=live, other=LOWEST, cache_modifier=".cg")
-    parts = tl.load(
-        partial_ptr + (rows * V_HEAD_DIM)[:, None] + cols[None, :], mask=live[:, None] & wide[None, :], other=0.0,
-        cache_modifier=".cg",
-    )  # fmt: skip
-    top = tl.max(lse, axis=0)
+    places, mask = (rows * V_HEAD_DIM)[:, None] + cols[None, :], live[:, None] & wide[None, :]
+    parts = await_flagged(partial_ptr + places, mask, flag).to(tl.float32, bitcast=True)
+    lse = await_flagged(lse_ptr + rows, live, flag).to(tl.float32, bitcast=True)
+    top = tl.max(tl.where(live, lse, LOWEST), axis=0)
     weights = tl.where(live, tl.exp2(lse - top), 0.0)
     total = tl.sum(weights, axis=0)
     if SINKS:
-        total += tl.exp2(tl.load(sinks_ptr + head, mask=real, other=0.0).to(tl.float32) * LOG2E - top)
+        total += tl.exp2(tl.load(sinks_ptr + head).to(tl.float32) * LOG2E - top)
     y = tl.sum(parts * weights[:, None], axis=0) * (factor / total)
-    store(out_ptr + out_row * V_HEAD_DIM + cols, y, wide & real)
+    store(out_ptr + out_row * V_HEAD_DIM + cols, y, wide)

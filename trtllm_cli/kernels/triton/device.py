@@ -111,3 +111,21 @@ def store_quantized(ptrs, y, mask, out_scale_ptr, row_scale_ptr, QUANT: tl.const
         tl.store(row_scale_ptr, step)
         y = y * (1.0 / step)
     store(ptrs, y, mask)
+
+
+@triton.jit
+def flagged(words, flag):
+    """Words of 4 bytes, each with `flag` (int32) in the 4 bytes above it: int64. Whoever reads the flag has the word.
+
+    As memory moves 8 bytes at once, this takes the place of barriers and fences (the LL protocol of NCCL).
+    """
+    return (words.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (flag.to(tl.int64) << 32)
+
+
+@triton.jit
+def await_flagged(ptrs, mask, flag):
+    """The words, int32, that lie `flagged` at `ptrs`, once all of them have this flag."""
+    got = tl.load(ptrs, mask=mask, other=0, volatile=True)
+    while tl.max((((got >> 32).to(tl.int32) != flag) & mask).to(tl.int32)) != 0:
+        got = tl.load(ptrs, mask=mask, other=0, volatile=True)
+    return got.to(tl.int32)

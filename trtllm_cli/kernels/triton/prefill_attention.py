@@ -7,7 +7,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, attend, dot_dtype, head_parts, load_q
+from trtllm_cli.kernels.triton.decode_attention import (
+    LOG2E,
+    LOWEST,
+    attend,
+    dot_dtype,
+    head_parts,
+    load_q,
+    page_rows,
+)
 from trtllm_cli.kernels.triton.device import store
 
 
@@ -105,18 +113,21 @@ def prefill_attention(
     num_blocks = tl.cdiv(length, BLOCK_SIZE)
     if WINDOW > 0:
         acc, top, total = attend(
-            acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, first, all_from, bounds, lowest,
-            num_blocks, length, kv_head, scale * k_scale, softcap,
+            acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr,
+            page_rows(table_ptr, first, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N), first, all_from,
+            bounds, lowest, num_blocks, length, kv_head, scale * k_scale, softcap,
             NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
         )  # fmt: skip
     acc, top, total = attend(
-        acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, all_from, all_to, bounds, lowest,
-        num_blocks, length, kv_head, scale * k_scale, softcap,
+        acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr,
+        page_rows(table_ptr, all_from, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N), all_from, all_to,
+        bounds, lowest, num_blocks, length, kv_head, scale * k_scale, softcap,
         NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, False,
     )  # fmt: skip
     acc, top, total = attend(
-        acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, all_to, end, bounds, lowest,
-        num_blocks, length, kv_head, scale * k_scale, softcap,
+        acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr,
+        page_rows(table_ptr, all_to, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N), all_to, end,
+        bounds, lowest, num_blocks, length, kv_head, scale * k_scale, softcap,
         NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
     )  # fmt: skip
 

@@ -23,8 +23,12 @@ def _store_divided(ptrs, y, mask, step_ptr, QUANT: tl.constexpr):
 
 
 @triton.jit
-def _copy_rows(x_ptr, starts, live, out_ptr, out_starts, step_ptr, WIDTH: tl.constexpr, QUANT: tl.constexpr):
-    """Rows of WIDTH elements."""
+def _copy_rows(
+    x_ptr, starts, live, out_ptr, out_starts, step_ptr, WIDTH: tl.constexpr, QUANT: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """Rows of WIDTH elements, with PDL once the kernel in front has made them."""
+    if PDL:
+        gdc_wait()
     cols = tl.arange(0, triton.next_power_of_2(WIDTH))[None, :]
     mask = live[:, None] & (cols < WIDTH)
     x = tl.load(x_ptr + starts[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
@@ -35,8 +39,11 @@ def _copy_rows(x_ptr, starts, live, out_ptr, out_starts, step_ptr, WIDTH: tl.con
 def _norm_rope_rows(
     x_ptr, starts, live, norm_ptr, eps, table_ptr, positions, out_ptr, out_starts, step_ptr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, NEOX: tl.constexpr, NORM: tl.constexpr, QUANT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Heads, normed and rotated: one row [HEAD_DIM] for each of `starts`."""
+    """Heads, normed and rotated: one row [HEAD_DIM] for each of `starts`; with PDL once the kernel in front has made
+    them.
+    """
     HALF: tl.constexpr = DIM // 2
     REST: tl.constexpr = HEAD_DIM - DIM
     x_rows = x_ptr + starts[:, None]
@@ -48,6 +55,12 @@ def _norm_rope_rows(
     whole = tl.arange(0, 2 * triton.next_power_of_2(max(HALF, 1)))[None, :]
     whole_mask = live[:, None] & (whole < DIM)
 
+    if DIM > 0:
+        angles = table_ptr + (positions.to(tl.int64) * DIM)[:, None]
+        cos = tl.load(angles + half, mask=half_mask, other=0.0)
+        sin = tl.load(angles + HALF + half, mask=half_mask, other=0.0)
+    if PDL:
+        gdc_wait()
     squares = tl.zeros([starts.shape[0]], tl.float32)
     if DIM > 0:
         if NEOX:
@@ -73,9 +86,6 @@ def _norm_rope_rows(
             r *= factor * tl.load(norm_ptr + rest, mask=rest < HEAD_DIM, other=0.0).to(tl.float32)
 
     if DIM > 0:
-        angles = table_ptr + (positions.to(tl.int64) * DIM)[:, None]
-        cos = tl.load(angles + half, mask=half_mask, other=0.0)
-        sin = tl.load(angles + HALF + half, mask=half_mask, other=0.0)
         if NEOX:
             _store_divided(out_rows + half, a * cos - b * sin, half_mask, step_ptr, QUANT)
             _store_divided(out_rows + HALF + half, b * cos + a * sin, half_mask, step_ptr, QUANT)
@@ -108,7 +118,6 @@ def rope_append(
     """
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     Q_GROUPS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KV_GROUPS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
     group = tl.program_id(1)
@@ -123,7 +132,7 @@ def rope_append(
         out_starts = (tokens.to(tl.int64) * NUM_HEADS + heads) * HEAD_DIM
         _norm_rope_rows(
             qkv_ptr, starts + heads * HEAD_DIM, live, q_norm_ptr, eps, table_ptr, positions, q_ptr, out_starts,
-            kv_scale_ptr, HEAD_DIM, DIM, NEOX, NORM, False,
+            kv_scale_ptr, HEAD_DIM, DIM, NEOX, NORM, False, PDL,
         )  # fmt: skip
     else:
         heads = (group - Q_GROUPS) % KV_GROUPS * HEADS + rows % HEADS
@@ -134,11 +143,11 @@ def rope_append(
             positions = tl.load(positions_ptr + tokens, mask=live, other=0)
             _norm_rope_rows(
                 qkv_ptr, starts + (NUM_HEADS + heads) * HEAD_DIM, live, k_norm_ptr, eps, table_ptr, positions,
-                k_cache_ptr, out_starts, kv_scale_ptr, HEAD_DIM, DIM, NEOX, NORM, KV_QUANT,
+                k_cache_ptr, out_starts, kv_scale_ptr, HEAD_DIM, DIM, NEOX, NORM, KV_QUANT, PDL,
             )  # fmt: skip
         else:
             v_starts = starts + (NUM_HEADS + NUM_KV_HEADS + heads) * HEAD_DIM
-            _copy_rows(qkv_ptr, v_starts, live, v_cache_ptr, out_starts, kv_scale_ptr + 1, HEAD_DIM, KV_QUANT)
+            _copy_rows(qkv_ptr, v_starts, live, v_cache_ptr, out_starts, kv_scale_ptr + 1, HEAD_DIM, KV_QUANT, PDL)
 
 
 @triton.jit
@@ -158,7 +167,6 @@ def append(
     """
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     GROUPS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
     group = tl.program_id(1)
     rows = tl.arange(0, TOKENS * HEADS)
@@ -169,7 +177,9 @@ def append(
     source = tokens.to(tl.int64) * NUM_KV_HEADS + heads
     if group < GROUPS:
         out_starts = _cache_offsets(slots, heads, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
-        _copy_rows(k_ptr, source * HEAD_DIM, live, k_cache_ptr, out_starts, kv_scale_ptr, HEAD_DIM, KV_QUANT)
+        _copy_rows(k_ptr, source * HEAD_DIM, live, k_cache_ptr, out_starts, kv_scale_ptr, HEAD_DIM, KV_QUANT, PDL)
     else:
         out_starts = _cache_offsets(slots, heads, V_HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
-        _copy_rows(v_ptr, source * V_HEAD_DIM, live, v_cache_ptr, out_starts, kv_scale_ptr + 1, V_HEAD_DIM, KV_QUANT)
+        _copy_rows(
+            v_ptr, source * V_HEAD_DIM, live, v_cache_ptr, out_starts, kv_scale_ptr + 1, V_HEAD_DIM, KV_QUANT, PDL
+        )
