@@ -142,6 +142,7 @@ class FakeSamplingRunner(FakeRunner):
         self.queue: deque[Callable[[], None]] = deque()
         self.under_way: deque[FakePendingTokens] = deque()
         self.num_started = self.num_forwards = 0
+        self.sampled: list[int] = []
         self.histories: dict[int, tuple[list[int], list[int]]] = {}  # of a row: prompt, output
 
     def samples(self, params: SamplingParams, num_banned: int) -> bool:
@@ -206,6 +207,7 @@ class FakeSamplingRunner(FakeRunner):
                 [tokens[i]], [likely[i]] = sample(chosen[i : i + 1], [state])
         self.last_tokens[:] = EMPTY
         self.last_tokens[sampling.rows] = tokens
+        self.sampled += tokens.tolist()
         for row, token in zip(sampling.rows.tolist(), tokens.tolist(), strict=True):
             if row in self.histories:
                 self.histories[row][1].append(token)

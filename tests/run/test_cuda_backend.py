@@ -162,5 +162,5 @@ def test_an_engine_for_another_gpu_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cuda_runner, "CudaDevice", Other)
     with pytest.raises(EngineError, match="compiled for sm_90a, this GPU .NVIDIA A100. needs sm_80") as caught:
-        cuda_runner.load(engine, engine.config.pretrained_config.mapping.ranks[0])
+        cuda_runner.load(engine, engine.config.pretrained_config.mapping.ranks[0], SingleRank())
     assert "--arch sm_80" in caught.value.fix

@@ -7,7 +7,7 @@ import torch
 from tests.engines import build_engine, save_checkpoint
 from tests.interpreter_device import InterpreterDevice, fake_compile
 from tests.tiny_configs import config, random_weights
-from trtllm_cli.build.backends import cuda, cuda_attention, cuda_linear_steps
+from trtllm_cli.build.backends import cuda, cuda_attention, cuda_tactics
 from trtllm_cli.models import trace_model
 from trtllm_cli.run.backends.cuda import CudaRunner
 from trtllm_cli.run.backends.cuda_inputs import MOST_BANNED, count_tokens
@@ -46,13 +46,10 @@ class OnHost(Counting):
 
 @pytest.fixture
 def few_programs(monkeypatch):
-    """Linears by torch, and no more programs than need be: what is computed before sampling has tests of its own.
-
-    Each size of a batch keeps a way of its own, as the device's graphs are those of the interpreter's last step.
-    """
+    """Linears by torch, and no more programs than need be: what is computed before sampling has tests of its own."""
     monkeypatch.setattr(cuda, "compile_kernels", fake_compile)
-    monkeypatch.setattr(cuda_linear_steps, "few_tokens", lambda shape: [])
-    monkeypatch.setattr(cuda_attention, "_DECODE", tuple((most, 1, 2, 16) for most in (1, 2, 4, None)))
+    monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", lambda self, shape: [])
+    monkeypatch.setattr(cuda_attention, "_DECODE", ((None, 1, 2, 16),))
     monkeypatch.setattr(cuda_attention, "_FEW", 0)
 
 
@@ -84,7 +81,7 @@ def generate(machine, kind=Counting, requests=REQUESTS, num_blocks=60, after=Non
     `after`: a request that is added after so many steps.
     """
     engine, device = machine
-    runner = kind(engine, engine.config.pretrained_config.mapping.ranks[0], device)
+    runner = kind(engine, engine.config.pretrained_config.mapping.ranks[0], device, SingleRank())
     runner.allocate_kv_cache(num_blocks)
     executor = Executor(
         engine.config.build_config, runner, SingleRank(), num_blocks=num_blocks, eos_token_ids=[0],
@@ -151,7 +148,7 @@ def test_plain_steps_pay_nothing(few_programs, tmp_path):
 
 def test_bounds(few_programs, tmp_path):
     engine = build(tmp_path)
-    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], InterpreterDevice())
+    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], InterpreterDevice(), SingleRank())
     everything = SamplingParams(
         min_tokens=2, logprobs=20, repetition_penalty=2.0, presence_penalty=-2.0, frequency_penalty=2.0
     )

@@ -1,6 +1,7 @@
 """An executor one step ahead of a runner that samples gives the tokens of one that knows each before the next step."""
 
 import functools
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,8 @@ from trtllm_cli.errors import EngineError
 from trtllm_cli.run.communicator import SingleRank
 from trtllm_cli.run.executor import Executor
 from trtllm_cli.run.request import SamplingParams
+from trtllm_cli.run.step_inputs import InputBuilder
+from trtllm_cli.run.worker import follow
 
 
 def make(num_blocks=64, *, eos=(), prefix=True, chunked=True, policy="max_utilization", comm=None, **limits):
@@ -352,12 +355,24 @@ def test_a_preempted_sequence_is_counted_anew():
     assert log.tokens == {(i, 0): synchronous(tuple(prompt_of(4, i)), params)[0][0] for i in range(2)}
 
 
-def test_a_world_of_several_ranks_is_not_run_ahead():
-    executor, runner = make(comm=thread_ranks(2)[0])
-    executor.add_request(0, [1, 2], SamplingParams(max_tokens=3))
+def test_several_ranks_sample_the_same_tokens():
+    """Rank 0 tells the others of each step's samples, and they need not tell what they sampled."""
+    leader, follower = thread_ranks(2)
+    executor, runner = make(comm=leader)
+    executor.add_request(0, [1, 2], SamplingParams(max_tokens=3, repetition_penalty=1.5, logprobs=2))
+    executor.add_request(1, [3, 1], SamplingParams(max_tokens=3, temperature=1.0, seed=4))
+    tokens = defaultdict(list)
     while executor.has_work:
-        executor.step()
-    assert (runner.num_started, runner.num_forwards) == (0, 3)
+        for event in executor.step():
+            tokens[event.request_id].append(event.token_id)
+    executor.close()
+    assert runner.num_forwards == 0
+    other = FakeSamplingRunner(VOCAB, BLOCK, max_batch_size=executor.config.max_batch_size)
+    other.allocate_kv_cache(64)
+    follow(other, follower, InputBuilder.of(executor.config), logits_rank=0)
+    assert other.num_started == runner.num_started
+    assert other.sampled == runner.sampled
+    assert sorted(runner.sampled) == sorted(tokens[0] + tokens[1])
 
 
 def test_a_runner_of_logits_is_not_run_ahead():

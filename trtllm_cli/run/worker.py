@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from trtllm_cli.run.backends import SamplingRunner
@@ -40,15 +41,20 @@ def follow(runner: Runner, comm: Communicator, inputs: InputBuilder, logits_rank
     so rank 0 is never more steps ahead than it has under way. Where runners sample, every rank samples the same tokens,
     for its own next step.
     """
+    under_way: deque[PendingTokens] = deque()
     while len(message := comm.broadcast(None)):
         plan, sampling = StepPlan.of_message(message)
         with comm.activity.working(plan.stage):
+            while len(under_way) > (sampling is not None):
+                under_way.popleft().tokens()
             if sampling is not None:
                 assert isinstance(runner, SamplingRunner)
-                start(runner, inputs, plan, sampling)
+                under_way.append(start(runner, inputs, plan, sampling))
                 continue
             logits = compute(runner, inputs, plan)
             if comm.rank == logits_rank:
                 assert logits is not None
                 comm.send(logits, to=0)
     comm.activity.released = True
+    for pending in under_way:
+        pending.tokens()
