@@ -121,6 +121,9 @@ def prefill_milliseconds(runner, config, length: int) -> tuple[float, float, lis
     return sorted(times)[4], sorted(enqueues)[4], times
 
 
+_SHOWN = 14  # kernels one after another: more than a layer
+
+
 def _profile(runner, config, batch: int, context: int, prefills: list[int]) -> None:
     """Where a step's time goes, by kernel."""
     from torch.profiler import ProfilerActivity, profile
@@ -137,6 +140,10 @@ def _profile(runner, config, batch: int, context: int, prefills: list[int]) -> N
         print(f"{kind} x{inputs.num_tokens}: {sum(r[2] for r in rows) / 1e3:.3f} ms in kernels")
         for name, n, us in rows[:12]:
             print(f"   {us / 1e3:8.3f} ms  {n:4d} x {us / n:8.2f} us  {name}")
+        kernels = sorted((e.time_range.start, e.time_range.end, e.name) for e in traced.events())
+        middle = kernels[len(kernels) // 2 :][:_SHOWN]
+        for start, end, name in middle:
+            print(f"   from {start - middle[0][0]:8.2f} to {end - middle[0][0]:8.2f} us  {name[:48]}")
 
 
 if __name__ == "__main__":

@@ -388,7 +388,7 @@ def test_shapes_are_those_that_the_plan_computes(tiny):
         tactics = LinearTactics("sm_90a")
         few_tokens = tactics.few_tokens
         tactics.few_tokens = lambda shape, asked=asked, few=few_tokens: asked.append(shape) or few(shape)
-        cuda.lower(graph, checkpoint.config, limits, "sm_90a", tactics)
+        cuda.lower(graph, checkpoint.config, limits, "sm_90a", tactics=tactics)
         assert {TimedShape.of(shape) for shape in asked} == tactics.chosen.keys()
         assert asked
 
