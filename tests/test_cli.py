@@ -1,5 +1,6 @@
 """The command line itself: help, verbs, flags, exit codes."""
 
+import json
 import subprocess
 import sys
 
@@ -151,3 +152,18 @@ def test_what_is_for_mpirun_is_left_as_it_is():
     expected = ["run", "--engine-dir", "e", "--mpirun-args", "--mca plm_rsh_agent a_b"]
     assert cli.normalize(args)[0] == expected
     assert cli.normalize([*args[:3], "--mpirun_args"])[0] == [*expected[:3], "--mpirun-args"]
+
+
+def test_a_rank_of_a_gpus_engine_has_torch_before_it_is_watched(tmp_path):
+    """Importing torch lets no other thread run for seconds, and the ranks take who is silent for dead."""
+    engines = {}
+    for backend in ("cpu", "cuda"):
+        engines[backend] = tmp_path / backend
+        engines[backend].mkdir()
+        (engines[backend] / "config.json").write_text(json.dumps({"backend": backend}))
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
+    assert cli._is_for_gpu(["run", "--engine-dir", str(engines["cuda"]), "hello"])
+    assert cli._is_for_gpu(["bench", "throughput", f"--engine-dir={engines['cuda']}"])
+    for args in ([], ["--engine-dir"], ["--engine-dir", str(engines["cpu"])], ["--engine-dir", str(tmp_path / "list")]):
+        assert not cli._is_for_gpu(["run", *args])

@@ -1,7 +1,7 @@
 """One table of what the scripts here have measured: python -m benchmarks.h200.results DIRECTORY
 
-Reads every JSON file of the directory that serving.py, ttft.py, startup.py and attention.py have written (of the same
-row the newest) and writes benchmarks/h200/results.md. Ratios above 1 are ahead, of times and of rates.
+Reads every JSON file of the directory that serving.py, ttft.py, startup.py, attention.py and two_gpus.py have written
+(of the same row the newest) and writes benchmarks/h200/results.md. Ratios above 1 are ahead, of times and of rates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def merge(results: list[dict[str, Any]]) -> list[Row]:
     """The newest of each row, in the order of the table."""
     rows: dict[tuple[Any, ...], Row] = {}
     for data in results:
-        for row in data["rows"]:
+        for row in data["rows"] if data["script"] != "two_gpus" else []:
             key = (row["case"], row["shape"], row["format"], row["kv"], row.get("requests"))
             rows[key] = {**row, "date": data["machine"]["date"][:10]}
     places = {case: i for i, case in enumerate(ORDER)}
@@ -66,9 +66,40 @@ def markdown(results: list[dict[str, Any]]) -> str:
     headings = ["row", "model", "weights", "KV", "measured", "unit", "goal", "vLLM", "TensorRT-LLM", "floor", "date"]
     text += table(headings, rows) if rows else ""
     text += "\n" + "".join(dict.fromkeys(notes)) if notes else ""
+    both = [data for data in results if data["script"] == "two_gpus"]
+    if both:
+        text += "\n## Two H200\n\n" + two_gpus(both[-1]["rows"])
     attentions = [data for data in results if data["script"] == "attention"]
     if attentions:
         text += "\n## Attention\n\nThe best tiles of each case.\n\n" + attention.best_table(attentions[-1]["best"])
+    return text
+
+
+def two_gpus(rows: list[Row]) -> str:
+    """What two_gpus.py measured: all-reduces, steps, and the 70B shape."""
+    reduces = [row for row in rows if row["part"] == "reduce"]
+    steps = [row for row in rows if row["part"] == "steps"]
+    served = [row for row in rows if row["part"] == "serve"]
+    text = ""
+    if reduces:
+        lines = []
+        for row in reduces:
+            ours = [f"{row[name]:.1f}" if name in row else "–" for name in ("all_reduce", "all_reduce_add_rms_norm")]
+            ahead = f"×{row['nccl'] / row['all_reduce']:.2f}" if "all_reduce" in row else "–"
+            lines.append([f"{row['bytes'] >> 10} KiB", *ours, f"{row['nccl']:.1f}", ahead])
+        headings = ["all-reduce of", "one-shot, us", "with add and norm, us", "NCCL, us", "ahead of NCCL"]
+        text += table(headings, lines) + "\n"
+    if steps:
+        lines = []
+        for row in steps:
+            times = [f"{row['one_ms']:.2f}", f"{row['two_ms']:.2f}", f"×{row['times']:.2f}"]
+            lines.append([f"{row['kind']} {row['size']}", row["shape"], row["format"], *times])
+        text += table(["step", "model", "weights", "one GPU, ms", "two, ms", "faster"], lines)
+    for row in served:
+        text += (
+            f"\n70B shape, FP8 weights and KV, 128 in, 128 out, {row['requests']} requests: {row['output_tok_s']:,.0f} "
+            f"tok/s, ×{row['of_tensorrt_llm']:.2f} of TensorRT-LLM's published figure.\n"
+        )
     return text
 
 

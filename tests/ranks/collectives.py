@@ -7,9 +7,12 @@ Prints a line of JSON when all is right: the rank, and a hash of each result.
 
 import hashlib
 import json
+import shutil
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -100,6 +103,24 @@ def check_exchanged(comm):
     assert comm.exchange(texts[comm.rank]) == texts
 
 
+def check_flushed(comm):
+    """After `flush` a large message arrives though its sender does nothing more for it."""
+    message = np.arange(1 << 20, dtype=np.int32)
+    got = comm.exchange(tempfile.mkdtemp() if comm.rank == 0 else "")[0]
+    here = Path(got)
+    if comm.rank == 0:
+        comm.broadcast(message)
+        comm.flush()
+        deadline = time.monotonic() + 20
+        while len(list(here.iterdir())) < comm.world_size - 1:
+            assert time.monotonic() < deadline, "the message has not arrived"
+            time.sleep(0.01)
+        shutil.rmtree(here)
+        return
+    np.testing.assert_array_equal(comm.broadcast(None), message)
+    (here / str(comm.rank)).touch()
+
+
 def check_idle(comm):
     """Who waits for rank 0's next message says so, and sleeps."""
     comm.exchange("now")
@@ -136,6 +157,7 @@ def main():
         if comm.rank in group:
             check_sums(comm, group)
             check_gathered(comm, group)
+    check_flushed(comm)
     check_idle(comm)
     comm.finish()
     bits = {name: hashlib.sha256(b"".join(x.tobytes() for x in xs)).hexdigest() for name, xs in results.items()}

@@ -12,7 +12,8 @@ from tests.engines import build_engine, save_checkpoint
 from tests.interpreter_device import InterpreterDevice, fake_compile
 from tests.tiny_configs import VARIANTS, config, random_weights
 from trtllm_cli.build.backends import cuda as cuda_lowering
-from trtllm_cli.errors import DeviceError, EngineError, ResourceError
+from trtllm_cli.build.backends import cuda_attention
+from trtllm_cli.errors import DeviceError, EngineError, ResourceError, UnsupportedError
 from trtllm_cli.kernels.reference import Reference
 from trtllm_cli.models import trace_model
 from trtllm_cli.run.backends import cuda as cuda_runner
@@ -135,6 +136,33 @@ def test_a_step_is_computed_once_whether_its_graph_is_there_or_not(tmp_path):
     logits_of(engine, [{0: [1, 2, 3]}, {0: [4]}, {0: [5]}], device)
     prompt, token = counts
     assert 0 < token - prompt == device.launches - token
+
+
+def test_blocks_are_copied_in_every_layer(tmp_path):
+    engine, _, _ = build_tiny(tmp_path, "llama")
+    device = InterpreterDevice()
+    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], device, SingleRank())
+    runner.allocate_kv_cache(8)
+    parts, start = [], 0
+    for size in (size for pair in runner._plan["kv"] for size in pair):
+        parts.append(runner._kv[start : start + 8 * size].view(8, size))
+        start += 8 * size
+    runner._kv.random_()
+    before = [part.clone() for part in parts]
+    runner.copy_blocks([(1, 4), (1, 6), (3, 0)])
+    for part, old in zip(parts, before, strict=True):
+        for source, destination in ((1, 4), (1, 6), (3, 0)):
+            old[destination] = old[source]
+        assert torch.equal(part, old)
+    assert device.launches == 1
+    runner.close()
+
+
+def test_blocks_that_cannot_be_copied_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_attention, "_COPIED_AT_ONCE", 4096)
+    with pytest.raises(UnsupportedError, match="bytes of keys or values in a layer") as e:
+        build_tiny(tmp_path, "llama")
+    assert e.value.where == "--tokens-per-block"
 
 
 def test_an_engine_that_fails_to_load_leaves_no_file_open(tmp_path, monkeypatch):

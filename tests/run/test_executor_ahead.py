@@ -22,12 +22,15 @@ from trtllm_cli.run.step_inputs import InputBuilder
 from trtllm_cli.run.worker import follow
 
 
-def make(num_blocks=64, *, eos=(), prefix=True, chunked=True, policy="max_utilization", comm=None, **limits):
+def make(
+    num_blocks=64, *, eos=(), prefix=True, chunked=True, policy="max_utilization", comm=None, kind=FakeSamplingRunner,
+    **limits,
+):  # fmt: skip
     defaults = {"max_batch_size": 4, "max_seq_len": 64, "max_num_tokens": 16, "max_input_len": 48}
     config = BuildConfig(
         **{**defaults, **limits}, tokens_per_block=BLOCK, weight_dtype="float32", kv_cache_dtype="float32"
     )
-    runner = FakeSamplingRunner(VOCAB, BLOCK, max_batch_size=config.max_batch_size)
+    runner = kind(VOCAB, BLOCK, max_batch_size=config.max_batch_size)
     runner.allocate_kv_cache(num_blocks)
     executor = Executor(
         config, runner, comm or SingleRank(), vocab_size=VOCAB, num_blocks=num_blocks, eos_token_ids=eos,
@@ -373,6 +376,27 @@ def test_several_ranks_sample_the_same_tokens():
     assert other.num_started == runner.num_started
     assert other.sampled == runner.sampled
     assert sorted(runner.sampled) == sorted(tokens[0] + tokens[1])
+
+
+def test_what_ranks_are_told_has_gone_before_a_gpu_is_waited_for():
+    """Rank 0's GPU waits for the others', and meanwhile rank 0 sends nothing on."""
+    done = []
+
+    class OnGpu(FakeSamplingRunner):
+        def gpu_memory(self):
+            raise AssertionError
+
+        def start(self, inputs, sampling):
+            done.append("start")
+            return super().start(inputs, sampling)
+
+    leader, _ = thread_ranks(2)
+    leader.flush = lambda: done.append("flush")
+    executor, _ = make(comm=leader, kind=OnGpu)
+    executor.add_request(0, [1, 2], SamplingParams(max_tokens=2))
+    while executor.has_work:
+        executor.step()
+    assert done == ["flush", "start"] * 2
 
 
 def test_a_runner_of_logits_is_not_run_ahead():

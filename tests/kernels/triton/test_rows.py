@@ -155,23 +155,6 @@ def test_quantize(launch, dtype, quant, block):
         torch.testing.assert_close(steps[:2], x[:2].abs().amax(1) / LARGEST[dtype], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [FP8, INT8])
-@pytest.mark.parametrize(("width", "group"), [(128, 32), (100, 24)])
-@pytest.mark.parametrize("by_group", [False, True])
-def test_quantize_groups(launch, dtype, width, group, by_group):
-    d, groups = launch.device, -(-width // group)
-    x = torch.randn(3, width, device=d)
-    out, steps = poison((3, width), dtype, d), poison((groups, 3) if by_group else (3, groups), F32, d)
-    strides = (1, 3) if by_group else (groups, 1)
-    launch(rows.quantize_groups, (3, -(-groups // 2)), x, out, steps, *strides, WIDTH=width, X_STRIDE=width,
-           GROUP=group, BLOCK_GROUPS=2, BLOCK=32)  # fmt: skip
-    steps = steps.T if by_group else steps
-    wide = steps.repeat_interleave(group, dim=1)[:, :width]
-    check_quantized(out, x, wide)
-    fmt = "fp8" if dtype == FP8 else "int8"
-    assert error(out.float() * wide, quantization.qdq(x, None, fmt, group)) < 1e-3
-
-
 @pytest.mark.parametrize("fmt", ["fp8", "int8", "fp4"])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("width", "group"), [(96, None), (100, 16)])
@@ -248,7 +231,7 @@ def test_copy_blocks(launch):
     d = launch.device
     parts = [torch.randint(-99, 99, (6, words), dtype=torch.int32, device=d) for words in (64, 24, 40)]
     expected = [p.clone() for p in parts]
-    pairs = torch.tensor([[0, 3], [-1, -1], [0, 5], [2, 1]], dtype=torch.int32, device=d)
+    pairs = torch.tensor([[0, 3], [0, 5], [2, 1]], dtype=torch.int32, device=d)
     for part in expected:
         part[3], part[5], part[1] = part[0].clone(), part[0].clone(), part[2].clone()
     addresses = torch.tensor([p.data_ptr() for p in parts], dtype=torch.int64, device=d)

@@ -44,6 +44,7 @@ class CudaGraphLowering(CollectiveLaunches, LinearLaunches, ExpertLaunches, Atte
         for node in self.graph.nodes:
             getattr(self, f"_{node.op}")(node)
         self.add_sampling()
+        self.add_copies()
 
     def check(self) -> None:
         """Raises UnsupportedError for what the backend cannot do."""
@@ -102,10 +103,10 @@ def lower(
     names = [compiled[source].names for source in lowering.kernels]
     sampling = list(lowering.sampling.values())
     for step in [*lowering.steps, *sampling]:
-        for launches in [*(launches for _, launches in step["ways"]), step.get("without_peers", [])]:
-            for launch in launches:
-                if "kernel" in launch and isinstance(launch["args"], dict):
-                    launch["args"] = [launch["args"][name] for name in names[launch["kernel"]]]
+        launches = [launch for _, way in step["ways"] for launch in way] + step.get("without_peers", []) + lowering.copy
+        for launch in launches:
+            if "kernel" in launch and isinstance(launch["args"], dict):
+                launch["args"] = [launch["args"][name] for name in names[launch["kernel"]]]
     sizes = {NUM_TOKENS: build_config.max_num_tokens, NUM_LOGITS: build_config.max_batch_size}
     memory = Memory(
         weights=total_bytes(t for p in lowering.packings for t in p.tensors.values()),
@@ -118,6 +119,7 @@ def lower(
         "vocab_size": config.vocab_size,
         "kv_layers": len(lowering.kv),
         "kv": [list(pair) for pair in lowering.kv],
+        "copy": lowering.copy,
         "buffers": [{"rows": b.rows, "bytes": b.width} for b in lowering.buffers.buffers],
         "scratch": lowering.scratch,
         "exchange": lowering.exchange,

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from trtllm_cli.build.backends.cuda_program import TYPES, CudaLowering, Dim, Launch
+from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import NUM_SEQS, NUM_TOKENS
 from trtllm_cli.graph import Node
 from trtllm_cli.kernels.reference import v_head_dim
 
 _KV_DTYPES = {"bfloat16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
+NUM_COPIES = "num_copies"
+_COPIED_AT_ONCE = 16  # bytes
+_COPY_BLOCK = 4096  # words of four bytes that a program copies
 _FEW = 64  # tokens up to which a program appends few heads of one token, so that there are programs enough
 # By how many sequences there are: programs that share one's cache, warps of a program, tokens that it takes at once.
 # Few sequences want to be spread over the machine; many want small programs, so that many wait for memory at once
@@ -20,6 +24,17 @@ _DECODE = ((1, 16, 2, 64), (2, 16, 2, 64), (4, 16, 2, 64), (8, 8, 2, 64), (16, 4
 
 class AttentionLaunches(CudaLowering):
     """Launches of kernels/triton/{rope_append,decode_attention,prefill_attention}.py."""
+
+    def add_copies(self) -> None:
+        """The plan's part that copies blocks of the cache, in all layers at once."""
+        parts = [size for pair in self.kv for size in pair]
+        if not parts:
+            return
+        args = {
+            "pairs_ptr": ("*i32", "c:pairs"), "parts_ptr": ("*i64", "c:parts"), "part_words_ptr": ("*i32", "c:words")
+        }  # fmt: skip
+        grid: list[Dim] = [[NUM_COPIES, 1], len(parts), -(-max(parts) // 4 // _COPY_BLOCK)]
+        self.copy = [self.launch("rows", "copy_blocks", grid, args, BLOCK=_COPY_BLOCK)]
 
     def _rope_append(self, node: Node) -> None:
         a = node.attrs
@@ -175,7 +190,15 @@ class AttentionLaunches(CudaLowering):
         assert a["layer"] == len(self.kv), "attention layers are not in order"
         each = 2 if self.build_config.kv_cache_dtype == "bfloat16" else 1
         per = a["num_kv_heads"] * size * each
-        self.kv.append((per * a["head_dim"], per * v_head_dim(a)))
+        sizes = per * a["head_dim"], per * v_head_dim(a)
+        if any(nbytes % _COPIED_AT_ONCE for nbytes in sizes):
+            raise UnsupportedError(
+                f"a block of {size} tokens has {min(sizes)} bytes of keys or values in a layer, and on a GPU that must "
+                f"be a multiple of {_COPIED_AT_ONCE}",
+                where="--tokens-per-block",
+                fix="give 64",
+            )
+        self.kv.append(sizes)
 
     def _is_quantized(self, node: Node) -> bool:
         return node.attrs.get("kv_quant") is not None

@@ -86,7 +86,7 @@ class LinearLaunches(RowLaunches):
         values = {
             "x": self.ref(node.inputs["x"]), "w": weights["weight"], "w_scale": weights.get("scale"),
             "w_zero": weights.get("zero"), "x_scale": self.steps_of_input(node),
-            "bias": self.plain(node.inputs["bias"])[0] if "bias" in node.inputs else None, "residual": None,
+            "bias": self.plain(node.inputs["bias"])[0] if "bias" in node.inputs else None,
             "out_scale": self.largest(fused.inputs["out_scale"]) if fused and "out_scale" in fused.inputs else None,
             "y": self.ref((fused or node).outputs[0]), "num_tokens": f"n:{rows}",
             "scratch": self.room("linear", few.scratch) if few.scratch else None,

@@ -36,11 +36,9 @@ class LinearShape:
     w_scale: PerWhat = "none"
     x_scale: PerWhat = "none"
     has_bias: bool = False
-    has_residual: bool = False
     gated: str = ""  # the activation
     x_type: str = "*bf16"
     bias_type: str = "*bf16"
-    residual_type: str = "*fp32"
     out_type: str = "*bf16"
 
 
@@ -246,7 +244,7 @@ _TYPES = {
 def _args(shape: LinearShape, roles: tuple[str, ...]) -> dict[str, str]:
     plain = {"bf16": "*bf16", "fp8": "*fp8e4nv", "int8": "*i32", "int4": "*i32"}[shape.form]
     types = {
-        **_TYPES, "x": shape.x_type, "w": plain, "bias": shape.bias_type, "residual": shape.residual_type,
+        **_TYPES, "x": shape.x_type, "w": plain, "bias": shape.bias_type,
         "y": shape.out_type,
     }  # fmt: skip
     return {role if role == "num_tokens" else f"{role}_ptr": types[role] for role in roles}
@@ -255,7 +253,7 @@ def _args(shape: LinearShape, roles: tuple[str, ...]) -> dict[str, str]:
 def _common(shape: LinearShape) -> dict[str, Constant]:
     return {
         "N": shape.n, "K": shape.k, "W_SCALE": shape.w_scale, "X_SCALE": shape.x_scale, "HAS_BIAS": shape.has_bias,
-        "HAS_RESIDUAL": shape.has_residual, "GATED": shape.gated, "PDL": True,
+        "GATED": shape.gated, "PDL": True,
     }  # fmt: skip
 
 
@@ -270,7 +268,7 @@ def _scratch(shape: LinearShape, outputs: int, tokens: int, split: int) -> int:
 
 def vector(shape: LinearShape, bm: int, bn: int, bk: int, warps: int, depth: int) -> LinearLaunch:
     """At most bm tokens, bf16 or fp8, tiles [bn, bk], `depth` of them in flight."""
-    roles = ("x", "w", "w_scale", "x_scale", "bias", "residual", "out_scale", "y", "num_tokens")
+    roles = ("x", "w", "w_scale", "x_scale", "bias", "out_scale", "y", "num_tokens")
     source = KernelSource.of(
         "linear", "vector_linear", _args(shape, roles), num_warps=warps, num_stages=1, BM=bm, BN=bn, BK=bk,
         DEPTH=depth, **_common(shape),
@@ -280,7 +278,7 @@ def vector(shape: LinearShape, bm: int, bn: int, bk: int, warps: int, depth: int
 
 def skinny(shape: LinearShape, bm: int, bn: int, bk: int, split: int, stages: int, warps: int) -> LinearLaunch:
     """Tiles [bn outputs, bm tokens] through shared memory, bf16 or fp8."""
-    roles = ("x", "w", "w_scale", "x_scale", "bias", "residual", "out_scale", "scratch", "y", "num_tokens")
+    roles = ("x", "w", "w_scale", "x_scale", "bias", "out_scale", "scratch", "y", "num_tokens")
     source = KernelSource.of(
         "linear", "skinny_linear", _args(shape, roles), num_warps=warps, num_stages=stages, BM=bm, BN=bn, BK=bk,
         SPLIT=split, **_common(shape),
@@ -291,7 +289,7 @@ def skinny(shape: LinearShape, bm: int, bn: int, bk: int, split: int, stages: in
 
 def fragment(shape: LinearShape, bm: int, r: int, u: int, depth: int, split: int, warps: int) -> LinearLaunch:
     """Tiles [16 r outputs, bm tokens] straight to tensor cores, any form; K is a multiple of 16."""
-    roles = ("x", "w", "w_scale", "w_zero", "x_scale", "bias", "residual", "out_scale", "scratch", "y", "num_tokens")
+    roles = ("x", "w", "w_scale", "w_zero", "x_scale", "bias", "out_scale", "scratch", "y", "num_tokens")
     source = KernelSource.of(
         "linear", "fragment_linear", _args(shape, roles), num_warps=warps, num_stages=1, BM=bm, R=r, U=u, DEPTH=depth,
         SPLIT=split, WARPS=warps, FORM=shape.form, GROUP=_group(shape), HAS_ZERO=shape.has_zero,

@@ -6,6 +6,7 @@ A plan is JSON:
     buffers   bytes of a row, and which symbol counts the rows
     scratch   name -> bytes, zero at first
     kv        bytes of a block: of each layer's k, then v
+    copy      launches that copy blocks in all layers
     exchange  name -> bytes, zero at first: memory that the other ranks of the group write to
     peers     references to what they write to; every rank of the group has as many, in the same order
     steps     {"op", "by", "ways": [[most, launches], ...]}: the first way whose `most` (None: any) is at least the
@@ -21,6 +22,7 @@ out, and a symbol may be "SYMBOL*8". An argument is a number, None (no pointer),
 
     "b:N"  buffer     "w:NAME"  weight     "i:NAME"  step input     "s:NAME"  scratch     "n:SYMBOL"  a count
     "k:L" "v:L"  a layer's cache           "last"  the tokens last sampled, by batch row
+    "c:pairs" "c:parts" "c:words"  what to copy, and where each layer's k and v begin and how large a block of them is
     "e:NAME"  exchange memory              "d:N"  how far from `peers`[N] the other ranks' is: collectives.py's deltas
     "x:NAME"  an input of penalties, bans or logprobs
     ["n", DIM]  a number as in a grid
@@ -70,6 +72,7 @@ class CudaLowering(Lowering):
     exchange: dict[str, int] = field(default_factory=dict)
     peers: list[str] = field(default_factory=list)
     kv: list[tuple[int, int]] = field(default_factory=list)
+    copy: list[Launch] = field(default_factory=list)
 
     def prepare(self) -> None:
         """Decides every tensor's dtype, and where it lives."""

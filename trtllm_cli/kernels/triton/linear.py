@@ -9,8 +9,8 @@ Each kernel computes `y [M, N] = x [M, K] @ w [N, K].T`, weights in one of these
     int4   w in pieces of 16 outputs and 64 inputs, 512 bytes. Byte 16 (4 i + j) + 8 h + 4 k + 2 m + l of a piece has in
            its low nibble output i + 8 l and input 32 h + 8 j + 2 k + m, in the high one the input that is 4 behind
 
-and end alike: bias, then the residual's sum, or the gated activation of two halves of N (GATED: rows n and N / 2 + n
-are gate and up; y is [M, N / 2]), rounded to y's dtype or quantized to E4M3. Scales of groups of inputs, `w_scale` and
+and end alike: bias, then the gated activation of two halves of N (GATED: rows n and N / 2 + n are gate and up; y is
+[M, N / 2]) or none, rounded to y's dtype or quantized to E4M3. Scales of groups of inputs, `w_scale` and
 `w_zero`, are float32 [ceil(N / 16), groups, 16]; a weight is (q - zero) * scale. Pieces that are short are padded.
 
 The order of bytes in a piece is what a warp's registers hold before an mma instruction, so int8 and int4 go from memory
@@ -97,8 +97,8 @@ def _unpacked(words, FORM: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _end(
-    acc, up, x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, y_ptr, n, tokens, num_tokens,
-    N: tl.constexpr, W_SCALE: tl.constexpr, X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    acc, up, x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, n, tokens, num_tokens,
+    N: tl.constexpr, W_SCALE: tl.constexpr, X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
     """From sums [BN, BM] to what is stored."""
@@ -115,22 +115,20 @@ def _end(
         y = gated(y, _scaled(up, x_scale, w_scale_ptr, bias_ptr, rows + outputs, W_SCALE, HAS_BIAS), GATED)
     at = tokens[None, :].to(tl.int64) * outputs + n[:, None]
     mask = token_mask[None, :] & (n < outputs)[:, None]
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
     _store(y_ptr + at, y, mask, out_scale_ptr)
 
 
 @triton.jit
 def _end_split(
-    acc, up, scratch_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, y_ptr, n, tokens, num_tokens,
-    N: tl.constexpr, W_SCALE: tl.constexpr, X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    acc, up, scratch_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, n, tokens, num_tokens,
+    N: tl.constexpr, W_SCALE: tl.constexpr, X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """_end, by the last of the SPLIT programs (axis 2) of an output tile (axes 0 and 1)."""
     if SPLIT == 1:
         _end(
-            acc, up, x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, y_ptr, n, tokens, num_tokens, N,
-            W_SCALE, X_SCALE, HAS_BIAS, HAS_RESIDUAL, GATED,
+            acc, up, x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, n, tokens, num_tokens, N,
+            W_SCALE, X_SCALE, HAS_BIAS, GATED,
         )  # fmt: skip
     else:
         BN: tl.constexpr = acc.shape[0]
@@ -153,16 +151,16 @@ def _end_split(
                     total_up += tl.load(at + (SPLIT + i) * (BN * BM), cache_modifier=".cg")
             tl.store(scratch_ptr + tile, 0.0)
             _end(
-                total, total_up, x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, y_ptr, n, tokens,
-                num_tokens, N, W_SCALE, X_SCALE, HAS_BIAS, HAS_RESIDUAL, GATED,
+                total, total_up, x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, n, tokens,
+                num_tokens, N, W_SCALE, X_SCALE, HAS_BIAS, GATED,
             )  # fmt: skip
 
 
 @triton.jit
 def skinny_linear(
-    x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, scratch_ptr, y_ptr, num_tokens,
+    x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, bias_ptr, out_scale_ptr, scratch_ptr, y_ptr, num_tokens,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    W_SCALE: tl.constexpr, X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    W_SCALE: tl.constexpr, X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """bf16 and fp8 through shared memory, the weights as the tall operand, any K.
@@ -202,8 +200,8 @@ def skinny_linear(
                 w_up = tl.load(up_at, mask=inside[None, :], other=0.0)
             up = tl.dot(w_up, x, up)
     _end_split(
-        acc, up, scratch_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, y_ptr, n, tokens,
-        num_tokens, N, W_SCALE, X_SCALE, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT,
+        acc, up, scratch_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, n, tokens,
+        num_tokens, N, W_SCALE, X_SCALE, HAS_BIAS, GATED, SPLIT,
     )  # fmt: skip
 
 
@@ -376,11 +374,11 @@ def _turn(
 
 @triton.jit
 def fragment_linear(
-    x_ptr, w_ptr, w_scale_ptr, w_zero_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, scratch_ptr, y_ptr,
+    x_ptr, w_ptr, w_scale_ptr, w_zero_ptr, x_scale_ptr, bias_ptr, out_scale_ptr, scratch_ptr, y_ptr,
     num_tokens,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, U: tl.constexpr, DEPTH: tl.constexpr,
     SPLIT: tl.constexpr, WARPS: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
-    W_SCALE: tl.constexpr, X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    W_SCALE: tl.constexpr, X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Weights go from memory to registers and tensor cores; a program's warps share out the inputs.
@@ -429,8 +427,8 @@ def fragment_linear(
     n = first + tl.arange(0, R * 16)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
     _end_split(
-        tl.sum(acc, 0), tl.sum(up, 0), scratch_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr,
-        y_ptr, n, tokens, num_tokens, N, W_SCALE, X_SCALE, HAS_BIAS, HAS_RESIDUAL, GATED, SPLIT,
+        tl.sum(acc, 0), tl.sum(up, 0), scratch_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr,
+        y_ptr, n, tokens, num_tokens, N, W_SCALE, X_SCALE, HAS_BIAS, GATED, SPLIT,
     )  # fmt: skip
 
 
@@ -477,9 +475,9 @@ def _scaled(acc, x_scale, w_scale_ptr, bias_ptr, rows, W_SCALE: tl.constexpr, HA
 
 @triton.jit
 def vector_linear(
-    x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, y_ptr, num_tokens,
+    x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, num_tokens,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DEPTH: tl.constexpr,
-    W_SCALE: tl.constexpr, X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    W_SCALE: tl.constexpr, X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BM tokens at most, on the ordinary units, weights bf16 or fp8: grid (outputs / BN).
@@ -537,8 +535,6 @@ def vector_linear(
         if GATED != "":
             up = _finished(tl.sum(up_sums[m], 1), x_scale, w_scale_ptr, bias_ptr, rows + outputs, W_SCALE, HAS_BIAS)
             y = gated(y, up, GATED)
-        if HAS_RESIDUAL:
-            y += tl.load(residual_ptr + m * outputs + n, mask=there, other=0.0).to(tl.float32)
         _store(y_ptr + m * outputs + n, y, there, out_scale_ptr)
 
 

@@ -149,33 +149,6 @@ def quantize(
 
 
 @triton.jit
-def quantize_groups(
-    x_ptr, out_ptr, group_scale_ptr, scale_row_stride, scale_group_stride,
-    WIDTH: tl.constexpr, X_STRIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """Each GROUP elements of a row (the last group may be short) to float8e4nv or int8 by a step of its own.
-
-    Grid (rows, cdiv(cdiv(WIDTH, GROUP), BLOCK_GROUPS)); BLOCK at least GROUP. out [rows, WIDTH], group_scale float32
-    with i32 strides, so that it may be [rows, groups] or [groups, rows].
-    """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    groups = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    within = tl.arange(0, BLOCK)[None, :]
-    columns = groups[:, None] * GROUP + within
-    mask = (within < GROUP) & (columns < WIDTH)
-    x = tl.load(x_ptr + row * X_STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
-    limit: tl.constexpr = 448.0 if out_ptr.dtype.element_ty == tl.float8e4nv else 127.0
-    steps = tl.maximum(tl.max(tl.abs(x), axis=1) / limit, 1e-30)
-    store(out_ptr + row * WIDTH + columns, x * (1.0 / steps)[:, None], mask)
-    places = group_scale_ptr + row * scale_row_stride + groups.to(tl.int64) * scale_group_stride
-    tl.store(places, steps, mask=groups * GROUP < WIDTH)
-
-
-@triton.jit
 def qdq(
     x_ptr, scale_ptr, out_ptr,
     WIDTH: tl.constexpr, X_STRIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -315,17 +288,15 @@ def copy_blocks(
 ):  # fmt: skip
     """Copies blocks of the KV cache in every layer; grid (pairs, parts, cdiv(the largest part's words, BLOCK)).
 
-    pairs int32 [pairs, 2]: source and destination, no destination being a source or another's destination; below 0:
-    nothing to do. A part is what a layer has contiguous, its k or its v: parts int64 [parts], each one's address, a
-    multiple of 16; part_words int32 [parts], how many 4-byte words a block of it has, a multiple of 4.
+    pairs int32 [pairs, 2]: source and destination, no destination being a source or another's destination. A part is
+    what a layer has contiguous, its k or its v: parts int64 [parts], each one's address, a multiple of 16; part_words
+    int32 [parts], how many 4-byte words a block of it has, a multiple of 4.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     pair, part = tl.program_id(0), tl.program_id(1)
     source, destination = tl.load(pairs_ptr + 2 * pair).to(tl.int64), tl.load(pairs_ptr + 2 * pair + 1).to(tl.int64)
-    if source < 0:
-        return
     words = tl.multiple_of(tl.load(part_words_ptr + part), 4)
     base = tl.multiple_of(tl.load(parts_ptr + part).to(tl.pointer_type(tl.int32)), 16)
     offsets = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)

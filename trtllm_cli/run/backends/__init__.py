@@ -42,7 +42,10 @@ class Runner(Protocol):
         ...
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies whole KV cache blocks, (source, destination) each, before the next forward."""
+        """Copies whole KV cache blocks, (source, destination) each, before the next forward.
+
+        No destination is a source, or another's destination.
+        """
         ...
 
     def forward(self, inputs: ModelInputs) -> npt.NDArray[np.float32] | None:

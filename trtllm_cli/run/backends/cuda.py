@@ -151,19 +151,20 @@ class CudaRunner:
         for k, v in self._plan["kv"]:
             self._caches.append((at, at + k * num_blocks))
             at += (k + v) * num_blocks
-        self._num_blocks = num_blocks
+        sizes = [size for pair in self._plan["kv"] for size in pair]
+        self._parts = self._on_device(torch.tensor([at for pair in self._caches for at in pair]), "addresses")
+        self._words = self._on_device(torch.tensor(sizes, dtype=torch.int32) // 4, "sizes")
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See Runner."""
-        assert self._kv is not None
         with self._device.active():
-            start = 0
-            for sizes in self._plan["kv"]:
-                for size in sizes:
-                    part = self._kv[start : start + size * self._num_blocks].view(self._num_blocks, size)
-                    for source, destination in pairs:
-                        part[destination].copy_(part[source])
-                    start += size * self._num_blocks
+            self._pairs = self._on_device(torch.tensor(pairs, dtype=torch.int32), "blocks to copy")
+            step = {"op": "copy", "by": "num_copies", "ways": [[None, self._plan["copy"]]]}
+            counts = {"num_copies": len(pairs)}
+            Program(
+                self._device, self._kernels, [step], self._address, self._tensor, self._rows, key_of([step], counts),
+                mixed=False,
+            ).run(counts)  # fmt: skip
 
     def forward(self, inputs: ModelInputs) -> npt.NDArray[np.float32] | None:
         """See Runner."""
@@ -316,6 +317,8 @@ class CudaRunner:
                 return self._scratch[name].data_ptr()
             case "e":
                 return self._exchange[name].data_ptr()
+            case "c":
+                return {"pairs": self._pairs, "parts": self._parts, "words": self._words}[name].data_ptr()
             case "d":
                 assert self._deltas is not None
                 return self._deltas[int(name)].data_ptr()
@@ -353,9 +356,12 @@ class CudaRunner:
             return None
         there = zip(self._rank.tp_group, found, strict=True)
         deltas = torch.tensor([[base + place for place in offsets[rank]] for rank, base in there]).T
-        deltas = (deltas - deltas[:, [self._rank.tp_rank]]).contiguous()
-        on_device = self._device.empty(deltas.nbytes, "addresses").view(torch.int64).view(deltas.shape)
-        return on_device.copy_(deltas)
+        return self._on_device((deltas - deltas[:, [self._rank.tp_rank]]).contiguous(), "addresses")
+
+    def _on_device(self, values: torch.Tensor, what: str) -> torch.Tensor:
+        """The same numbers in the device's memory."""
+        memory = self._device.empty(max(values.nbytes, 1), what)[: values.nbytes]
+        return memory.view(values.dtype).view(values.shape).copy_(values)
 
     def _arena(self, sizes: list[int], what: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Zeroed memory of these sizes, in one piece; the piece, and its parts."""
