@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +20,9 @@ from trtllm_cli.build.backends.cuda_linears import LinearShape, Tactic, launch_o
 from trtllm_cli.build.backends.cuda_tactics import LinearTactics, fastest
 from trtllm_cli.build.backends.cuda_timing import find_timer  # before the tests' fixture takes it away
 from trtllm_cli.build.timing_cache import TimedOn, TimedShape, TimingCache, TokenTimes
-from trtllm_cli.errors import DeviceError, ResourceError, TimingCacheError, UsageError
-from trtllm_cli.kernels.cuda.compiler import source_digest, triton_version
+from trtllm_cli.errors import DeviceError, ResourceError, TimingCacheError, UnsupportedError, UsageError
+from trtllm_cli.kernels.cuda.compiler import compile_kernels, source_digest, triton_version
+from trtllm_cli.kernels.cuda.kernel import ARCHITECTURES, SHARED_MEMORY
 from trtllm_cli.models import trace_model
 
 QKV = LinearShape("bf16", 6144, 4096)
@@ -485,3 +487,37 @@ def test_no_timer_without_a_gpu(monkeypatch):
     assert find_timer("sm_90a").gpu == "NVIDIA H200"
     monkeypatch.setattr(cuda_timing.torch.cuda, "is_available", lambda: False)
     assert find_timer("sm_90a") is None
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+def test_what_ships_fits_every_architecture(arch, form):
+    """A kernel that asks for more shared memory than there is would be refused where the engine is loaded."""
+    for n, k, gated in ((6144, 4096, ""), (4096, 4096, ""), (28672, 4096, "silu"), (4096, 14336, "")):
+        shape = LinearShape(form, n, k, gated=gated, x_type="*fp8e4nv" if form == "fp8" else "*bf16")
+        launches = LinearTactics(arch).few_tokens(shape)
+        assert launches
+        for _, launch in launches:
+            constants = dict(launch.source.constants)
+            if launch.source.function == "skinny_linear":
+                rows = constants["BM"] + constants["BN"] * (2 if gated else 1)
+                size = rows * constants["BK"] * (1 if form == "fp8" else 2) * launch.source.num_stages
+                assert size <= SHARED_MEMORY[arch] - 2048
+
+
+def test_a_linear_that_did_not_fit_compiles_for_less_memory():
+    shape = LinearShape("bf16", 28672, 4096, gated="silu")
+    source = LinearTactics("sm_89").few_tokens(shape)[-1][1].source.on("sm_89")
+    assert source.function == "skinny_linear"
+    assert compile_kernels([source], "sm_89")[source].shared <= SHARED_MEMORY["sm_89"]
+
+
+def test_a_kernel_that_does_not_fit_is_refused_when_built(tiny, monkeypatch):
+    def too_large(sources, arch, progress=None):
+        return {s: replace(k, shared=100 << 10) for s, k in fake_compile(sources, arch, progress).items()}
+
+    monkeypatch.setattr(cuda, "compile_kernels", too_large)
+    options = builder.BuildOptions(backend="cuda", max_seq_len=64)
+    builder.plan_build(tiny, replace(options, arch="sm_80"))
+    with pytest.raises(UnsupportedError, match="takes 102400 bytes of shared memory for this model, sm_89 has 101376"):
+        builder.plan_build(tiny, replace(options, arch="sm_89"))

@@ -138,58 +138,44 @@ def test_other_families(tmp_path, family):
     check(results[1], results[0], 3e-2)
 
 
+class Logits:
+    """A runner that does not sample: the executor does."""
+
+    def __init__(self, runner):
+        self.forward, self.copy_blocks, self.close = runner.forward, runner.copy_blocks, runner.close
+
+
 def test_every_rank_samples_the_same_tokens_ahead(tmp_path, snapshot):
     """An executor over two ranks, one step ahead, gives the tokens of one over one rank's logits."""
     requests = [([5, 6, 7], 0.0), ([9, 8, 7, 6, 5, 4], 0.8)]
-
-    def tokens_of(executor):
-        for i, (prompt, temperature) in enumerate(requests):
-            executor.add_request(i, prompt, SamplingParams(max_tokens=4, temperature=temperature, seed=7 + i))
-        tokens = {i: [] for i in range(len(requests))}
-        while executor.has_work:
-            for event in executor.step():
-                tokens[event.request_id].append(event.token_id)
-        executor.close()
-        return tokens
-
     engine = build(tmp_path, snapshot, options={"tp_size": 2}, max_batch_size=4)
-    config = engine.config
+    limits, vocab_size = engine.config.build_config, engine.config.pretrained_config.vocab_size
 
-    def work(comm):
-        runner = load(engine, comm)
-        last = None
-        if comm.rank == 0:
-            executor = Executor(
-                config.build_config, runner, comm, vocab_size=config.pretrained_config.vocab_size, num_blocks=64
-            )
-            last = tokens_of(executor)
-        else:
-            follow(runner, comm, InputBuilder.of(config.build_config), logits_rank=0)
-        rows = runner._last.view(-1)[: 4 * 4].clone()
-        runner.close()
-        return last, rows
+    def generate(kind):
+        """Rank 0's tokens by request, and each rank's runner."""
 
-    (tokens, of_leader), (_, of_follower) = run_ranks(2, work)
-    assert of_leader.equal(of_follower)
-    assert all(len(of_one) == 4 for of_one in tokens.values())
+        def work(comm):
+            loaded = load(engine, comm)
+            runner, tokens = kind(loaded), None
+            if comm.rank == 0:
+                executor = Executor(limits, runner, comm, vocab_size=vocab_size, num_blocks=64)
+                for i, (prompt, temperature) in enumerate(requests):
+                    executor.add_request(i, prompt, SamplingParams(max_tokens=4, temperature=temperature, seed=7 + i))
+                tokens = {i: [] for i in range(len(requests))}
+                while executor.has_work:
+                    for event in executor.step():
+                        tokens[event.request_id].append(event.token_id)
+                executor.close()
+            else:
+                follow(runner, comm, InputBuilder.of(limits), logits_rank=0)
+            runner.close()
+            return tokens, loaded
 
-    class Logits:
-        """A runner that does not sample: the executor does."""
+        (tokens, leader), (_, follower) = run_ranks(2, work)
+        return tokens, leader, follower
 
-        def __init__(self, runner):
-            self.forward, self.copy_blocks, self.close = runner.forward, runner.copy_blocks, runner.close
-
-    def work_synchronously(comm):
-        runner = Logits(load(engine, comm))
-        last = None
-        if comm.rank == 0:
-            executor = Executor(
-                config.build_config, runner, comm, vocab_size=config.pretrained_config.vocab_size, num_blocks=64
-            )
-            last = tokens_of(executor)
-        else:
-            follow(runner, comm, InputBuilder.of(config.build_config), logits_rank=0)
-        runner.close()
-        return last
-
-    assert run_ranks(2, work_synchronously)[0] == tokens
+    tokens, leader, follower = generate(lambda runner: runner)
+    rows = 4 * limits.max_batch_size
+    assert leader._last[:rows].equal(follower._last[:rows])
+    assert [len(of_one) for of_one in tokens.values()] == [4, 4]
+    assert generate(Logits)[0] == tokens

@@ -23,7 +23,7 @@ from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import NUM_LOGITS, NUM_TOKENS
 from trtllm_cli.graph import Graph
 from trtllm_cli.kernels.cuda.compiler import compile_kernels, triton_version
-from trtllm_cli.kernels.cuda.kernel import ARCHITECTURES, CompiledKernel, KernelSource
+from trtllm_cli.kernels.cuda.kernel import ARCHITECTURES, SHARED_MEMORY, CompiledKernel, KernelSource
 from trtllm_cli.tensor_file import TensorInfo, total_bytes
 
 if TYPE_CHECKING:
@@ -98,6 +98,14 @@ def lower(
     )
     lowering.lower(working)
     compiled = compile_kernels(list(lowering.kernels), arch, working and partial(working, "compiling kernels"))
+    for kernel in compiled.values():
+        if kernel.shared > SHARED_MEMORY[arch]:
+            raise UnsupportedError(
+                f"`{kernel.entry}` takes {kernel.shared} bytes of shared memory for this model, {arch} has "
+                f"{SHARED_MEMORY[arch]}",
+                where="--arch",
+                fix="build for another architecture, and report this: the lowering should not have asked for it",
+            )
     table, blob = _image(lowering.kernels, compiled)
     lowering.add(KERNELS, TensorInfo("uint8", (len(blob),)), lambda _: torch.frombuffer(blob, dtype=torch.uint8))
     names = [compiled[source].names for source in lowering.kernels]

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from trtllm_cli.kernels.cuda.kernel import Constant, KernelSource
+from trtllm_cli.kernels.cuda.kernel import Constant, KernelSource, stages_that_fit
 
 Form = Literal["bf16", "fp8", "int8", "int4"]
 PerWhat = Literal["none", "one", "row"]
@@ -139,6 +139,15 @@ def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
     if shape.form == "int8" or (weight_only(shape) and _group(shape) % (64 * u) and _group(shape) != shape.k):
         u = 1  # a round of int8 then has as many bytes as one of int4, or groups are short
     return Tactic("fragment", (bm, r, u, depth, split if _split_fits(shape, bm, 16 * r) else 1, warps))
+
+
+def fitted(shape: LinearShape, tactic: Tactic, arch: str) -> Tactic:
+    """The tactic with no more stages than the architecture's shared memory has room for."""
+    if tactic.kernel != "skinny":
+        return tactic
+    bm, bn, bk, split, stages, warps = tactic.tiles
+    tiles = (bm + (2 * bn if shape.gated else bn)) * bk * (1 if shape.form == "fp8" else 2)
+    return Tactic("skinny", (bm, bn, bk, split, stages_that_fit(arch, stages, tiles), warps))
 
 
 def launch_of(shape: LinearShape, tactic: Tactic) -> LinearLaunch:

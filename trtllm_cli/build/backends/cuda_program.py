@@ -42,7 +42,7 @@ from trtllm_cli.build.backends.weights import Lowering
 from trtllm_cli.build.passes.plan_buffers import BufferPlan, plan_buffers
 from trtllm_cli.functional import NUM_TOKENS
 from trtllm_cli.graph import Graph, Node, TensorType
-from trtllm_cli.kernels.cuda.kernel import ARCHITECTURES, KernelSource
+from trtllm_cli.kernels.cuda.kernel import KernelSource, stages_that_fit
 from trtllm_cli.tensor_file import TensorInfo
 
 Dim = int | Sequence[Any]
@@ -55,8 +55,6 @@ TYPES = {
 _BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "int32": 4}
 _JOINED = {("linear", "gated_act"), ("all_reduce", "add_rms_norm")}
 RESIDUAL = "float32"  # the sum over the layers is kept in
-# Bytes of shared memory that a program may have, less what a kernel takes for other things than its tiles.
-_SHARED = {(8, 0): 160 << 10, (8, 9): 96 << 10, (9, 0): 224 << 10, (10, 0): 224 << 10, (12, 0): 96 << 10}
 
 
 @dataclass
@@ -159,7 +157,7 @@ class CudaLowering(Lowering):
 
     def stages(self, most: int, tiles: int) -> int:
         """Of a kernel's pipeline: as many as shared memory has room for, each `tiles` bytes."""
-        return max(1, min(most, _SHARED[ARCHITECTURES[self.arch]] // tiles))
+        return stages_that_fit(self.arch, most, tiles)
 
     def room(self, name: str, nbytes: int) -> str:
         """Scratch memory of at least so many bytes, shared by those who name it alike."""

@@ -11,7 +11,14 @@ from functools import partial
 from typing import Any, Literal
 
 from trtllm_cli.build.backends.cuda_candidates import candidates
-from trtllm_cli.build.backends.cuda_linears import LinearLaunch, LinearShape, Tactic, launch_of, shipped_tactics
+from trtllm_cli.build.backends.cuda_linears import (
+    LinearLaunch,
+    LinearShape,
+    Tactic,
+    fitted,
+    launch_of,
+    shipped_tactics,
+)
 from trtllm_cli.build.backends.cuda_timing import Timer, compile_work, missing, time_work
 from trtllm_cli.build.lowered import Working
 from trtllm_cli.build.timing_cache import (
@@ -104,7 +111,7 @@ class LinearTactics:
         """(most tokens, launch), ascending; beyond the last one cuBLASLt is as fast."""
         choice = self.chosen.get(TimedShape.of(shape))
         tactics = choice.tactics if choice else shipped_tactics(shape)
-        return [(most, launch_of(shape, tactic)) for most, tactic in tactics]
+        return [(most, launch_of(shape, fitted(shape, tactic, self.arch))) for most, tactic in tactics]
 
     @property
     def cache(self) -> TimingCache:

@@ -9,7 +9,18 @@ from typing import Any
 # What engines are built for, and the compute capability of each: A100, L40S and RTX 40, H100 and H200, B200, RTX 50.
 ARCHITECTURES = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_100a": (10, 0), "sm_120a": (12, 0)}
 
+# Bytes of shared memory that a program may have on them.
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90a": 227 << 10, "sm_100a": 227 << 10, "sm_120a": 99 << 10}
+
 Constant = int | float | bool | str | None
+
+_NOT_TILES = 3 << 10  # bytes of shared memory that a kernel takes for other things than its tiles
+
+
+def stages_that_fit(arch: str, most: int, tiles: int) -> int:
+    """Of a kernel's pipeline, at most `most`: as many as shared memory has room for, each of `tiles` bytes."""
+    return max(1, min(most, (SHARED_MEMORY[arch] - _NOT_TILES) // tiles))
+
 
 # An argument's type as Triton's signatures have it, "*bf16" or "i32"; ":16" behind an integer: it is a multiple of 16.
 # Pointers always are: buffers and weights begin at multiples of 64 bytes.
