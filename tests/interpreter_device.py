@@ -52,6 +52,7 @@ class InterpreterDevice:
         self._regions: list[torch.Tensor] = []
         self.launches = 0
         self.comm, self._sees_peers = comm, sees_peers
+        self._group: tuple[int, ...] = ()
         self.calls: list[str] = []
         self._recorded: list[Any] | None = None
 
@@ -64,9 +65,8 @@ class InterpreterDevice:
         return [int(found[rank]) for rank in group] if self._sees_peers else None
 
     def await_peers(self):
-        if self.comm is None:
-            return
-        self.comm.all_reduce(np.zeros(1), self._group)
+        if self._group:
+            self.comm.all_reduce(np.zeros(1), self._group)
 
     def do(self, work, *args):
         """Does it, or notes it for a graph."""

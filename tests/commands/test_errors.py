@@ -149,7 +149,7 @@ def test_damaged_machine_code_is_never_loaded(copy, trtllm):
     [
         ({"build_config__max_batch_size": 400}, "was edited"),
         ({"pretrained_config__vocab_size": 1000}, "was edited"),
-        ({"format_version": 3}, "format version 3"),
+        ({"format_version": 2}, "format version 2"),
         ({"backend": "tpu"}, "built for the backend 'tpu'"),
         ({"backend": "cuda"}, "was edited"),
     ],

@@ -156,14 +156,6 @@ def test_bounds(few_programs, tmp_path):
     assert not runner.samples(everything, MOST_BANNED + 1)
     runner._plan["most_logprobs"] = 19
     assert not runner.samples(everything, 0)
-    for name in ("penalties", "bans", "logprobs"):  # as of an engine that was built before
-        del runner._plan["sampling"][name]
-    assert runner.samples(SamplingParams(temperature=1.0, top_k=3, min_tokens=2), 0)
-    for params, num_banned in (
-        (SamplingParams(logprobs=0), 0), (SamplingParams(repetition_penalty=1.1), 0),
-        (SamplingParams(frequency_penalty=1.1), 0), (SamplingParams(presence_penalty=1.1), 0), (SamplingParams(), 1),
-    ):  # fmt: skip
-        assert not runner.samples(params, num_banned)
     runner.close()
 
 

@@ -162,8 +162,11 @@ def _gpu_kernels(plan: dict[str, Any]) -> list[dict[str, Any]]:
     """The kernels of a cuda plan: what each is, how it is tiled, what it takes of a multiprocessor."""
     used: Counter[int] = Counter(
         launch["kernel"]
-        for step in [*plan["steps"], *plan["sampling"].values()]
-        for _, launches in step["ways"]
+        for launches in [
+            *(way for step in [*plan["steps"], *plan["sampling"].values()] for _, way in step["ways"]),
+            *(step.get("without_peers", []) for step in plan["steps"]),
+            plan["copy"],
+        ]
         for launch in launches
         if "kernel" in launch
     )

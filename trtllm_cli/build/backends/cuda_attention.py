@@ -31,8 +31,10 @@ class AttentionLaunches(CudaLowering):
         if not parts:
             return
         args = {
-            "pairs_ptr": ("*i32", "c:pairs"), "parts_ptr": ("*i64", "c:parts"), "part_words_ptr": ("*i32", "c:words")
-        }  # fmt: skip
+            "pairs_ptr": ("*i32", self.room("copy pairs", self.build_config.max_batch_size * 8)),
+            "parts_ptr": ("*i64", self.room("copy parts", len(parts) * 8)),
+            "part_words_ptr": ("*i32", self.room("copy words", len(parts) * 4)),
+        }
         grid: list[Dim] = [[NUM_COPIES, 1], len(parts), -(-max(parts) // 4 // _COPY_BLOCK)]
         self.copy = [self.launch("rows", "copy_blocks", grid, args, BLOCK=_COPY_BLOCK)]
 

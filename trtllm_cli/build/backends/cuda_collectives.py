@@ -82,11 +82,11 @@ class CollectiveLaunches(RowLaunches):
         block = min(BLOCK, triton.next_power_of_2(width))
         symbol = self.rows(x)
         arrivals = self.exchanged("arrivals", 4 * group["RANKS"])
-        args = {"arrivals_ptr": ("*i32", arrivals), "deltas_ptr": self.deltas(arrivals)}
+        args = {"arrivals_ptr": ("*i32", arrivals), "deltas_ptr": self.deltas(arrivals, group["RANKS"])}
         once: list[Dim] = [[symbol, 1 << 30]]  # no program where there are no rows
         sync = self.launch("collectives", "sync_ranks", once, args, num_warps=1, PUSH=True, PULL=True, **group)
         out = self._out(node.output)
-        copied = {"x_ptr": self._out(x), "deltas_ptr": self.deltas(out[1]), "out_ptr": out}
+        copied = {"x_ptr": self._out(x), "deltas_ptr": self.deltas(out[1], group["RANKS"]), "out_ptr": out}
         grid: list[Dim] = [self._dim(x), -(-width // block)]
         copy = self.launch("collectives", "all_gather", grid, copied, WIDTH=width, BLOCK=block, **group)
         self.ways(node.op, symbol, [(None, [sync, copy, sync])], without_peers=[self._over_group(node)])
@@ -124,7 +124,8 @@ class CollectiveLaunches(RowLaunches):
         staging = self.exchanged("staging", _SLOTS * ranks * self._staging(node) * 8)
         call = self._reduces.index(node.output)
         return {
-            "x_ptr": self._out(node.inputs["x"]), "staging_ptr": ("*i64", staging), "deltas_ptr": self.deltas(staging),
+            "x_ptr": self._out(node.inputs["x"]),
+            "staging_ptr": ("*i64", staging), "deltas_ptr": self.deltas(staging, ranks),
             "step_ptr": ("*i32", "i:step"), "calls": ("i32", len(self._reduces)), "call": ("i32", call),
         }  # fmt: skip
 

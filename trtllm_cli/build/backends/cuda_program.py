@@ -6,9 +6,11 @@ A plan is JSON:
     buffers   bytes of a row, and which symbol counts the rows
     scratch   name -> bytes, zero at first
     kv        bytes of a block: of each layer's k, then v
-    copy      launches that copy blocks in all layers
+    copy      launches that copy blocks in all layers: the scratch "copy pairs" says which, "copy parts" where each k
+              and v begins, "copy words" how many words of 4 bytes a block of it has
     exchange  name -> bytes, zero at first: memory that the other ranks of the group write to
-    peers     references to what they write to; every rank of the group has as many, in the same order
+    peers     references to what they write to; every rank of the group has as many, in the same order; the scratch
+              "deltas" says how far the others' is, int64 [peers, ranks]
     steps     {"op", "by", "ways": [[most, launches], ...]}: the first way whose `most` (None: any) is at least the
               symbol `by`; a launch with "when": "mixed" is left out of steps in which every sequence has one token;
               "without_peers": the launches where ranks do not see each other's memory
@@ -22,8 +24,7 @@ out, and a symbol may be "SYMBOL*8". An argument is a number, None (no pointer),
 
     "b:N"  buffer     "w:NAME"  weight     "i:NAME"  step input     "s:NAME"  scratch     "n:SYMBOL"  a count
     "k:L" "v:L"  a layer's cache           "last"  the tokens last sampled, by batch row
-    "c:pairs" "c:parts" "c:words"  what to copy, and where each layer's k and v begin and how large a block of them is
-    "e:NAME"  exchange memory              "d:N"  how far from `peers`[N] the other ranks' is: collectives.py's deltas
+    "e:NAME"  exchange memory              "d:N"  a row of deltas
     "x:NAME"  an input of penalties, bans or logprobs
     ["n", DIM]  a number as in a grid
     ["b:N", SYMBOL, BYTES]  so many bytes for each of SYMBOL behind it
@@ -169,10 +170,11 @@ class CudaLowering(Lowering):
         self.exchange[name] = max(self.exchange.get(name, 0), nbytes)
         return f"e:{name}"
 
-    def deltas(self, ref: str) -> tuple[str, str]:
+    def deltas(self, ref: str, ranks: int) -> tuple[str, str]:
         """Of a buffer or exchange memory, how far the others' is: Triton's type, and the reference."""
         if not ref.startswith("e:") or ref not in self.peers:  # another rank may have another tensor in a buffer
             self.peers.append(ref)
+            self.room("deltas", len(self.peers) * ranks * 8)
             return "*i64", f"d:{len(self.peers) - 1}"
         return "*i64", f"d:{self.peers.index(ref)}"
 

@@ -90,11 +90,6 @@ class CudaRunner:
             self._file.close()
             raise
 
-    @property
-    def has_peers(self) -> bool:
-        """Whether kernels here write to the memory of other ranks' GPUs."""
-        return self._deltas is not None
-
     def _load(self) -> None:
         """Kernels and weights, and memory for all but the KV cache."""
         device, limits, plan = self._device, self._limits, self._plan
@@ -110,11 +105,11 @@ class CudaRunner:
         whole, parts = self._arena([*sizes, *plan["exchange"].values()], "the activations")
         self._buffers = parts[: len(sizes)]
         self._exchange = dict(zip(plan["exchange"], parts[len(sizes) :], strict=True))
-        self._deltas = self._find_peers(whole)
-        self._steps = plan["steps"] if self.has_peers else [_alone(step) for step in plan["steps"]]
         self._scratch = dict(
             zip(plan["scratch"], self._arena(list(plan["scratch"].values()), "scratch memory")[1], strict=True)
         )
+        self.has_peers = self._find_peers(whole)  # whether kernels here write to the memory of other ranks' GPUs
+        self._steps = plan["steps"] if self.has_peers else [_alone(step) for step in plan["steps"]]
         self._last = device.empty((limits.max_batch_size + 1) * 4, "the tokens")
         self._last.zero_()
         self._layouts = [InputLayout(limits, mixed=mixed) for mixed in (False, True)]
@@ -128,7 +123,7 @@ class CudaRunner:
         self._special = device.empty(self._special_layout.size * 4, "a step's inputs").view(torch.int32)
         self._special_slots = [SpecialSlot(device, self._special_layout, self._special) for _ in range(_SLOTS)]
         self._histories: list[list[torch.Tensor]] = [[] for _ in range(_SLOTS)]  # on their way
-        shape = (limits.max_batch_size, 1 + plan.get("most_logprobs", 0))
+        shape = (limits.max_batch_size, 1 + plan["most_logprobs"])
         self._logprobs = [
             [device.host(4 * shape[0] * shape[1]).view(dtype).view(shape) for dtype in (torch.int32, torch.float32)]
             for _ in range(_SLOTS)
@@ -152,19 +147,20 @@ class CudaRunner:
             self._caches.append((at, at + k * num_blocks))
             at += (k + v) * num_blocks
         sizes = [size for pair in self._plan["kv"] for size in pair]
-        self._parts = self._on_device(torch.tensor([at for pair in self._caches for at in pair]), "addresses")
-        self._words = self._on_device(torch.tensor(sizes, dtype=torch.int32) // 4, "sizes")
+        if sizes:
+            self._put("copy parts", torch.tensor([at for pair in self._caches for at in pair]))
+            self._put("copy words", torch.tensor(sizes, dtype=torch.int32) // 4)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See Runner."""
+        step = {"op": "copy", "by": "num_copies", "ways": [[None, self._plan["copy"]]]}
+        most = self._limits.max_batch_size
         with self._device.active():
-            self._pairs = self._on_device(torch.tensor(pairs, dtype=torch.int32), "blocks to copy")
-            step = {"op": "copy", "by": "num_copies", "ways": [[None, self._plan["copy"]]]}
-            counts = {"num_copies": len(pairs)}
-            Program(
-                self._device, self._kernels, [step], self._address, self._tensor, self._rows, key_of([step], counts),
-                mixed=False,
-            ).run(counts)  # fmt: skip
+            for begin in range(0, len(pairs), most):
+                some = pairs[begin : begin + most]
+                self._put("copy pairs", torch.tensor(some, dtype=torch.int32))
+                counts = {"num_copies": len(some)}
+                self._program([step], counts, mixed=False, name="copy").run(counts)
 
     def forward(self, inputs: ModelInputs) -> npt.NDArray[np.float32] | None:
         """See Runner."""
@@ -179,9 +175,6 @@ class CudaRunner:
 
     def samples(self, params: SamplingParams, num_banned: int) -> bool:
         """See SamplingRunner."""
-        if "penalties" not in self._plan["sampling"]:  # the engine was built before there were kernels for these
-            penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-            return penalties == (1.0, 0.0, 0.0) and not num_banned and params.logprobs is None
         return num_banned <= MOST_BANNED and (params.logprobs or 0) <= self._plan["most_logprobs"]
 
     def start(self, inputs: ModelInputs, sampling: SamplingInputs) -> PendingTokens:
@@ -317,11 +310,8 @@ class CudaRunner:
                 return self._scratch[name].data_ptr()
             case "e":
                 return self._exchange[name].data_ptr()
-            case "c":
-                return {"pairs": self._pairs, "parts": self._parts, "words": self._words}[name].data_ptr()
             case "d":
-                assert self._deltas is not None
-                return self._deltas[int(name)].data_ptr()
+                return self._scratch["deltas"].data_ptr() + int(name) * self._rank.mapping.tp_size * 8
             case "x":
                 return self._special.data_ptr() + self._special_layout.offsets[name] * 4
             case "k" | "v":
@@ -342,26 +332,28 @@ class CudaRunner:
         kind_of = getattr(torch, dtype)
         return base[offset : offset + shape[0] * shape[1] * kind_of.itemsize].view(kind_of).view(shape)
 
-    def _find_peers(self, memory: torch.Tensor) -> torch.Tensor | None:
-        """int64 [the plan's peers, ranks]: how far what each rank of the group has is from this one's; `memory` holds
-        all of it. None where ranks do not see each other's memory.
+    def _find_peers(self, memory: torch.Tensor) -> bool:
+        """Tells the kernels where what each rank of the group has is; `memory` holds all of this one's.
+
+        Whether the ranks see each other's memory.
         """
         refs = self._plan["peers"]
         if not refs:
-            return None
+            return False
         found = self._device.find_peers(memory, self._rank.tp_group, self._comm)
         own = [self._address(ref) - memory.data_ptr() for ref in refs]
         offsets = [json.loads(text) for text in self._comm.exchange(json.dumps(own))]
         if found is None:
-            return None
+            return False
         there = zip(self._rank.tp_group, found, strict=True)
-        deltas = torch.tensor([[base + place for place in offsets[rank]] for rank, base in there]).T
-        return self._on_device((deltas - deltas[:, [self._rank.tp_rank]]).contiguous(), "addresses")
+        addresses = torch.tensor([[base + place for place in offsets[rank]] for rank, base in there]).T
+        self._put("deltas", addresses - addresses[:, [self._rank.tp_rank]])
+        return True
 
-    def _on_device(self, values: torch.Tensor, what: str) -> torch.Tensor:
-        """The same numbers in the device's memory."""
-        memory = self._device.empty(max(values.nbytes, 1), what)[: values.nbytes]
-        return memory.view(values.dtype).view(values.shape).copy_(values)
+    def _put(self, scratch: str, values: torch.Tensor) -> None:
+        """Writes numbers to scratch memory."""
+        memory = self._scratch[scratch][: values.nbytes].view(values.dtype)
+        memory.copy_(values.flatten())
 
     def _arena(self, sizes: list[int], what: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Zeroed memory of these sizes, in one piece; the piece, and its parts."""
