@@ -1,13 +1,14 @@
 """benchmarks/h200: what can be tried without a GPU, on a fake runner, and the arithmetic of reports and floors."""
 
 import cProfile
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.h200 import attention, floors, results, serving, startup, ttft
+from benchmarks.h200 import attention, floors, real_model, results, serving, startup, ttft
 from tests.fake_runner import FakeSamplingRunner, expected_tokens
 from tests.run.tiny import fake_runners as fake_runners
 from tests.run.tiny import write_engine
@@ -312,6 +313,37 @@ def test_results_are_merged(tmp_path, monkeypatch, capsys):
     assert "0.50 of the floor" in text
     assert "445 TFLOP/s" in text
     assert "triton" in text
+
+
+def test_two_gpus_in_tables():
+    text = results.two_gpus([
+        {"part": "reduce", "bytes": 8192, "all_reduce": 2.0, "all_reduce_add_rms_norm": 3.0, "nccl": 7.0},
+        {"part": "reduce", "bytes": 4 << 20, "nccl": 33.0},
+        {"part": "steps", "shape": "8b", "format": "fp8", "kind": "decode", "size": 1, "one_ms": 2.5, "two_ms": 1.25,
+         "times": 2.0},
+        {"part": "serve", "requests": 2048, "output_tok_s": 7000.0, "of_tensorrt_llm": 1.026},
+    ])  # fmt: skip
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "| 8 KiB | 2.0 | 3.0 | 7.0 | ×3.50 |" in lines
+    assert "| 4096 KiB | – | – | 33.0 | – |" in lines
+    assert "| decode 1 | 8b | fp8 | 2.50 | 1.25 | ×2.00 |" in lines
+    assert "2048 requests: 7,000 tok/s, ×1.03 of TensorRT-LLM" in text
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in H200.glob("*.py")))
+def test_each_script_can_be_imported(script):
+    importlib.import_module(f"benchmarks.h200.{script}")
+
+
+def test_how_the_first_difference_of_two_texts_is_judged():
+    def text(*tokens, likely=()):
+        logprobs = [[SimpleNamespace(token_id=token, logprob=p) for token, p in (likely or [(t, 0.0)])] for t in tokens]
+        return SimpleNamespace(token_ids=list(tokens), logprobs=logprobs)
+
+    cpu = [text(1, 2), text(1, 3, likely=[(3, -1.0), (4, -1.05), (1, -2.0)]), text(5, 6, likely=[(5, -0.5), (6, -3.0)])]
+    row = real_model.compare("case", cpu, [text(1, 2), text(1, 4), text(7, 6)])
+    assert (row["equal"], row["tokens"], row["not_near"]) == (1, 6, 1)
+    assert row["gaps"] == [pytest.approx(0.05), float("inf")]
 
 
 def test_no_results_is_said(tmp_path, monkeypatch, capsys):

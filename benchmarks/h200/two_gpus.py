@@ -18,11 +18,11 @@ import torch
 
 from benchmarks.common import say
 from benchmarks.h200 import floors, serving
-from benchmarks.h200.graph_time import graph_milliseconds
 from benchmarks.h200.steps import decode_milliseconds, prefill_milliseconds
 from benchmarks.h200.synthetic import config_of, runner_of
 from trtllm_cli.build.backends.cuda_collectives import ONE_SHOT
 from trtllm_cli.kernels.cuda.compiler import compile_kernels
+from trtllm_cli.kernels.cuda.graph_time import graph_milliseconds
 from trtllm_cli.kernels.cuda.kernel import KernelSource
 from trtllm_cli.run.communicator import Activity
 from trtllm_cli.run.mpi import MpiCommunicator

@@ -205,7 +205,7 @@ class CudaRunner:
             tokens, seqs = padded
             logits = seqs
         slot = self._slots[mixed][turn]
-        self._num_steps = (self._num_steps + 1) % 2**31  # as on every other rank
+        self._num_steps = self._num_steps % (2**31 - 1) + 1  # as on every other rank; never 0, which memory holds first
         slot.fill(inputs, tokens, seqs, logits, self._num_steps)
         if sampling is not None:
             slot.fill_sampling(sampling)
