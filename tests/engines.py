@@ -8,11 +8,13 @@ import numpy as np
 import torch
 
 from tests.batches import Sequences
+from tests.tiny_configs import random_weights
 from trtllm_cli.build.builder import BuildOptions, build
 from trtllm_cli.checkpoint import write_config
 from trtllm_cli.engine import Engine
 from trtllm_cli.graph import Graph
 from trtllm_cli.model_config import ModelConfig
+from trtllm_cli.models import trace_model
 from trtllm_cli.run.backends import load_runner
 from trtllm_cli.run.communicator import SingleRank
 from trtllm_cli.run.model_inputs import ModelInputs
@@ -29,6 +31,12 @@ def save_checkpoint(path: Path, config: ModelConfig, graph: Graph, weights: dict
             out.write(name, memoryview(data.numpy()))
     write_config(path, config)
     return path
+
+
+def random_checkpoint(path: Path, config: ModelConfig) -> Path:
+    """A one-rank checkpoint of random weights."""
+    graph = trace_model(config, config.mapping.ranks[0])
+    return save_checkpoint(path, config, graph, random_weights(graph))
 
 
 def build_engine(checkpoint: Path, output: Path, **options: object) -> Engine:

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.engines import build_engine, save_checkpoint
+from tests.engines import build_engine, random_checkpoint
 from tests.fake_timer import FakeTimer, fragments_win
 from tests.interpreter_device import InterpreterDevice, fake_compile
-from tests.tiny_configs import config, random_weights
+from tests.tiny_configs import config
 from trtllm_cli.build import builder, timing_cache
 from trtllm_cli.build.backends import cuda, cuda_linears, cuda_tactics, cuda_timing
 from trtllm_cli.build.backends.cuda_candidates import TOKENS, candidates
@@ -278,9 +278,7 @@ def test_an_older_architecture_has_no_dependent_launches():
 
 @pytest.fixture
 def tiny(tmp_path):
-    c = config("llama", dtype="bfloat16")
-    graph = trace_model(c, c.mapping.ranks[0])
-    return save_checkpoint(tmp_path / "ckpt", c, graph, random_weights(graph))
+    return random_checkpoint(tmp_path / "ckpt", config("llama", dtype="bfloat16"))
 
 
 @pytest.fixture

@@ -65,13 +65,16 @@ def errors(text):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """`built(snapshot, name, *split, limits=LIMITS)`: an engine in float32, native kernels; `split` is for convert."""
+    """`built(snapshot, name, *split, limits=LIMITS)`: an engine in float32, native kernels; `split` is for convert.
+
+    `dtype` and `how` for another: the checkpoint's, and flags of build.
+    """
     root = tmp_path_factory.mktemp("engines")
 
-    def build(snapshot, name, *split, limits=LIMITS):
+    def build(snapshot, name, *split, limits=LIMITS, dtype="float32", how=("--kernels", "native")):
         ckpt, engine = root / f"{name}-ckpt", root / name
-        convert = ("convert", snapshot, "--output-dir", ckpt, "--dtype", "float32", *split)
-        build = ("build", "--checkpoint-dir", ckpt, "--output-dir", engine, "--kernels", "native", *limits)
+        convert = ("convert", snapshot, "--output-dir", ckpt, "--dtype", dtype, *split)
+        build = ("build", "--checkpoint-dir", ckpt, "--output-dir", engine, *how, *limits)
         for args in (convert, build):
             assert call([str(arg) for arg in args]) == 0
         return engine

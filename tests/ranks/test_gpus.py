@@ -1,5 +1,6 @@
 """Engines of several ranks on several GPUs, under mpirun."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -8,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.commands.conftest import LIMITS
 from tests.ranks.conftest import run
-from trtllm_cli.cli import call
 
 SCRIPT = Path(__file__).with_name("gpu_logits.py")
 TRTLLM = (sys.executable, "-m", "trtllm_cli")
@@ -21,19 +20,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def engine_of(tmp_path_factory, snapshot):
+def engine_of(built, snapshot):
     """`engine_of(*split)`: a cuda engine; `split` is for convert."""
-    root = tmp_path_factory.mktemp("engines")
 
+    @functools.cache
     def build(*split):
         name = "".join(map(str, split)) or "one"
-        ckpt, engine = root / f"{name}-ckpt", root / name
-        if not engine.exists():
-            convert = ("convert", snapshot, "--output-dir", ckpt, "--dtype", "bfloat16", *split)
-            build = ("build", "--checkpoint-dir", ckpt, "--output-dir", engine, "--backend", "cuda", *LIMITS)
-            for args in (convert, build):
-                assert call([str(arg) for arg in args]) == 0
-        return engine
+        return built(snapshot, name, *split, dtype="bfloat16", how=("--backend", "cuda"))
 
     return build
 

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engines import build_engine, save_checkpoint
+from tests.engines import build_engine, random_checkpoint
 from tests.interpreter_device import InterpreterDevice, fake_compile
-from tests.tiny_configs import config, random_weights
+from tests.tiny_configs import config
 from trtllm_cli.build.backends import cuda, cuda_attention, cuda_tactics
-from trtllm_cli.models import trace_model
 from trtllm_cli.run.backends.cuda import CudaRunner
 from trtllm_cli.run.backends.cuda_inputs import MOST_BANNED, count_tokens
 from trtllm_cli.run.communicator import SingleRank
@@ -69,8 +68,7 @@ def machine(request, tmp_path):
 
 def build(tmp_path, *, max_seq_len=64, **options):
     c = config("llama", dtype="bfloat16", num_hidden_layers=1, max_position_embeddings=max_seq_len)
-    graph = trace_model(c, c.mapping.ranks[0])
-    checkpoint = save_checkpoint(tmp_path / "ckpt", c, graph, random_weights(graph))
+    checkpoint = random_checkpoint(tmp_path / "ckpt", c)
     limits = {"tokens_per_block": 4, "max_batch_size": 6, "max_seq_len": max_seq_len, **options}
     return build_engine(checkpoint, tmp_path / "engine", backend="cuda", kernels="auto", **limits)
 

@@ -6,11 +6,11 @@ from concurrent.futures import Future
 
 import pytest
 
-from tests.engines import build_engine, save_checkpoint
+from tests.engines import build_engine, random_checkpoint
 from tests.fake_runner import FakeRunner
 from tests.interpreter_device import InterpreterDevice, fake_compile
 from tests.run.tiny import byte_level, write_engine
-from tests.tiny_configs import config, random_weights
+from tests.tiny_configs import config
 from trtllm_cli import cli
 from trtllm_cli.bench.offline import RuntimeOptions, Session, bench
 from trtllm_cli.bench.report import render
@@ -18,7 +18,6 @@ from trtllm_cli.bench.workload import NormalLengths, synthetic
 from trtllm_cli.build.backends import cuda as cuda_lowering
 from trtllm_cli.engine import BuildConfig, Engine
 from trtllm_cli.errors import ResourceError, UsageError
-from trtllm_cli.models import trace_model
 from trtllm_cli.run import kv_budget
 from trtllm_cli.run.backends import GpuRunner
 from trtllm_cli.run.backends.cuda import CudaRunner
@@ -173,9 +172,7 @@ class RoomyDevice(InterpreterDevice):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    c = config("llama", dtype="bfloat16")
-    graph = trace_model(c, c.mapping.ranks[0])
-    return save_checkpoint(tmp_path / "ckpt", c, graph, random_weights(graph))
+    return random_checkpoint(tmp_path / "ckpt", config("llama", dtype="bfloat16"))
 
 
 @pytest.fixture

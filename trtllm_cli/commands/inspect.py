@@ -160,16 +160,9 @@ def _gpu_memory(plan: dict[str, Any], data_bytes: int, limits: BuildConfig) -> d
 
 def _gpu_kernels(plan: dict[str, Any]) -> list[dict[str, Any]]:
     """The kernels of a cuda plan: what each is, how it is tiled, what it takes of a multiprocessor."""
-    used: Counter[int] = Counter(
-        launch["kernel"]
-        for launches in [
-            *(way for step in [*plan["steps"], *plan["sampling"].values()] for _, way in step["ways"]),
-            *(step.get("without_peers", []) for step in plan["steps"]),
-            plan["copy"],
-        ]
-        for launch in launches
-        if "kernel" in launch
-    )
+    from trtllm_cli.kernels.cuda.kernel import launches_of
+
+    used = Counter(launch["kernel"] for launch in launches_of(plan) if "kernel" in launch)
     return [
         {
             "kernel": f"{kernel['source']['module']}.{kernel['source']['function']}",

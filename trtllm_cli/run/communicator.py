@@ -58,7 +58,7 @@ class Activity:
             yield
         finally:
             self.stage, self.idle, self.waits = before
-            self.progress += 1
+            self.tick()
 
     @contextmanager
     def waiting(self, *, idle: bool = False) -> Iterator[None]:
@@ -69,7 +69,7 @@ class Activity:
             yield
         finally:
             self.stage, self.idle, self.waits = before
-            self.progress += 1
+            self.tick()
 
     @contextmanager
     def getting_on(self, seconds: float) -> Iterator[None]:
@@ -80,7 +80,7 @@ class Activity:
             for _ in range(int(seconds / _TICK)):
                 if done.wait(_TICK):
                     return
-                self.progress += 1
+                self.tick()
 
         threading.Thread(target=count, name="trtllm-progress", daemon=True).start()
         try:

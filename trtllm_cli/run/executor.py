@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from trtllm_cli.engine import BuildConfig
     from trtllm_cli.run.backends import PendingTokens, Runner
     from trtllm_cli.run.communicator import Communicator
-    from trtllm_cli.run.model_inputs import IntArray
+    from trtllm_cli.run.sampling_inputs import SamplingInputs
     from trtllm_cli.run.scheduler import Batch
 
 DEFAULT_MAX_TOKENS = 128
@@ -264,13 +264,14 @@ class Executor:
     def _start(self, batch: Batch) -> _UnderWay:
         """Computes rank 0's part of a step, once the others have theirs."""
         plan = self._plan(batch)
-        if self._comm.world_size > 1:
-            self._tell(plan.message())
+        self._tell(plan)
         return _UnderWay(plan, batch.complete, logits=compute(self._runner, self._inputs, plan))
 
-    def _tell(self, message: IntArray) -> None:
-        """Sends a step to the other ranks."""
-        self._comm.broadcast(message)
+    def _tell(self, plan: StepPlan, sampling: SamplingInputs | None = None) -> None:
+        """Sends a step to the other ranks, where there are any."""
+        if self._comm.world_size == 1:
+            return
+        self._comm.broadcast(plan.message(sampling))
         if self._has_gpu:  # which this rank soon waits for, and which waits for the others'
             self._comm.flush()
 
@@ -282,8 +283,7 @@ class Executor:
             at_once = [i for i, seq in enumerate(sequences) if seq.state is State.RUNNING]
             sequences, logits_rows = [sequences[i] for i in at_once], [logits_rows[i] for i in at_once]
         sampling = self._sampling_table.build(plan, sequences, logits_rows)
-        if self._comm.world_size > 1:
-            self._tell(plan.message(sampling))
+        self._tell(plan, sampling)
         pending = start(runner, self._inputs, plan, sampling)
         for seq in sequences:
             seq.expect_token()

@@ -23,7 +23,7 @@ from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import NUM_LOGITS, NUM_TOKENS
 from trtllm_cli.graph import Graph
 from trtllm_cli.kernels.cuda.compiler import compile_kernels, triton_version
-from trtllm_cli.kernels.cuda.kernel import ARCHITECTURES, SHARED_MEMORY, CompiledKernel, KernelSource
+from trtllm_cli.kernels.cuda.kernel import ARCHITECTURES, SHARED_MEMORY, CompiledKernel, KernelSource, launches_of
 from trtllm_cli.tensor_file import TensorInfo, total_bytes
 
 if TYPE_CHECKING:
@@ -108,13 +108,6 @@ def lower(
             )
     table, blob = _image(lowering.kernels, compiled)
     lowering.add(KERNELS, TensorInfo("uint8", (len(blob),)), lambda _: torch.frombuffer(blob, dtype=torch.uint8))
-    names = [compiled[source].names for source in lowering.kernels]
-    sampling = list(lowering.sampling.values())
-    for step in [*lowering.steps, *sampling]:
-        launches = [launch for _, way in step["ways"] for launch in way] + step.get("without_peers", []) + lowering.copy
-        for launch in launches:
-            if "kernel" in launch and isinstance(launch["args"], dict):
-                launch["args"] = [launch["args"][name] for name in names[launch["kernel"]]]
     sizes = {NUM_TOKENS: build_config.max_num_tokens, NUM_LOGITS: build_config.max_batch_size}
     memory = Memory(
         weights=total_bytes(t for p in lowering.packings for t in p.tensors.values()),
@@ -139,6 +132,10 @@ def lower(
         "output": lowering.ref(graph.outputs[0]) if graph.outputs else None,
         "output_width": lowering.width(graph.outputs[0]) if graph.outputs else 0,
     }
+    names = [compiled[source].names for source in lowering.kernels]
+    for launch in launches_of(plan):
+        if "kernel" in launch and isinstance(launch["args"], dict):  # a launch may be in several ways
+            launch["args"] = [launch["args"][name] for name in names[launch["kernel"]]]
     target = {"arch": arch, "triton": triton_version() or ""}
     notes = {"linear_tactics": tactics.to_json()} if tactics.chosen else {}
     return Lowered(plan, lowering.packings, memory, target, notes)

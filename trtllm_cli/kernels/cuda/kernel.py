@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -94,3 +94,12 @@ class CompiledKernel:
             num_warps=data["num_warps"], shared=data["shared"], uses_pdl=data["uses_pdl"],
             registers=data["registers"], spills=data["spills"], ptx=data.get("ptx", ""),
         )  # fmt: skip
+
+
+def launches_of(plan: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every launch of a cuda plan, whatever way or case it is for; see build/backends/cuda_program.py."""
+    for step in (*plan["steps"], *plan["sampling"].values()):
+        for _, launches in step["ways"]:
+            yield from launches
+        yield from step.get("without_peers", ())
+    yield from plan["copy"]

@@ -181,6 +181,11 @@ class CudaDevice:
         """See Device."""
         self._nccl = Nccl(rank, comm)
 
+    @property
+    def _ranks(self) -> Nccl:
+        assert self._nccl is not None, "join comes first"
+        return self._nccl
+
     def find_peers(self, memory: torch.Tensor, group: Sequence[int], comm: Communicator) -> list[int] | None:
         """See Device. By CUDA's handles of memory, which other processes of this host can open."""
         own = memory.data_ptr()
@@ -208,25 +213,21 @@ class CudaDevice:
 
     def all_reduce(self, x: torch.Tensor, y: torch.Tensor, group: Sequence[int]) -> None:
         """See Device."""
-        assert self._nccl is not None
-        self._nccl.all_reduce(x, y, group, self.stream.cuda_stream)
+        self._ranks.all_reduce(x, y, group, self.stream.cuda_stream)
 
     def all_gather(self, x: torch.Tensor, y: torch.Tensor, group: Sequence[int]) -> None:
         """See Device."""
-        assert self._nccl is not None
         parts = torch.empty(len(group), *x.shape, dtype=x.dtype, device=x.device)
-        self._nccl.all_gather(x, parts, group, self.stream.cuda_stream)
+        self._ranks.all_gather(x, parts, group, self.stream.cuda_stream)
         y.unflatten(1, (len(group), -1)).copy_(parts.transpose(0, 1))
 
     def send(self, x: torch.Tensor, to: int) -> None:
         """See Device."""
-        assert self._nccl is not None
-        self._nccl.send(x, to, self.stream.cuda_stream)
+        self._ranks.send(x, to, self.stream.cuda_stream)
 
     def recv(self, y: torch.Tensor, source: int) -> None:
         """See Device."""
-        assert self._nccl is not None
-        self._nccl.recv(y, source, self.stream.cuda_stream)
+        self._ranks.recv(y, source, self.stream.cuda_stream)
 
     def leave(self) -> None:
         """See Device."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trtllm_cli.run.backends.cuda_device import Device
 
 Counts = Mapping[str, int]  # of tokens, sequences, logits, samples
+TensorAt = Callable[[Any, str, tuple[int, int]], "torch.Tensor"]  # of a dtype, [rows, columns], at a reference
 
 
 class Program:
@@ -21,13 +22,10 @@ class Program:
 
     def __init__(
         self, device: Device, kernels: Sequence[Any], steps: Sequence[Mapping[str, Any]], address: Callable[[Any], int],
-        tensor: Callable[[Any, str, tuple[int, int]], torch.Tensor], most_rows: Counts, key: tuple[int, ...], *,
+        tensor: TensorAt, most_rows: Counts, key: tuple[int, ...], *,
         mixed: bool,
     ) -> None:  # fmt: skip
-        """`address` gives a reference's address; `tensor` a tensor [rows, columns] of a dtype there.
-
-        `key`: see `key_of`.
-        """
+        """`address` gives a reference's address; `key`: see `key_of`."""
         self._parts: list[_Kernel | _Product | _Collective] = []
         for step, way in zip(steps, key, strict=True):
             for launch in step["ways"][way][1]:
@@ -112,13 +110,7 @@ def _extent(dim: int | Sequence[Any], counts: Counts) -> int:
 class _Product:
     """A matrix product by torch: cuBLASLt, or CUTLASS where rows have scales."""
 
-    def __init__(
-        self,
-        device: Device,
-        call: Mapping[str, Any],
-        tensor: Callable[[Any, str, tuple[int, int]], torch.Tensor],
-        most: int,
-    ) -> None:
+    def __init__(self, device: Device, call: Mapping[str, Any], tensor: TensorAt, most: int) -> None:
         n, k = call["n"], call["k"]
         self._device, self._symbol = device, call["rows"]
         self._x = tensor(call["x"], call["x_dtype"], (most, k))
@@ -157,13 +149,7 @@ class _Product:
 class _Collective:
     """What ranks exchange, by NCCL."""
 
-    def __init__(
-        self,
-        device: Device,
-        call: Mapping[str, Any],
-        tensor: Callable[[Any, str, tuple[int, int]], torch.Tensor],
-        most: int,
-    ) -> None:
+    def __init__(self, device: Device, call: Mapping[str, Any], tensor: TensorAt, most: int) -> None:
         self._function, self._whom, self._symbol = getattr(device, call["call"]), call["whom"], call["rows"]
         dtype, width = call["dtype"], call["width"]
         across = width * len(call["whom"]) if call["call"] == "all_gather" else width
