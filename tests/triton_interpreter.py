@@ -92,10 +92,13 @@ _convert_float, _FLOATS = interpreter._convert_float, {tl.float32: torch.float32
 
 
 def _convert(data, source, destination, rounding_mode):
-    """Nearest even, as on the device."""
+    """Nearest even, and what is too large for FP8 becomes its largest number, as on the device."""
     if rounding_mode not in (None, ROUNDING_MODE.RTNE) or source not in _FLOATS or destination not in _FLOATS:
         return _convert_float(data, source, destination, rounding_mode)
-    return _as_torch(data, _FLOATS[source]).to(_FLOATS[destination]).view(_BITS[destination]).numpy()
+    x = _as_torch(data, _FLOATS[source])
+    if destination == tl.float8e4nv:
+        x = x.clamp(-448.0, 448.0)
+    return x.to(_FLOATS[destination]).view(_BITS[destination]).numpy()
 
 
 interpreter._convert_float = _convert

@@ -82,9 +82,8 @@ def splits_for(batch: int, context: int) -> list[int]:
 
 
 def decode_candidates(kv: str, block_size: int, batch: int, context: int) -> list[KernelSource]:
-    tiles = itertools.chain(
-        itertools.product((2, 4), (2, 3, 4), (32, 64)), ((1, 2, 32), (1, 3, 32), (1, 2, 64), (4, 3, 128), (8, 3, 128))
-    )
+    more = (1, 2, 32), (1, 3, 32), (1, 2, 64), (1, 3, 64), (4, 3, 128), (8, 3, 128)
+    tiles = itertools.chain(itertools.product((2, 4), (2, 3, 4), (32, 64)), more)
     return [
         decode_source(kv, block_size, warps, stages, block_n, splits)
         for (warps, stages, block_n), splits in itertools.product(tiles, splits_for(batch, context))
@@ -94,6 +93,8 @@ def decode_candidates(kv: str, block_size: int, batch: int, context: int) -> lis
 def prefill_candidates(kv: str, block_size: int) -> list[KernelSource]:
     tiles = [(128, 8, stages, block_n) for stages in (2, 3) for block_n in (64, 128)]
     tiles += [(64, 4, stages, block_n) for stages in (2, 3) for block_n in (64, 128)]
+    tiles += [(256, 16, stages, block_n) for stages in (2, 3) for block_n in (64, 128)]
+    tiles += [(256, 8, 2, 32), (256, 8, 2, 64), (128, 4, 2, 64), (64, 4, 2, 32)]
     return [prefill_source(kv, block_size, *tile) for tile in tiles]
 
 

@@ -20,7 +20,7 @@ from benchmarks.common import say
 from benchmarks.h200 import floors, serving
 from benchmarks.h200.steps import decode_milliseconds, prefill_milliseconds
 from benchmarks.h200.synthetic import config_of, runner_of
-from trtllm_cli.build.backends.cuda_collectives import ONE_SHOT
+from trtllm_cli.build.backends.cuda_collectives import ROW_BLOCK
 from trtllm_cli.kernels.cuda.compiler import compile_kernels
 from trtllm_cli.kernels.cuda.graph_time import graph_milliseconds
 from trtllm_cli.kernels.cuda.kernel import KernelSource
@@ -30,6 +30,8 @@ from trtllm_cli.run.step_inputs import InputBuilder
 from trtllm_cli.run.worker import follow
 
 CALLS = 64  # of a graph, as in a step of 32 layers
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+MOST_IN_WORDS = 4 << 20  # bytes
 PUBLISHED_70B = 6823.0  # tok/s: TensorRT-LLM, Llama-3.1-70B FP8, two H200, 128/128
 
 
@@ -40,8 +42,8 @@ def reduce_times(comm: Any, width: int = 4096) -> list[dict[str, Any]]:
     device = CudaDevice(comm.rank)
     mapping = config_of("8b", "bf16", tp=2).mapping
     device.join(mapping.ranks[comm.rank], comm)
-    group, most = (0, 1), 4 * ONE_SHOT // (2 * width)
-    memory = torch.zeros(2 * 2 * ONE_SHOT // 4 * 8, dtype=torch.uint8, device="cuda")
+    group, most = (0, 1), ROWS[-1]
+    memory = torch.zeros(2 * (most * width * 2 + 4 * most), dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
     there = device.find_peers(memory, group, comm)
     assert there is not None, "the GPUs do not see each other's memory"
@@ -54,16 +56,18 @@ def reduce_times(comm: Any, width: int = 4096) -> list[dict[str, Any]]:
         "residual_ptr": "*fp32", "weight_ptr": "*bf16", "new_residual_ptr": "*fp32", "out_scale_ptr": "*fp32",
         "row_scale_ptr": "*fp32", "eps": "fp32",
     }  # fmt: skip
-    common = {
-        "WIDTH": width, "RANKS": 2, "RANK": comm.rank, "STAGING": ONE_SHOT // 4, "PUSH": True, "PULL": True,
-        "PDL": True,
-    }  # fmt: skip
+    common = {"WIDTH": width, "RANKS": 2, "RANK": comm.rank, "PUSH": True, "PULL": True, "PDL": True}
+    in_rows, words = pointers | {"staging_ptr": "*i32"}, {"STAGING": MOST_IN_WORDS // 4, "FLAGS": 0}
+    rows_sizes, norm = {"STAGING": most * width // 2, "FLAGS": most}, {"num_warps": 16, "BLOCK": 4096, "QUANT": "none"}
     sources = {
-        "all_reduce": KernelSource.of("collectives", "all_reduce", pointers, BLOCK=1024, **common),
-        "all_reduce_add_rms_norm": KernelSource.of(
-            "collectives", "all_reduce_add_rms_norm", pointers | more, num_warps=16, BLOCK=4096, QUANT="none", **common
-        ),
-    }  # fmt: skip
+        name: KernelSource.of("collectives", name.partition(",")[0], args, **how, **common)
+        for name, args, how in (
+            ("all_reduce", pointers, {"BLOCK": 1024, **words}),
+            ("all_reduce_add_rms_norm", pointers | more, {**norm, **words}),
+            ("all_reduce, rows", in_rows, {"BLOCK": ROW_BLOCK, **rows_sizes}),
+            ("all_reduce_add_rms_norm, rows", in_rows | more, {**norm, **rows_sizes}),
+        )
+    }
     compiled = compile_kernels(list(sources.values()), "sm_90a")
     torch.manual_seed(comm.rank)
     x = torch.randn(most, width, device="cuda").bfloat16()
@@ -77,30 +81,37 @@ def reduce_times(comm: Any, width: int = 4096) -> list[dict[str, Any]]:
         "row_scale_ptr": 0, "eps": 1e-5,
     }  # fmt: skip
     rows_of_table = []
-    for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
+    for rows in ROWS:
         row: dict[str, Any] = {"rows": rows, "bytes": rows * width * 2}
         device.all_reduce(x[:rows], sums[:rows], group)
-        if row["bytes"] <= ONE_SHOT:
-            for name, source in sources.items():
-                kernel = compiled[source]
-                loaded = device.driver.load(kernel)
-                grid = (rows, width // 1024 if name == "all_reduce" else 1, 1)
-                launches = []
-                for call in range(CALLS):
-                    args = [call if n == "call" else values[n] for n in kernel.names]
-                    launches.append(loaded.prepare(grid, args))
-                    launches[-1].set_stream(device.stream.cuda_stream)
+        for name, source in sources.items():
+            if row["bytes"] > MOST_IN_WORDS and "rows" not in name:
+                continue
+            memory.zero_()  # flags of what was here before
+            torch.cuda.synchronize()
+            comm.exchange("ready")
+            kernel = compiled[source]
+            loaded = device.driver.load(kernel)
+            grid = (rows, width // 1024 if name == "all_reduce" else 1, 1)
+            launches = []
+            for call in range(CALLS):
+                args = [call if n == "call" else values[n] for n in kernel.names]
+                launches.append(loaded.prepare(grid, args))
+                launches[-1].set_stream(device.stream.cuda_stream)
 
-                def ours(launches: Any = launches) -> None:
-                    step.add_(1)
-                    for launch in launches:
-                        launch.enqueue()
+            def ours(launches: Any = launches) -> None:
+                step.add_(1)
+                for launch in launches:
+                    launch.enqueue()
 
-                comm.exchange("ready")
-                row[name] = graph_milliseconds(device.stream, ours) / CALLS * 1e3
-                if name == "all_reduce":
-                    torch.cuda.synchronize()
-                    row["differs"] = float((y[:rows].float() - sums[:rows].float()).abs().max())
+            y.zero_()
+            torch.cuda.synchronize()
+            row[name] = graph_milliseconds(device.stream, ours) / CALLS * 1e3
+            if "norm" not in name:
+                torch.cuda.synchronize()
+                row["differs"] = max(
+                    row.get("differs", 0.0), float((y[:rows].float() - sums[:rows].float()).abs().max())
+                )
 
         def nccl(rows: int = rows) -> None:
             for _ in range(CALLS):
@@ -201,9 +212,7 @@ def main() -> None:
 def line_of(row: dict[str, Any]) -> str:
     """A row of the table."""
     if row["part"] == "reduce":
-        ours = "".join(
-            f"{name} {row[name]:6.2f} us  " for name in ("all_reduce", "all_reduce_add_rms_norm") if name in row
-        )
+        ours = "".join(f"{name} {row[name]:6.2f} us  " for name in row if name.startswith("all_reduce"))
         return f"{row['bytes'] / 1024:6.0f} KiB  {ours}NCCL {row['nccl']:6.2f} us  differs {row.get('differs', 0):.3g}"
     if row["part"] == "steps":
         return (

@@ -95,6 +95,17 @@ def test_ranks_together_give_what_one_rank_gives(tmp_path, snapshot, one_rank, t
     assert all(not runner._device.calls for runner in runners)
 
 
+@pytest.mark.parametrize("tp", [2, 4])
+def test_some_rows_go_without_flags(tmp_path, snapshot, one_rank, monkeypatch, tp):
+    monkeypatch.setattr(cuda_collectives, "IN_WORDS", 256)  # two rows, as the second step has
+    engine = build(tmp_path, snapshot, options={"tp_size": tp})
+    runners = []
+    check(logits_of(engine, runners)[0], one_rank)
+    sums = [step for step in runners[0]._plan["steps"] if step["op"].startswith("all_reduce")]
+    assert [most for most, _ in sums[0]["ways"]] == [2, 64, None]
+    assert all(not runner._device.calls for runner in runners)
+
+
 def test_what_is_large_goes_through_nccl(tmp_path, snapshot, one_rank, monkeypatch):
     monkeypatch.setattr(cuda_collectives, "ONE_SHOT", 1024)  # four rows: the step with prompts has more
     runners = []

@@ -12,12 +12,16 @@ STAGING = 4096  # words
 PHASES = ({"PUSH": True, "PULL": False}, {"PUSH": False, "PULL": True})
 
 
+FLAGS = 64  # at least as many as there are programs
+
+
 class Ranks:
     """Memory of one layout for each rank, and what the kernels are told of it."""
 
-    def __init__(self, ranks, device):
-        self.count, self.device = ranks, device
-        self.staging = [torch.zeros(2 * ranks * STAGING, dtype=torch.int64, device=device) for _ in range(ranks)]
+    def __init__(self, ranks, device, flags=0):
+        self.count, self.device, self.flags = ranks, device, flags
+        size, dtype = 2 * (ranks - 1) * (STAGING + flags), torch.int32 if flags else torch.int64
+        self.staging = [torch.zeros(size, dtype=dtype, device=device) for _ in range(ranks)]
         self.step = torch.ones(1, dtype=torch.int32, device=device)
 
     def deltas(self, tensors):
@@ -34,16 +38,17 @@ class Ranks:
                 launch(
                     collectives.all_reduce, (rows, -(-width // block)), xs[rank], self.staging[rank], deltas[rank],
                     self.step, calls, call, outs[rank], WIDTH=width, RANKS=self.count, RANK=rank, STAGING=STAGING,
-                    BLOCK=block, **phase,
+                    FLAGS=self.flags, BLOCK=block, **phase,
                 )  # fmt: skip
         return outs
 
 
+@pytest.mark.parametrize("flags", [0, FLAGS])
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(("dtype", "width", "rows"), [(BF16, 256, 3), (BF16, 300, 1), (F32, 200, 5), (F32, 33, 2)])
-def test_all_reduce_sums_over_the_ranks(launch, ranks, dtype, width, rows):
+def test_all_reduce_sums_over_the_ranks(launch, flags, ranks, dtype, width, rows):
     torch.manual_seed(0)
-    world = Ranks(ranks, launch.device)
+    world = Ranks(ranks, launch.device, flags)
     for call in range(3):  # each slot, and the first again
         xs = [torch.randn(rows, width, device=launch.device).to(dtype) for _ in range(ranks)]
         outs = world.all_reduce(launch, xs, call, out_dtype=dtype)
@@ -63,16 +68,17 @@ def test_all_reduce_goes_by_the_flags_of_its_own_call(launch):
         world.step.fill_(step)
         for call in range(3):
             world.all_reduce(launch, [x * (10 * step + call) for x in ones], call, calls=3)
-            flags = (world.staging[0].view(2, 2, STAGING)[(3 * step + call) & 1, 1, :64] >> 32).tolist()
+            flags = (world.staging[0].view(2, STAGING)[(3 * step + call) & 1, :64] >> 32).tolist()
             assert set(flags) == {3 * step + call}
 
 
+@pytest.mark.parametrize("flags", [0, FLAGS])
 @pytest.mark.parametrize("quant", ["none", "static", "token"])
 @pytest.mark.parametrize("width", [256, 192])
-def test_all_reduce_add_rms_norm(launch, quant, width):
+def test_all_reduce_add_rms_norm(launch, flags, quant, width):
     torch.manual_seed(1)
     ranks, rows, d = 2, 3, launch.device
-    world = Ranks(ranks, d)
+    world = Ranks(ranks, d, flags)
     deltas = world.deltas(world.staging)
     xs = [torch.randn(rows, width, device=d).to(BF16) for _ in range(ranks)]
     residual, weight = torch.randn(rows, width, device=d), torch.rand(width, device=d).to(BF16)
@@ -86,7 +92,7 @@ def test_all_reduce_add_rms_norm(launch, quant, width):
             launch(
                 collectives.all_reduce_add_rms_norm, (rows,), xs[rank], world.staging[rank], deltas[rank], world.step,
                 2, 1, totals[rank], weight, outs[rank], totals[rank], scale, steps[rank], 1e-5, WIDTH=width,
-                RANKS=ranks, RANK=rank, STAGING=STAGING, BLOCK=256, QUANT=quant, **phase,
+                RANKS=ranks, RANK=rank, STAGING=STAGING, FLAGS=flags, BLOCK=256, QUANT=quant, **phase,
             )  # fmt: skip
     total = xs[0].float() + xs[1].float() + residual
     expected = reference.rms_norm(total, weight.float(), 1e-5)
@@ -136,15 +142,19 @@ def test_compiles_for(compile_kernel, arch):
     both = {"PUSH": True, "PULL": True}
     pointers = {"x_ptr": "*bf16", "staging_ptr": "*i64", "deltas_ptr": "*i64", "step_ptr": "*i32", "out_ptr": "*bf16"}
     numbers = {"calls": "i32", "call": "i32"}
+    norm = {
+        **pointers, **numbers, "residual_ptr": "*fp32", "weight_ptr": "*bf16", "new_residual_ptr": "*fp32",
+        "out_scale_ptr": "*fp32", "row_scale_ptr": "*fp32", "eps": "fp32",
+    }  # fmt: skip
+    sizes = {"WIDTH": 4096, "STAGING": 1 << 18, "FLAGS": 0, **both}
+    rows = {"staging_ptr": "*i32"}, {"FLAGS": 256}
     kernels = [
-        (collectives.all_reduce, {**pointers, **numbers}, {"WIDTH": 4096, "STAGING": 1 << 18, "BLOCK": 1024, **both}),
+        (collectives.all_reduce, {**pointers, **numbers}, {"BLOCK": 1024, **sizes}),
+        (collectives.all_reduce, {**pointers, **numbers, **rows[0]}, {"BLOCK": 4096, **sizes, **rows[1]}),
+        (collectives.all_reduce_add_rms_norm, norm, {"BLOCK": 4096, "QUANT": "none", **sizes}),
         (
-            collectives.all_reduce_add_rms_norm,
-            {
-                **pointers, **numbers, "residual_ptr": "*fp32", "weight_ptr": "*bf16", "new_residual_ptr": "*fp32",
-                "out_scale_ptr": "*fp32", "row_scale_ptr": "*fp32", "eps": "fp32",
-            },
-            {"WIDTH": 4096, "STAGING": 1 << 18, "BLOCK": 4096, "QUANT": "none", **both},
+            collectives.all_reduce_add_rms_norm, {**norm, **rows[0]},
+            {"BLOCK": 4096, "QUANT": "none", **sizes, **rows[1]},
         ),
         (collectives.sync_ranks, {"arrivals_ptr": "*i32", "deltas_ptr": "*i64"}, both),
         (
@@ -155,8 +165,12 @@ def test_compiles_for(compile_kernel, arch):
     for kernel, args, constants in kernels:
         compiled = compile_kernel(kernel, args, {**constants, **common}, num_warps=8, arch=arch)
         assert compiled.spills == 0
-        if kernel is collectives.all_reduce_add_rms_norm:
-            assert "ld.volatile.global" in compiled.ptx
-            assert "st.global.wt" in compiled.ptx
+        if "staging_ptr" in args:
+            by_words = constants["FLAGS"] == 0
+            assert ("ld.volatile.global" in compiled.ptx) == by_words
+            assert ("st.global.wt" in compiled.ptx) == by_words
+            assert ("atom.global.sys.release.exch" in compiled.ptx) != by_words
+            assert ("ld.global.sys.acquire" in compiled.ptx) != by_words
+            assert by_words or "st.global.v4.b32" in compiled.ptx
         if kernel is collectives.sync_ranks:
             assert "atom.global.sys.release.add" in compiled.ptx or "atom.global.release.sys" in compiled.ptx

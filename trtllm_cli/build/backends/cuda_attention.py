@@ -15,11 +15,13 @@ NUM_COPIES = "num_copies"
 _COPIED_AT_ONCE = 16  # bytes
 _COPY_BLOCK = 4096  # words of four bytes that a program copies
 _FEW = 64  # tokens up to which a program appends few heads of one token, so that there are programs enough
-# By how many sequences there are: programs that share one's cache, warps of a program, tokens that it takes at once.
-# Few sequences want to be spread over the machine; many want small programs, so that many wait for memory at once
-# (measured on an H200 with benchmarks/h200/attention.py).
-_DECODE = ((1, 16, 2, 64), (2, 16, 2, 64), (4, 16, 2, 64), (8, 8, 2, 64), (16, 4, 2, 64), (32, 2, 2, 64),
-           (64, 1, 2, 64), (None, 1, 1, 32))  # fmt: skip
+# By how many sequences there are: programs that share one's cache, warps of a program, tokens that it takes at once,
+# tiles under way. Few sequences want to be spread over the machine; many want small programs, so that many wait for
+# memory at once (measured on an H200 with benchmarks/h200/attention.py).
+_DECODE = ((1, 16, 2, 64, 3), (2, 16, 2, 64, 3), (4, 16, 2, 64, 3), (8, 8, 2, 64, 3), (16, 4, 2, 64, 3),
+           (32, 2, 2, 64, 3), (64, 1, 2, 64, 3), (None, 1, 1, 32, 3))  # fmt: skip
+_DECODE_BYTES = ((1, 16, 2, 64, 4), (2, 16, 2, 64, 4), (4, 16, 2, 64, 4), (8, 8, 2, 64, 4), (16, 4, 2, 64, 4),
+                 (32, 2, 2, 64, 4), (64, 1, 2, 64, 4), (None, 1, 2, 32, 3))  # fmt: skip
 
 
 class AttentionLaunches(CudaLowering):
@@ -95,10 +97,11 @@ class AttentionLaunches(CudaLowering):
     def _paged_attention(self, node: Node) -> None:
         self._count_cache(node)
         prefill = self._prefill(node)
-        ways = [(most, [self._decode(node, most, *tiles), prefill]) for most, *tiles in _DECODE]
+        table = _DECODE_BYTES if self._is_quantized(node) else _DECODE
+        ways = [(most, [self._decode(node, most, *tiles), prefill]) for most, *tiles in table]
         self.ways(node.op, NUM_SEQS, ways)
 
-    def _decode(self, node: Node, most: int | None, splits: int, warps: int, block_n: int) -> Launch:
+    def _decode(self, node: Node, most: int | None, splits: int, warps: int, block_n: int, stages: int) -> Launch:
         a = node.attrs
         kv_heads, group = a["num_kv_heads"], a["num_heads"] // a["num_kv_heads"]
         seqs = most or self.build_config.max_batch_size
@@ -113,7 +116,7 @@ class AttentionLaunches(CudaLowering):
             warps = 8 if block_g * v_head_dim(a) > 64 * 256 else 4
             block_n = 64 if self._width(node) <= 320 else 32
         tile = self._tile_bytes(node, block_n)
-        stages = self.stages(max(2, min(3, (112 << 10) // tile)), tile)
+        stages = self.stages(max(2, min(stages, (112 << 10) // tile)), tile)
         args = self._common(node) | {
             "partial_ptr": ("*i64", partial), "lse_ptr": ("*i64", lse), "step_ptr": ("*i32", "i:step"),
             "calls": ("i32", self._num_attentions), "call": ("i32", a["layer"]),
@@ -136,6 +139,8 @@ class AttentionLaunches(CudaLowering):
         width = self._width(node)
         rows = 128 if v_head_dim(a) <= 256 else 64  # what registers have room for
         block_n, most = (64, 3) if width <= 256 else (64, 2) if width <= 320 else (32, 2) if width <= 512 else (16, 2)
+        if self._is_quantized(node) and width <= 256:
+            block_n = 128  # fewer turns from loading to converting to multiplying, of which none overlaps the next
         stages = self.stages(most, self._tile_bytes(node, block_n))
         args = self._common(node) | {"num_seqs": ("i32", f"n:{NUM_SEQS}")}
         return self.launch(

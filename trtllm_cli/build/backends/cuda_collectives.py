@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -12,8 +13,12 @@ from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.functional import NUM_TOKENS
 from trtllm_cli.graph import Node
 
-# Bytes that a rank sends to all others together, up to which an all-reduce is one-shot (benchmarks/h200/two_gpus.py).
-ONE_SHOT = 4 << 20
+# Bytes that a rank has in an all-reduce up to which it is one-shot (benchmarks/h200/two_gpus.py). Between two ranks it
+# moves no more bytes than any other way does; among more, what a rank sends to all the others together is to be little.
+ONE_SHOT = 128 << 20
+ONE_SHOT_OF_MORE = 4 << 20
+IN_WORDS = 1 << 20  # up to which each word has its flag
+ROW_BLOCK = 4096  # elements that a program sums of what goes without
 _SLOTS = 2  # calls that staging memory is for at a time
 _WIDEST_NORM = 16384  # elements of a row that a program has in registers
 
@@ -25,13 +30,17 @@ class CollectiveLaunches(RowLaunches):
         if self._norm_after(node) is not None:
             return
         x, width = node.inputs["x"], self.width(node.output)
-        block = min(BLOCK, triton.next_power_of_2(width))
-        few = self.launch(
-            "collectives", "all_reduce", [self._dim(x), -(-width // block)],
-            {**self._exchanged(node), "out_ptr": self._out(node.output)}, BLOCK=block, **self._group(node),
-            WIDTH=width, STAGING=self._staging(node), PUSH=True, PULL=True,
-        )  # fmt: skip
-        self._one_shot(node, [few], [self._over_group(node)])
+
+        def one_shot(in_words: bool) -> Launch:
+            block = min(BLOCK if in_words else ROW_BLOCK, triton.next_power_of_2(width))
+            args, sizes = self._exchanged(node, in_words)
+            return self.launch(
+                "collectives", "all_reduce", [self._dim(x), -(-width // block)],
+                {**args, "out_ptr": self._out(node.output)},
+                BLOCK=block, WIDTH=width, PUSH=True, PULL=True, **sizes, **self._group(node),
+            )  # fmt: skip
+
+        self._reduce(node, one_shot, [self._over_group(node)])
 
     def _add_rms_norm(self, node: Node) -> None:
         reduce = self.producers.get(node.inputs["x"])
@@ -39,18 +48,22 @@ class CollectiveLaunches(RowLaunches):
             super()._add_rms_norm(node)
             return
         width, out = self.width(node.outputs[0]), node.outputs[0]
-        args = {
-            **self._exchanged(reduce), "residual_ptr": self._out(node.inputs["residual"]),
-            "weight_ptr": self.vector(node.inputs["weight"]), "out_ptr": self._out(out),
-            "new_residual_ptr": self._out(node.outputs[1]), **self._steps_of(node), "eps": ("fp32", node.attrs["eps"]),
+        about = {
+            "residual_ptr": self._out(node.inputs["residual"]), "weight_ptr": self.vector(node.inputs["weight"]),
+            "out_ptr": self._out(out), "new_residual_ptr": self._out(node.outputs[1]), **self._steps_of(node),
+            "eps": ("fp32", node.attrs["eps"]),
         }  # fmt: skip
-        few = self.launch(
-            "collectives", "all_reduce_add_rms_norm", [self._dim(out)], args, num_warps=16 if width >= 2048 else 4,
-            WIDTH=width, STAGING=self._staging(reduce), BLOCK=triton.next_power_of_2(width),
-            QUANT=node.attrs.get("out_quant", "none"), PUSH=True, PULL=True, **self._group(reduce),
-        )  # fmt: skip
+
+        def one_shot(in_words: bool) -> Launch:
+            args, sizes = self._exchanged(reduce, in_words)
+            return self.launch(
+                "collectives", "all_reduce_add_rms_norm", [self._dim(out)], {**args, **about},
+                num_warps=16 if width >= 2048 else 4, WIDTH=width, BLOCK=triton.next_power_of_2(width),
+                QUANT=node.attrs.get("out_quant", "none"), PUSH=True, PULL=True, **sizes, **self._group(reduce),
+            )  # fmt: skip
+
         many = [self._over_group(reduce), *self.norm_launches(node, "rms_norm", few=False)]
-        self._one_shot(reduce, [few], many, op=f"{reduce.op}+{node.op}")
+        self._reduce(reduce, one_shot, many, op=f"{reduce.op}+{node.op}")
 
     def _norm_after(self, node: Node) -> Node | None:
         """The norm that is computed together with this sum: the next node, and its only reader."""
@@ -61,20 +74,31 @@ class CollectiveLaunches(RowLaunches):
         fits = self.width(node.output) <= _WIDEST_NORM and self._is_words(node)
         return follower if fits and follower.inputs["x"] == node.output else None
 
-    def _one_shot(self, node: Node, few: list[Launch], many: list[Launch], op: str = "") -> None:
-        """Few rows by our kernels, more by NCCL."""
-        width = self.width(node.output) * self.bytes_of(node.inputs["x"])
-        most = 4 * self._staging(node) // width if self._is_words(node) else 0
-        ways: list[tuple[int | None, list[Launch]]] = [(most, few)] if most else []
-        self.ways(op or node.op, self.rows(node.output), [*ways, (None, many)], without_peers=many)
+    def _reduce(self, node: Node, one_shot: Callable[[bool], Launch], by_nccl: list[Launch], op: str = "") -> None:
+        """Few rows in words with flags, more without, what is not one-shot by NCCL."""
+        ways: list[tuple[int | None, list[Launch]]] = []
+        few, some = self._most_rows(node, True), self._most_rows(node, False)
+        if few:
+            ways.append((few, [one_shot(True)]))
+        if some > few:
+            ways.append((some, [one_shot(False)]))
+        self.ways(op or node.op, self.rows(node.output), [*ways, (None, by_nccl)], without_peers=by_nccl)
 
-    def _staging(self, node: Node) -> int:
-        """Words of four bytes that a rank may have in a one-shot all-reduce."""
-        return ONE_SHOT // (len(node.attrs["group"]) - 1) // 4
+    def _most_rows(self, node: Node, in_words: bool) -> int:
+        """Rows up to which a sum is one-shot, in words with flags or without; 0: never."""
+        if not self._is_words(node):
+            return 0
+        others = len(node.attrs["group"]) - 1
+        most = ONE_SHOT if others == 1 else ONE_SHOT_OF_MORE // others
+        rows = (min(most, IN_WORDS) if in_words else most) // self._row_bytes(node)
+        return min(rows, self.build_config.max_num_tokens)
+
+    def _row_bytes(self, node: Node) -> int:
+        return self.width(node.output) * self.bytes_of(node.inputs["x"])
 
     def _is_words(self, node: Node) -> bool:
         """Whether a row is whole words of four bytes."""
-        return self.width(node.output) * self.bytes_of(node.inputs["x"]) % 4 == 0
+        return self._row_bytes(node) % 4 == 0
 
     def _all_gather(self, node: Node) -> None:
         x, group = node.inputs["x"], self._group(node)
@@ -117,17 +141,24 @@ class CollectiveLaunches(RowLaunches):
         group = node.attrs["group"]
         return {"RANKS": len(group), "RANK": group.index(self.rank)}
 
-    def _exchanged(self, node: Node) -> dict[str, tuple[str, Any]]:
-        """What a one-shot all-reduce reads, and where it exchanges it."""
+    def _exchanged(self, node: Node, in_words: bool) -> tuple[dict[str, tuple[str, Any]], dict[str, Any]]:
+        """What a one-shot all-reduce reads and where it exchanges it, and how large that is."""
         assert self.rows(node.output) == NUM_TOKENS, "a call that some steps leave out would upset the slots"
-        ranks = len(node.attrs["group"])
-        staging = self.exchanged("staging", _SLOTS * ranks * self._staging(node) * 8)
-        call = self._reduces.index(node.output)
-        return {
-            "x_ptr": self._out(node.inputs["x"]),
-            "staging_ptr": ("*i64", staging), "deltas_ptr": self.deltas(staging, ranks),
-            "step_ptr": ("*i32", "i:step"), "calls": ("i32", len(self._reduces)), "call": ("i32", call),
+        others, rows, width = len(node.attrs["group"]) - 1, self._most_rows(node, in_words), self.width(node.output)
+        # All that share memory agree on where things lie there: a sum's programs may be fewer than there are flags.
+        sizes = {
+            "STAGING": -(-rows * self._row_bytes(node) // 16) * 4,
+            "FLAGS": 0 if in_words else rows * -(-width // ROW_BLOCK),
+        }
+        words = 2 * sizes["STAGING"] if in_words else sizes["STAGING"] + sizes["FLAGS"]
+        name = f"{'words' if in_words else 'rows'} of {self._row_bytes(node)}"
+        staging = self.exchanged(name, _SLOTS * others * words * 4)
+        args = {
+            "x_ptr": self._out(node.inputs["x"]), "staging_ptr": ("*i64" if in_words else "*i32", staging),
+            "deltas_ptr": self.deltas(staging, others + 1), "step_ptr": ("*i32", "i:step"),
+            "calls": ("i32", len(self._reduces)), "call": ("i32", self._reduces.index(node.output)),
         }  # fmt: skip
+        return args, sizes
 
     @property
     def _reduces(self) -> list[str]:

@@ -4,9 +4,12 @@ Every rank of a group has a piece of memory of one layout, which the others have
 how many bytes behind an address in this rank's own the same place in each rank's memory is. RANK is this rank's place
 in the group.
 
-An all-reduce is one-shot: a rank writes what it has to all others, each word with a flag, and waits for theirs; there
-is no other synchronization. `staging_ptr` int64 [2, RANKS, STAGING]: what others wrote here, of two calls in turn.
-Whoever gets to a call has seen every other rank get to the one before it, and so past reading the one before that.
+An all-reduce is one-shot: a rank writes what it has to all others, and waits for theirs. What is small goes as words
+that each have a flag: `staging_ptr` int64 [2, RANKS - 1, STAGING], what the others wrote here, of two calls in turn.
+What is large goes as it is, a program's part and then its flag, in half the bytes: int32 [2, RANKS - 1, STAGING], and
+behind them the flags, int32 [2, RANKS - 1, FLAGS]; FLAGS, 0 for words with flags, is at least the number of programs.
+There is no other synchronization: whoever gets to a call has seen every other rank get to the one before it, and so
+past reading the one before that. The two kinds have memory of their own.
 
 PUSH and PULL are both set on a GPU. Where one processor plays all the ranks, it first pushes for each, then pulls.
 """
@@ -40,37 +43,55 @@ def _floats(words, IS_BF16: tl.constexpr):
 @triton.jit
 def _sum_over_ranks(
     x_ptr, staging_ptr, deltas_ptr, flag, row, start,
-    WORDS: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr, STAGING: tl.constexpr, BLOCK: tl.constexpr,
-    PUSH: tl.constexpr, PULL: tl.constexpr,
+    WORDS: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr, STAGING: tl.constexpr, FLAGS: tl.constexpr,
+    BLOCK: tl.constexpr, PUSH: tl.constexpr, PULL: tl.constexpr,
 ):  # fmt: skip
     """float32: the sum over the ranks, in their order, of BLOCK words from `start` on of a row of x, WORDS long."""
     IS_BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
+    OTHERS: tl.constexpr = RANKS - 1
     columns = start + tl.arange(0, BLOCK)
     mask = columns < WORDS
     own = tl.load(x_ptr.to(tl.pointer_type(tl.int32)) + row * WORDS + columns, mask=mask, other=0)
-    slot, place = (flag & 1).to(tl.int64) * (RANKS * STAGING), row * WORDS + columns
+    slot, place = (flag & 1).to(tl.int64) * OTHERS, row * WORDS + columns
+    flags_ptr = staging_ptr + 2 * OTHERS * STAGING + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1))
     if PUSH:
-        packed = flagged(own, flag)
         for peer in tl.static_range(RANKS):
             if peer != RANK:
-                theirs = tl.multiple_of(_there(staging_ptr, deltas_ptr, peer).to(tl.pointer_type(tl.int64)), 16)
-                tl.store(theirs + (slot + RANK * STAGING) + place, packed, mask=mask, cache_modifier=".wt")
+                INDEX: tl.constexpr = RANK - (RANK > peer)  # of this rank among the peer's others
+                theirs = tl.multiple_of(_there(staging_ptr, deltas_ptr, peer).to(staging_ptr.dtype), 16)
+                theirs += (slot + INDEX) * STAGING + place
+                if FLAGS == 0:
+                    tl.store(theirs, flagged(own, flag), mask=mask, cache_modifier=".wt")
+                else:
+                    tl.store(theirs, own, mask=mask)
+                    tl.debug_barrier()  # all threads have written, before one of them says so
+                    at = _there(flags_ptr + (slot + INDEX) * FLAGS, deltas_ptr, peer).to(staging_ptr.dtype)
+                    tl.atomic_xchg(at, flag, sem="release", scope="sys")
     total = tl.zeros_like(_floats(own, IS_BF16))
     if PULL:
         for source in tl.static_range(RANKS):
             if source == RANK:
                 total += _floats(own, IS_BF16)
             else:
-                here = staging_ptr + (slot + source * STAGING) + place
-                total += _floats(await_flagged(here, mask, flag), IS_BF16)
+                here = slot + (source - (source > RANK))
+                words_ptr = staging_ptr + here * STAGING + place
+                if FLAGS == 0:
+                    words = await_flagged(words_ptr, mask, flag)
+                else:
+                    arrived = tl.atomic_add(flags_ptr + here * FLAGS, 0, sem="acquire", scope="sys")
+                    while arrived != flag:
+                        arrived = tl.atomic_add(flags_ptr + here * FLAGS, 0, sem="acquire", scope="sys")
+                    tl.debug_barrier()
+                    words = tl.load(words_ptr, mask=mask, other=0)
+                total += _floats(words, IS_BF16)
     return total
 
 
 @triton.jit
 def all_reduce(
     x_ptr, staging_ptr, deltas_ptr, step_ptr, calls, call, out_ptr,
-    WIDTH: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr, STAGING: tl.constexpr, BLOCK: tl.constexpr,
-    PUSH: tl.constexpr, PULL: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr, STAGING: tl.constexpr, FLAGS: tl.constexpr,
+    BLOCK: tl.constexpr, PUSH: tl.constexpr, PULL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """functional.all_reduce; grid (rows, cdiv(WIDTH, BLOCK)).
 
@@ -85,8 +106,8 @@ def all_reduce(
         gdc_wait()
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * (BLOCK // PER_WORD)
     x = _sum_over_ranks(
-        x_ptr, staging_ptr, deltas_ptr, flag, row, start, WIDTH // PER_WORD, RANKS, RANK, STAGING, BLOCK // PER_WORD,
-        PUSH, PULL,
+        x_ptr, staging_ptr, deltas_ptr, flag, row, start, WIDTH // PER_WORD, RANKS, RANK, STAGING, FLAGS,
+        BLOCK // PER_WORD, PUSH, PULL,
     )  # fmt: skip
     if PULL:
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -97,8 +118,8 @@ def all_reduce(
 def all_reduce_add_rms_norm(
     x_ptr, staging_ptr, deltas_ptr, step_ptr, calls, call, residual_ptr, weight_ptr, out_ptr, new_residual_ptr,
     out_scale_ptr, row_scale_ptr, eps,
-    WIDTH: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr, STAGING: tl.constexpr, BLOCK: tl.constexpr,
-    QUANT: tl.constexpr, PUSH: tl.constexpr, PULL: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr, STAGING: tl.constexpr, FLAGS: tl.constexpr,
+    BLOCK: tl.constexpr, QUANT: tl.constexpr, PUSH: tl.constexpr, PULL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """all_reduce, and norm.rms_norm with HAS_RESIDUAL of the sum, which is not rounded in between; grid (rows,).
 
@@ -115,8 +136,8 @@ def all_reduce_add_rms_norm(
         gdc_wait()
     residual = tl.load(residual_ptr + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
     x = _sum_over_ranks(
-        x_ptr, staging_ptr, deltas_ptr, flag, row, 0, WIDTH // PER_WORD, RANKS, RANK, STAGING, BLOCK // PER_WORD,
-        PUSH, PULL,
+        x_ptr, staging_ptr, deltas_ptr, flag, row, 0, WIDTH // PER_WORD, RANKS, RANK, STAGING, FLAGS,
+        BLOCK // PER_WORD, PUSH, PULL,
     )  # fmt: skip
     if PULL:
         x += residual

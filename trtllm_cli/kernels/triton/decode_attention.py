@@ -88,6 +88,18 @@ def load_kv(
     return x
 
 
+@triton.constexpr_function
+def in_words(dtype, num_rows, v_head_dim):
+    """Whether values of one byte are read from shared memory in words: for mma, where a byte at a time is slow."""
+    return dtype.primitive_bitwidth == 8 and num_rows == 16 and v_head_dim % 4 == 0 and v_head_dim > 32
+
+
+@triton.jit
+def byte_of(words, INDEX: tl.constexpr, STORED: tl.constexpr, DTYPE: tl.constexpr):
+    """Byte INDEX of int32 `words`, a number of type STORED, as DTYPE."""
+    return (words >> (8 * INDEX)).to(tl.int8).to(STORED, bitcast=True).to(DTYPE)
+
+
 @triton.jit
 def in_log2(products, scale, softcap, SOFTCAP: tl.constexpr):
     """Scores in units of log2 of products q.k."""
@@ -103,18 +115,23 @@ def attend(
     acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, base, first, last, bounds, lowest, num_blocks,
     length, head, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, IN_WORDS: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the cache's tokens `first` .. `last`, in tiles of BLOCK_N.
 
     acc [M, V_BLOCK] is the sum of weights times values, `total` [M] of weights, `top` [M] the largest score; scores in
     units of log2. With MASKED, row i sees the tokens below `bounds[i]`, from `lowest[i]` on with WINDOW; what lies in
     the cache past `length` may be NaN. `scale` is that of a score q.k; `base` are the `page_rows` of `first`.
+    With IN_WORDS `acc` is zeros.
     """
     MAIN: tl.constexpr = head_parts(HEAD_DIM)[0]
     REST: tl.constexpr = head_parts(HEAD_DIM)[1]
     V_BLOCK: tl.constexpr = acc.shape[1]
     DTYPE: tl.constexpr = q.dtype
+    STORED: tl.constexpr = v_cache_ptr.dtype.element_ty
+    if IN_WORDS:  # of columns 0, 4, ..., of 1, 5, ...
+        acc_0 = tl.zeros([acc.shape[0], V_BLOCK // 4], tl.float32)
+        acc_1, acc_2, acc_3 = acc_0, acc_0, acc_0
     for start in range(first, last, BLOCK_N):
         # Carried over from a tile before, else the compiler spends stages of its pipeline on the block table.
         next_base = page_rows(table_ptr, start + BLOCK_N, num_blocks, head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
@@ -136,9 +153,20 @@ def attend(
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, axis=1)
-        v = load_kv(v_cache_ptr, base, live, 0, V_BLOCK, V_HEAD_DIM, BLOCK_N, MASKED).to(DTYPE)
-        acc = tl.dot(weights.to(DTYPE), v, acc=acc * shrink[:, None], input_precision="ieee")
+        weights = weights.to(DTYPE)
+        if IN_WORDS:
+            words_ptr = v_cache_ptr.to(tl.pointer_type(tl.int32))
+            v = load_kv(words_ptr, base, live, 0, V_BLOCK // 4, V_HEAD_DIM // 4, BLOCK_N, MASKED)
+            acc_0 = tl.dot(weights, byte_of(v, 0, STORED, DTYPE), acc=acc_0 * shrink[:, None])
+            acc_1 = tl.dot(weights, byte_of(v, 1, STORED, DTYPE), acc=acc_1 * shrink[:, None])
+            acc_2 = tl.dot(weights, byte_of(v, 2, STORED, DTYPE), acc=acc_2 * shrink[:, None])
+            acc_3 = tl.dot(weights, byte_of(v, 3, STORED, DTYPE), acc=acc_3 * shrink[:, None])
+        else:
+            v = load_kv(v_cache_ptr, base, live, 0, V_BLOCK, V_HEAD_DIM, BLOCK_N, MASKED).to(DTYPE)
+            acc = tl.dot(weights, v, acc=acc * shrink[:, None], input_precision="ieee")
         top, base = new_top, next_base
+    if IN_WORDS:
+        acc = tl.reshape(tl.join(tl.join(acc_0, acc_2), tl.join(acc_1, acc_3)), acc.shape)
     return acc, top, total
 
 
@@ -230,6 +258,7 @@ def decode_attention(
             tl.full([BLOCK_G], length, tl.int32), tl.full([BLOCK_G], lowest, tl.int32), num_blocks, length, kv_head,
             scale * k_scale, softcap,
             NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
+            in_words(v_cache_ptr.dtype.element_ty, BLOCK_G, V_HEAD_DIM),
         )  # fmt: skip
         cols = tl.arange(0, V_BLOCK)
         mask = real[:, None] & (cols < V_HEAD_DIM)[None, :]

@@ -116,19 +116,19 @@ def prefill_attention(
             acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr,
             page_rows(table_ptr, first, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N), first, all_from,
             bounds, lowest, num_blocks, length, kv_head, scale * k_scale, softcap,
-            NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
+            NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True, False,
         )  # fmt: skip
     acc, top, total = attend(
         acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr,
         page_rows(table_ptr, all_from, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N), all_from, all_to,
         bounds, lowest, num_blocks, length, kv_head, scale * k_scale, softcap,
-        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, False,
+        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, False, False,
     )  # fmt: skip
     acc, top, total = attend(
         acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr,
         page_rows(table_ptr, all_to, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N), all_to, end,
         bounds, lowest, num_blocks, length, kv_head, scale * k_scale, softcap,
-        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
+        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True, False,
     )  # fmt: skip
 
     out_step = 1.0

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from trtllm_cli.run.request import SamplingParams
     from trtllm_cli.run.sampling_inputs import SamplingInputs
 
-# Sequences of a decode step's graph: a step is padded to the next.
-GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+# Sequences of a decode step's graph: a step is padded to the next. Linears take what is padded as well.
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, *range(128, 513, 32), *range(576, 1025, 64), 1280, 1536, 1792, 2048)
+_MIXED_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # of a step with prompts, where tokens are padded
 _MOST_AT_ONCE = 512  # tokens of a step with prompts that is captured when it is first met: the host would be too slow
 _GRAPH_STEP = 32  # tokens to which such a step is padded, larger ones to twice that
 _MOST_GRAPHS = 512  # each holds some hundred nodes
@@ -222,7 +223,8 @@ class CudaRunner:
 
     def _padded(self, tokens: int, seqs: int, mixed: bool) -> tuple[int, int]:
         """A step's tokens and sequences as a graph has them."""
-        seqs = min(next((s for s in GRAPH_SIZES if s >= seqs), seqs), self._limits.max_batch_size)
+        sizes = _MIXED_SIZES if mixed else GRAPH_SIZES
+        seqs = min(next((s for s in sizes if s >= seqs), seqs), self._limits.max_batch_size)
         step = _GRAPH_STEP if tokens <= _MOST_AT_ONCE else 2 * _GRAPH_STEP
         return (min(-(-tokens // step) * step, self._limits.max_num_tokens) if mixed else seqs), seqs
 
