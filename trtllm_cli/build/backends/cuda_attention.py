@@ -21,7 +21,7 @@ _FEW = 64  # tokens up to which a program appends few heads of one token, so tha
 _DECODE = ((1, 16, 2, 64, 3), (2, 16, 2, 64, 3), (4, 16, 2, 64, 3), (8, 8, 2, 64, 3), (16, 4, 2, 64, 3),
            (32, 2, 2, 64, 3), (64, 1, 2, 64, 3), (None, 1, 1, 32, 3))  # fmt: skip
 _DECODE_BYTES = ((1, 16, 2, 64, 4), (2, 16, 2, 64, 4), (4, 16, 2, 64, 4), (8, 8, 2, 64, 4), (16, 4, 2, 64, 4),
-                 (32, 2, 2, 64, 4), (64, 1, 2, 64, 4), (None, 1, 2, 32, 3))  # fmt: skip
+                 (32, 2, 2, 64, 4), (64, 1, 2, 64, 4), (None, 1, 1, 32, 3))  # fmt: skip
 
 
 class AttentionLaunches(CudaLowering):
