@@ -261,9 +261,9 @@ def test_attention_by_hand():
     assert attention.decode_bytes("fp8", 2, 100) == 2 * 100 * 8 * 128 * 2
     assert attention.prefill_flops(2) == 3 * 4 * 32 * 128  # three scores are seen
     names = [json.dumps(attention.name_of(s)) for s in attention.decode_candidates("fp8", 64, 1, 2048)]
-    assert len(set(names)) == len(names) == 34
+    assert len(set(names)) == len(names) == 36
     names = [json.dumps(attention.name_of(s)) for s in attention.prefill_candidates("bf16", 64)]
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 16
 
 
 def test_candidates_name_all_arguments_of_their_kernels():

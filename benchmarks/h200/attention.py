@@ -66,8 +66,9 @@ def decode_source(kv: str, block_size: int, warps: int, stages: int, block_n: in
 
 
 def prefill_source(kv: str, block_size: int, rows: int, warps: int, stages: int, block_n: int) -> KernelSource:
+    args = _args(kv) | {"num_seqs": "i32", "k_new_ptr": "*bf16", "v_new_ptr": "*bf16"}
     return KernelSource.of(
-        "prefill_attention", "prefill_attention", _args(kv) | {"num_seqs": "i32"}, num_warps=warps, num_stages=stages,
+        "prefill_attention", "prefill_attention", args, num_warps=warps, num_stages=stages, NEW_STRIDE=0,
         SKIP_DECODES=True, PACK=GROUP, BLOCK_Q=rows // GROUP, BLOCK_N=block_n, **_constants(kv, block_size),
     )  # fmt: skip
 
@@ -211,7 +212,7 @@ class Bench:
         at: dict[str, Any] = {
             "q_ptr": q, "block_tables_ptr": tables, "query_start_ptr": starts, "seq_lens_ptr": lens,
             "sinks_ptr": self.one, "kv_scale_ptr": self.one, "out_scale_ptr": self.one, "out_ptr": out,
-            "partial_ptr": partial, "lse_ptr": lse, "step_ptr": step,
+            "partial_ptr": partial, "lse_ptr": lse, "step_ptr": step, "k_new_ptr": self.one, "v_new_ptr": self.one,
         }  # fmt: skip
         values = {name: tensor.data_ptr() for name, tensor in at.items()}
         values |= {

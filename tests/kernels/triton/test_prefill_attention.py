@@ -1,22 +1,62 @@
 """Attention of many new tokens a sequence over paged caches, against the reference."""
 
+import functools
+
 import pytest
 import torch
 
 from tests.kernels.triton.test_decode_attention import LLAMA, POINTERS, Case
-from trtllm_cli.kernels.triton import prefill_attention
+from trtllm_cli.kernels.triton import prefill_attention, rope_append
 
 
-def prefill(launch, case, block_q=8, pack=2, block_n=16, skip_decodes=True):
+def prefill(launch, case, block_q=8, pack=2, block_n=16, skip_decodes=True, widened=False):
     """Runs the kernel and checks all that it wrote."""
     seqs = len(case.lengths) + case.padding
+    q, k, v, *others = case.tensors()
+    new, stride = (q, q), 0
+    if widened:
+        new, stride = widen(launch, case, block_n)
     launch(
-        prefill_attention.prefill_attention, (case.heads // pack, len(case.q) // block_q + seqs), *case.tensors(), seqs,
-        case.inputs["block_tables"].shape[1], case.scale, case.softcap, SKIP_DECODES=skip_decodes, PACK=pack,
-        BLOCK_Q=block_q, BLOCK_N=block_n, **case.common(),
+        prefill_attention.prefill_attention, (case.heads // pack, len(case.q) // block_q + seqs), q, k, v, *new,
+        *others, seqs, case.inputs["block_tables"].shape[1], case.scale, case.softcap, NEW_STRIDE=stride,
+        SKIP_DECODES=skip_decodes, PACK=pack, BLOCK_Q=block_q, BLOCK_N=block_n, **case.common(),
     )  # fmt: skip
     computed = [n > 1 or not skip_decodes for n in case.new for _ in range(n)]
     case.check(torch.tensor(computed, device=case.device))
+
+
+def widen(launch, case, block_n):
+    """The step's keys and values out of the cache, in which nothing of them is left."""
+    case.expected = functools.partial(lambda found: found, case.expected())
+    tables, starts = case.inputs["block_tables"], case.inputs["query_start"]
+    slots = []
+    for seq, (length, count) in enumerate(zip(case.lengths, case.new, strict=True)):
+        at = torch.arange(length - count, length, device=case.device)
+        slots.append(tables[seq][at // case.block_size] * case.block_size + at % case.block_size)
+    slots = torch.cat(slots).int()
+    assert len(slots) == starts[len(case.new)] == len(case.q)
+    stride = len(slots) + block_n
+    new = [torch.full((case.kv_heads, stride, w), torch.nan, device=case.device).to(case.dtype)
+           for w in (case.head_dim, case.v_head_dim)]  # fmt: skip
+    launch(
+        rope_append.widen, (-(-len(slots) // 4), 2 * -(-case.kv_heads // 2)), case.k, case.v, slots, *new, len(slots),
+        NUM_KV_HEADS=case.kv_heads, HEAD_DIM=case.head_dim, V_HEAD_DIM=case.v_head_dim, BLOCK_SIZE=case.block_size,
+        NEW_STRIDE=stride, TOKENS=4, HEADS=2,
+    )  # fmt: skip
+    for cache in (case.k, case.v):
+        spoilt = cache.float()
+        spoilt[slots.long() // case.block_size, :, slots.long() % case.block_size] = 99.0
+        cache.copy_(spoilt.to(cache.dtype))
+    return new, stride
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"window": 30}, {"softcap": 2.0, "sinks": True}])
+def test_keys_and_values_of_the_step_side_by_side(launch, cache_dtype, options):
+    new = [1, 38, 20, 7, 16]
+    lengths = [c + n for c, n in zip([30, 0, 33, 16, 3], new, strict=True)]
+    case = Case(lengths, new, cache_dtype=cache_dtype, heads=4, kv_heads=2, padding=1, **options, device=launch.device)
+    prefill(launch, case, widened=True)
 
 
 @pytest.mark.parametrize("new", [[1, 20, 1, 7, 1], [17, 16, 1, 1, 2], [5, 1, 9, 8, 3]])
@@ -75,7 +115,8 @@ def test_widths_and_groups(launch, heads, kv_heads, head_dim, v_head_dim, pack):
 @pytest.mark.parametrize("window", [0, 1024])
 def test_compiles_for_the_real_shapes(compile_kernel, cache, window):
     types = {**POINTERS, "k_cache_ptr": cache, "v_cache_ptr": cache, "num_seqs": "i32"}
-    tiles = {"BLOCK_Q": 32, "PACK": 4, "SKIP_DECODES": True}
+    types |= {"k_new_ptr": "*bf16", "v_new_ptr": "*bf16"}
+    tiles = {"BLOCK_Q": 32, "PACK": 4, "SKIP_DECODES": True, "NEW_STRIDE": 0 if cache == "*bf16" else 8256}
     llama = {name: value for name, value in LLAMA.items() if name != "BLOCK_G"}
     compiled = compile_kernel(
         prefill_attention.prefill_attention, args=types,

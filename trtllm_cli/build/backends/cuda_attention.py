@@ -14,6 +14,7 @@ _KV_DTYPES = {"bfloat16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
 NUM_COPIES = "num_copies"
 _COPIED_AT_ONCE = 16  # bytes
 _COPY_BLOCK = 4096  # words of four bytes that a program copies
+_WIDENED = 8  # tokens of which a program widens four heads
 _FEW = 64  # tokens up to which a program appends few heads of one token, so that there are programs enough
 # By how many sequences there are: programs that share one's cache, warps of a program, tokens that it takes at once,
 # tiles under way. Few sequences want to be spread over the machine; many want small programs, so that many wait for
@@ -98,7 +99,7 @@ class AttentionLaunches(CudaLowering):
         self._count_cache(node)
         prefill = self._prefill(node)
         table = _DECODE_BYTES if self._is_quantized(node) else _DECODE
-        ways = [(most, [self._decode(node, most, *tiles), prefill]) for most, *tiles in table]
+        ways = [(most, [self._decode(node, most, *tiles), *prefill]) for most, *tiles in table]
         self.ways(node.op, NUM_SEQS, ways)
 
     def _decode(self, node: Node, most: int | None, splits: int, warps: int, block_n: int, stages: int) -> Launch:
@@ -132,22 +133,49 @@ class AttentionLaunches(CudaLowering):
         """Layers that call attention in a step."""
         return sum(node.op in ("attention", "paged_attention") for node in self.graph.nodes)
 
-    def _prefill(self, node: Node) -> Launch:
+    def _prefill(self, node: Node) -> list[Launch]:
         a = node.attrs
-        group = a["num_heads"] // a["num_kv_heads"]
+        group, width = a["num_heads"] // a["num_kv_heads"], self._width(node)
         pack = max(p for p in (1, 2, 4, 8) if group % p == 0)
-        width = self._width(node)
         rows = 128 if v_head_dim(a) <= 256 else 64  # what registers have room for
         block_n, most = (64, 3) if width <= 256 else (64, 2) if width <= 320 else (32, 2) if width <= 512 else (16, 2)
-        if self._is_quantized(node) and width <= 256:
-            block_n = 128  # fewer turns from loading to converting to multiplying, of which none overlaps the next
-        stages = self.stages(most, self._tile_bytes(node, block_n))
-        args = self._common(node) | {"num_seqs": ("i32", f"n:{NUM_SEQS}")}
-        return self.launch(
-            "prefill_attention", "prefill_attention",
-            [a["num_heads"] // pack, [NUM_TOKENS, rows // pack, NUM_SEQS]], args, num_warps=8, num_stages=stages,
-            when="mixed", SKIP_DECODES=True, PACK=pack, BLOCK_Q=rows // pack, BLOCK_N=block_n, **self._options(node),
+        launches: list[Launch] = []
+        new: tuple[str | None, str | None] = None, None
+        stride = 0
+        if self._is_quantized(node) and width <= 512:  # wider ones are MLA's latents, which have one head
+            stride = self.build_config.max_num_tokens + block_n
+            new, widen = self._widen(node, stride)
+            launches.append(widen)
+        stages = self.stages(most, block_n * width * 2 if stride else self._tile_bytes(node, block_n))
+        args = self._common(node) | {
+            "num_seqs": ("i32", f"n:{NUM_SEQS}"), "k_new_ptr": ("*bf16", new[0]), "v_new_ptr": ("*bf16", new[1])
+        }  # fmt: skip
+        launches.append(
+            self.launch(
+                "prefill_attention", "prefill_attention",
+                [a["num_heads"] // pack, [NUM_TOKENS, rows // pack, NUM_SEQS]], args, num_warps=8, num_stages=stages,
+                when="mixed", NEW_STRIDE=stride, SKIP_DECODES=True, PACK=pack, BLOCK_Q=rows // pack, BLOCK_N=block_n,
+                **self._options(node),
+            )
         )  # fmt: skip
+        return launches
+
+    def _widen(self, node: Node, stride: int) -> tuple[tuple[str, str], Launch]:
+        """Where the step's keys and values lie in bfloat16, `stride` rows a head, and what puts them there."""
+        a = node.attrs
+        heads, widths = a["num_kv_heads"], (a["head_dim"], v_head_dim(a))
+        new = (
+            self.room("new keys", heads * stride * widths[0] * 2),
+            self.room("new values", heads * stride * widths[1] * 2),
+        )
+        caches = {name: arg for name, arg in self._caches(node).items() if name != "kv_scale_ptr"}
+        args = caches | self._appended() | {"k_new_ptr": ("*bf16", new[0]), "v_new_ptr": ("*bf16", new[1])}
+        launch = self.launch(
+            "rope_append", "widen", [[NUM_TOKENS, _WIDENED], 2 * -(-heads // 4)], args, when="mixed",
+            NUM_KV_HEADS=heads, HEAD_DIM=widths[0], V_HEAD_DIM=widths[1], NEW_STRIDE=stride,
+            BLOCK_SIZE=self.build_config.tokens_per_block, TOKENS=_WIDENED, HEADS=4,
+        )  # fmt: skip
+        return new, launch
 
     def _width(self, node: Node) -> int:
         """Columns of a token's key and value in one head."""

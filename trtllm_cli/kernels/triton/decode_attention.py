@@ -137,13 +137,14 @@ def attend(
     length, head, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, IN_WORDS: tl.constexpr,
+    PAGED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the cache's tokens `first` .. `last`, in tiles of BLOCK_N.
 
     acc [M, V_BLOCK] is the sum of weights times values, `total` [M] of weights, `top` [M] the largest score; scores in
     units of log2. With MASKED, row i sees the tokens below `bounds[i]`, from `lowest[i]` on with WINDOW; what lies in
-    the cache past `length` may be NaN. `scale` is that of a score q.k; `base` are the `page_rows` of `first`.
-    With IN_WORDS `acc` is zeros.
+    the cache past `length` may be NaN. `scale` is that of a score q.k; `base` are the `page_rows` of `first`, or where
+    the cache is not PAGED its row, after which all others follow. With IN_WORDS `acc` is zeros.
     """
     MAIN: tl.constexpr = head_parts(HEAD_DIM)[0]
     REST: tl.constexpr = head_parts(HEAD_DIM)[1]
@@ -154,8 +155,11 @@ def attend(
         acc_0 = tl.zeros([acc.shape[0], V_BLOCK // 4], tl.float32)
         acc_1, acc_2, acc_3 = acc_0, acc_0, acc_0
     for start in range(first, last, BLOCK_N):
-        # Carried over from a tile before, else the compiler spends stages of its pipeline on the block table.
-        next_base = page_rows(table_ptr, start + BLOCK_N, num_blocks, head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
+        if PAGED:
+            # Carried over from a tile before, else the compiler spends stages of its pipeline on the block table.
+            next_base = page_rows(table_ptr, start + BLOCK_N, num_blocks, head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
+        else:
+            next_base = base + BLOCK_N
         tokens = start + tl.arange(0, BLOCK_N)
         live = tokens < length
         # Keys need no mask: a NaN key spoils its own score only, which is hidden below.
@@ -280,7 +284,7 @@ def decode_attention(
             tl.where(real, length, 0), tl.full([BLOCK_G], lowest, tl.int32), num_blocks, length, kv_head,
             scale * k_scale, softcap,
             NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
-            in_words(v_cache_ptr.dtype.element_ty, BLOCK_G, V_HEAD_DIM),
+            in_words(v_cache_ptr.dtype.element_ty, BLOCK_G, V_HEAD_DIM), True,
         )  # fmt: skip
         cols = tl.arange(0, V_BLOCK)
         mask = real[:, None] & (cols < V_HEAD_DIM)[None, :]

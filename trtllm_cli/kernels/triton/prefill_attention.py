@@ -33,12 +33,69 @@ def _sequence_of(query_start_ptr, tile, num_seqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
+def _attend_some(
+    acc, top, total, q, q_rest, k_ptr, v_ptr, table_ptr, first_row, origin, first, last, bounds, lowest, num_blocks,
+    stop, head, scale, softcap,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """`attend`, which is told where its first token is."""
+    if PAGED:
+        base = page_rows(table_ptr, first, num_blocks, head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
+    else:
+        base = first_row + (first - origin)
+    return attend(
+        acc, top, total, q, q_rest, k_ptr, v_ptr, table_ptr, base, first, last, bounds, lowest, num_blocks, stop, head,
+        scale, softcap, NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, MASKED, False, PAGED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _attend_to(
+    acc, top, total, q, q_rest, k_ptr, v_ptr, table_ptr, first_row, origin, stop, bounds, lowest, seen, least, most,
+    num_blocks, head, scale, softcap,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """`attend` to tokens `origin` .. `stop`, in tiles from `origin` on, which are masked where they have to be.
+
+    Every row sees the tokens below `seen`; with WINDOW, from `most` on, and none sees any below `least`. `first_row`:
+    where `origin` is, if not PAGED.
+    """
+    bounds = tl.minimum(bounds, stop)
+    # Tiles of [all_from, all_to) are seen whole by every row.
+    all_from, all_to = origin, origin + (tl.minimum(seen, stop) - origin) // BLOCK_N * BLOCK_N
+    if WINDOW > 0:
+        first = origin + tl.maximum(least - origin, 0) // BLOCK_N * BLOCK_N
+        all_from = tl.minimum(origin + tl.cdiv(tl.maximum(most - origin, 0), BLOCK_N) * BLOCK_N, all_to)
+        all_from = tl.maximum(all_from, first)
+        all_to = tl.maximum(all_to, all_from)
+        acc, top, total = _attend_some(
+            acc, top, total, q, q_rest, k_ptr, v_ptr, table_ptr, first_row, origin, first, tl.minimum(all_from, stop),
+            bounds, lowest, num_blocks, stop, head, scale, softcap,
+            NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True, PAGED,
+        )  # fmt: skip
+    acc, top, total = _attend_some(
+        acc, top, total, q, q_rest, k_ptr, v_ptr, table_ptr, first_row, origin, all_from, all_to,
+        bounds, lowest, num_blocks, stop, head, scale, softcap,
+        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, False, PAGED,
+    )  # fmt: skip
+    acc, top, total = _attend_some(
+        acc, top, total, q, q_rest, k_ptr, v_ptr, table_ptr, first_row, origin, all_to, stop,
+        bounds, lowest, num_blocks, stop, head, scale, softcap,
+        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True, PAGED,
+    )  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit
 def prefill_attention(
-    q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, kv_scale_ptr,
-    out_scale_ptr, out_ptr, num_seqs, max_blocks, scale, softcap,
+    q_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr,
+    kv_scale_ptr, out_scale_ptr, out_ptr, num_seqs, max_blocks, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_QUANT: tl.constexpr,
-    SKIP_DECODES: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    NEW_STRIDE: tl.constexpr, SKIP_DECODES: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of every token of the step; with SKIP_DECODES, of the sequences that have more than one.
 
@@ -52,6 +109,10 @@ def prefill_attention(
     [num_seqs + 1]; seq_lens int32 [num_seqs], new tokens included; sinks [H], read with SINKS; kv_scale float32 [2],
     read with KV_QUANT; out_scale float32 [1], read where `out` is float8e4nv. WINDOW 0: none. num_seqs, max_blocks
     i32; scale and softcap (read with SOFTCAP) fp32.
+
+    With NEW_STRIDE > 0 the step's own keys and values are read from k_new and v_new (of rope_append.widen; BLOCK_N rows
+    more than there are tokens), the cache for the tokens before them: wgmma reads shared memory, to which
+    what has to be converted goes twice.
     """
     if PDL:
         gdc_launch_dependents()
@@ -83,24 +144,13 @@ def prefill_attention(
     if KV_QUANT:
         k_scale = tl.load(kv_scale_ptr)
         v_scale = tl.load(kv_scale_ptr + 1)
-    q = load_q(q_ptr, q_rows, real, 0, MAIN, HEAD_DIM, DTYPE)
-    q_rest = q
-    if REST > 0:
-        q_rest = load_q(q_ptr, q_rows, real, MAIN, REST, HEAD_DIM, DTYPE)
-
-    # Row i sees tokens lowest[i] .. bounds[i] - 1 of the cache.
+    # Row i sees tokens lowest[i] .. bounds[i] - 1 of the sequence.
     before = length - num_queries
     bounds = tl.minimum(before + queries + 1, length)
     lowest = tl.maximum(bounds - WINDOW, 0)
+    seen = before + tile_first + 1
     end = tl.minimum(before + tile_first + BLOCK_Q, length)
-    # Tiles of [all_from, all_to) are seen whole by every row.
-    all_to = (before + tile_first + 1) // BLOCK_N * BLOCK_N
-    first, all_from = 0, 0
-    if WINDOW > 0:
-        first = tl.maximum(before + tile_first + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
-        all_from = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N, all_to)
-        all_from = tl.maximum(all_from, first)
-        all_to = tl.maximum(all_to, all_from)
+    least, most = tl.maximum(seen - WINDOW, 0), tl.maximum(end - WINDOW, 0)
 
     acc = tl.zeros([ROWS, V_BLOCK], tl.float32)
     if SINKS:
@@ -111,25 +161,30 @@ def prefill_attention(
         total = tl.zeros([ROWS], tl.float32)
     table_ptr = block_tables_ptr + seq.to(tl.int64) * max_blocks
     num_blocks = tl.cdiv(length, BLOCK_SIZE)
-    if WINDOW > 0:
-        acc, top, total = attend(
-            acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr,
-            page_rows(table_ptr, first, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N), first, all_from,
-            bounds, lowest, num_blocks, length, kv_head, scale * k_scale, softcap,
-            NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True, False,
+    cached = end
+    if NEW_STRIDE > 0:
+        cached = before
+    if cached > 0:
+        q = load_q(q_ptr, q_rows, real, 0, MAIN, HEAD_DIM, DTYPE)
+        q_rest = q
+        if REST > 0:
+            q_rest = load_q(q_ptr, q_rows, real, MAIN, REST, HEAD_DIM, DTYPE)
+        acc, top, total = _attend_to(
+            acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, 0, 0, cached, bounds, lowest, seen,
+            least, most, num_blocks, kv_head, scale * k_scale, softcap,
+            NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
         )  # fmt: skip
-    acc, top, total = attend(
-        acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr,
-        page_rows(table_ptr, all_from, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N), all_from, all_to,
-        bounds, lowest, num_blocks, length, kv_head, scale * k_scale, softcap,
-        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, False, False,
-    )  # fmt: skip
-    acc, top, total = attend(
-        acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr,
-        page_rows(table_ptr, all_to, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N), all_to, end,
-        bounds, lowest, num_blocks, length, kv_head, scale * k_scale, softcap,
-        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True, False,
-    )  # fmt: skip
+    if NEW_STRIDE > 0:
+        q = load_q(q_ptr, q_rows, real, 0, MAIN, HEAD_DIM, q_ptr.dtype.element_ty)
+        q_rest = q
+        if REST > 0:
+            q_rest = load_q(q_ptr, q_rows, real, MAIN, REST, HEAD_DIM, q_ptr.dtype.element_ty)
+        first_row = kv_head.to(tl.int64) * NEW_STRIDE + query_first
+        acc, top, total = _attend_to(
+            acc, top, total, q, q_rest, k_new_ptr, v_new_ptr, table_ptr, first_row, before, end, bounds, lowest,
+            seen, least, most, num_blocks, kv_head, scale * k_scale, softcap,
+            NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, False,
+        )  # fmt: skip
 
     out_step = 1.0
     if out_ptr.dtype.element_ty == tl.float8e4nv:

@@ -183,3 +183,32 @@ def append(
         _copy_rows(
             v_ptr, source * V_HEAD_DIM, live, v_cache_ptr, out_starts, kv_scale_ptr + 1, V_HEAD_DIM, KV_QUANT, PDL
         )
+
+
+@triton.jit
+def widen(
+    k_cache_ptr, v_cache_ptr, slot_mapping_ptr, k_new_ptr, v_new_ptr, num_tokens,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    NEW_STRIDE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The step's keys and values out of a quantized cache, side by side and in bfloat16: for prefill_attention.
+
+    Grid, caches, slot_mapping and num_tokens as in `append`; k_new [NUM_KV_HEADS, NEW_STRIDE, HEAD_DIM], v_new
+    [NUM_KV_HEADS, NEW_STRIDE, V_HEAD_DIM], of which the first num_tokens rows of a head are written.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    GROUPS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
+    group = tl.program_id(1)
+    rows = tl.arange(0, TOKENS * HEADS)
+    tokens = tl.program_id(0) * TOKENS + rows % TOKENS
+    heads = group % GROUPS * HEADS + rows // TOKENS
+    slots = tl.load(slot_mapping_ptr + tokens, mask=tokens < num_tokens, other=-1)
+    live = (heads < NUM_KV_HEADS) & (slots >= 0)
+    out_rows = heads.to(tl.int64) * NEW_STRIDE + tokens
+    if group < GROUPS:
+        starts = _cache_offsets(slots, heads, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+        _copy_rows(k_cache_ptr, starts, live, k_new_ptr, out_rows * HEAD_DIM, k_new_ptr, HEAD_DIM, False, PDL)
+    else:
+        starts = _cache_offsets(slots, heads, V_HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+        _copy_rows(v_cache_ptr, starts, live, v_new_ptr, out_rows * V_HEAD_DIM, v_new_ptr, V_HEAD_DIM, False, PDL)
