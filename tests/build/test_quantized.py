@@ -65,10 +65,10 @@ def relative(got, want):
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def checkpoint(tmp_path, quantization, experts):
+def checkpoint(tmp_path, quantization, experts, model=MODEL):
     """A random checkpoint, its graph and weights, and the model's file."""
     model_file = tmp_path / "model.py"
-    model_file.write_text(f"EXPERTS = {experts}\n{MODEL}")
+    model_file.write_text(f"EXPERTS = {experts}\n{model}")
     c = config("llama", quantization=quantization)
     with trace("g") as t:
         graph = load_model_file(model_file)(t, c, c.mapping.ranks[0])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.batches import Sequences, as_torch
-from tests.build.test_quantized import ALGORITHMS, NO_EXPERTS, checkpoint
+from tests.build.test_quantized import ALGORITHMS, MODEL, NO_EXPERTS, checkpoint
 from tests.engines import build_engine
 from tests.interpreter_device import InterpreterDevice, fake_compile
 from trtllm_cli.build.backends import cuda, cuda_experts, cuda_tactics
@@ -24,6 +24,9 @@ TOLERANCE = {"FP8": 7e-2, "FP8_PER_CHANNEL_PER_TOKEN": 7e-2, "FP8_BLOCK_SCALES":
 STEPS = [{0: [1, 2, 3, 4, 5, 6, 7], 1: [9, 8]}, {1: [3], 0: [4]}]
 
 
+FEW_TOKENS = cuda_tactics.LinearTactics.few_tokens
+
+
 @pytest.fixture(autouse=True)
 def few_kernels(monkeypatch):
     """Nothing is compiled, and torch multiplies, as for many tokens: linears of few have tests of their own."""
@@ -31,9 +34,9 @@ def few_kernels(monkeypatch):
     monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", lambda self, shape: [])
 
 
-def made(tmp_path, quantization, experts=True, **options):
+def made(tmp_path, quantization, experts=True, model=MODEL, **options):
     """An engine, its graph, and its weights as GPUs keep them: plain ones in bfloat16."""
-    ckpt, graph, weights, model_file = checkpoint(tmp_path, quantization, experts)
+    ckpt, graph, weights, model_file = checkpoint(tmp_path, quantization, experts, model)
     engine = build_engine(
         ckpt, tmp_path / "engine", backend="cuda", kernels="auto", model_file=model_file, tokens_per_block=16, **options
     )
@@ -88,6 +91,20 @@ def test_blocks_of_many_tokens(tmp_path, monkeypatch, name, by_one):
     assert worst(engine, graph, weights) < TOLERANCE.get(name, 2e-2)
     functions = {function for function, _ in kernels_of(engine)}
     assert {"sort_pairs", "place_pairs"} & functions == {"sort_pairs" if by_one else "place_pairs"}
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_fp8_with_scales_of_groups(tmp_path, monkeypatch, few):
+    """Layers of whole groups of 128 inputs, which are multiplied in FP8; those of 64 above become bfloat16."""
+    if few:
+        monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", FEW_TOKENS)
+    model = MODEL.replace("64", "256").replace("96", "384").replace("(384, 256)", "(96, 256)")  # the vocabulary
+    engine, graph, weights = made(tmp_path, {"quant_algo": "FP8_BLOCK_SCALES"}, False, model)
+    assert worst(engine, graph, weights) < TOLERANCE["FP8_BLOCK_SCALES"]
+    found = [(function, c.get("W_SCALE")) for function, c in kernels_of(engine)]
+    assert ("skinny_linear", "group") in found
+    assert {function for function, _ in found} >= {"quantize_groups"}
+    assert "qdq" not in {function for function, _ in found}
 
 
 @pytest.mark.parametrize("weight_dtype", ["bfloat16", "int8", "int4"])

@@ -102,6 +102,28 @@ def test_plain_forms(launch, kernel, form, gated, has_bias):
     assert error(y, ref) < 6e-3
 
 
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize(("gated", "has_bias"), [("", True), ("silu", False)])
+def test_fp8_with_scales_of_groups(launch, split, gated, has_bias):
+    torch.manual_seed(1)
+    d, m, n, k, group = launch.device, 21, 72, 96, 32
+    x, w = (torch.randn(*size, device=d).to(torch.float8_e4m3fn) for size in ((m, k), (n, k)))
+    w_scale, x_scale = (torch.rand(rows, k // group, device=d) + 0.5 for rows in (n, m))
+    bias = torch.randn(n, device=d).bfloat16()
+    wide = (t.float() * s.repeat_interleave(group, 1) for t, s in ((x, x_scale), (w, w_scale)))
+    ref = next(wide) @ next(wide).T + (bias.float() if has_bias else 0)
+    if gated:
+        ref = reference.activate(ref[:, : n // 2], gated) * ref[:, n // 2 :]
+    shape = LinearShape("fp8", n, k, group=group, w_scale="group", x_scale="group", has_bias=has_bias, gated=gated)
+    packed = cuda_linears.pack_weight(shape, {"weight": w, "scale": w_scale})
+    for role, tensor in cuda_linears.packed_tensors(shape).items():
+        assert (packed[role].shape, packed[role].dtype) == (tensor.shape, tensor.dtype)
+    y = torch.full(ref.shape, torch.nan, dtype=torch.bfloat16, device=d)
+    roles = {"x": x, "w": packed["weight"], "w_scale": packed["scale"], "x_scale": x_scale, "bias": bias, "y": y}
+    run(launch, cuda_linears.skinny(shape, 16, 32, group, split, 3, 4), m, **roles)
+    assert error(y, ref) < 6e-3
+
+
 @pytest.mark.parametrize("kernel", ["vector, odd rounds", "skinny", "skinny, split", "fragment", "fragment, ring"])
 @pytest.mark.parametrize("form", ["bf16", "fp8"])
 def test_rounds_that_do_not_fill_the_last_one(launch, kernel, form):

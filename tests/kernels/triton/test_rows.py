@@ -124,6 +124,20 @@ def test_activations_far_out(launch):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=3e-6)
 
 
+@pytest.mark.parametrize("dtype", [FP8, INT8])
+@pytest.mark.parametrize("some", [1, 4])
+def test_quantize_groups(launch, dtype, some):
+    d = launch.device
+    x = torch.randn(3, 96, device=d)
+    x[1, 32:64] = 0
+    out, steps = poison((3, 96), dtype, d), torch.full((3, 3), torch.nan, device=d)
+    launch(rows.quantize_groups, (3, -(-3 // some)), x, out, steps, WIDTH=96, X_STRIDE=96, GROUP=32, BLOCK_GROUPS=some)
+    largest = 448.0 if dtype == FP8 else 127.0
+    expected = (x.unflatten(1, (3, 32)).abs().amax(2) / largest).clamp(min=1e-30)
+    torch.testing.assert_close(steps, expected)
+    check_quantized(out, x, steps.repeat_interleave(32, 1))
+
+
 @pytest.mark.parametrize("op", ["add", "mul"])
 @pytest.mark.parametrize("row", [False, True])
 @pytest.mark.parametrize(("x_dtype", "y_dtype", "out_dtype"), [(BF16, BF16, BF16), (F32, BF16, F32)])

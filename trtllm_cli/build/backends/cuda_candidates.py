@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trtllm_cli.build.backends.cuda_linears import Form, LinearShape, Tactic, adapted, weight_only
+from trtllm_cli.build.backends.cuda_linears import Form, LinearShape, Tactic, adapted, is_grouped, weight_only
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)  # that are timed; a tactic is for all up to its own
 _WIDE = 16384  # outputs that have tiles enough for all multiprocessors without splitting sums
@@ -46,6 +46,12 @@ _SKINNY: _Tiles = {
     ("bf16", 64): [(64, 64, 128, 2, 4, 4), (64, 64, 128, 1, 4, 4)],
     ("fp8", 64): [(64, 64, 128, 1, 5, 4)],
 }
+# With scales of groups, by most tokens.
+_GROUPED = {
+    16: [(16, 64, 128, 1, 6, 4), (16, 64, 128, 2, 5, 4), (16, 64, 128, 4, 5, 4), (16, 128, 128, 2, 4, 4)],
+    32: [(32, 64, 128, 1, 5, 4), (32, 64, 128, 4, 5, 4)],
+    64: [(64, 64, 128, 1, 5, 4), (64, 64, 128, 2, 4, 4), (64, 64, 128, 4, 4, 4)],
+}
 _SPLIT = {"skinny": 3, "fragment": 4}  # where the tiles say into how many parts sums are split
 
 
@@ -57,6 +63,10 @@ def candidates(shape: LinearShape, tokens: int) -> list[Tactic]:
 
 def _listed(shape: LinearShape, tokens: int) -> Iterator[Tactic]:
     form: Form = "int4" if weight_only(shape) else shape.form
+    if is_grouped(shape):
+        most = min(most for most in _GROUPED if tokens <= most)
+        yield from (Tactic("skinny", tiles) for tiles in _GROUPED[most])
+        return
     lists = {"vector": _VECTOR, "fragment": _GATED_FRAGMENT if shape.gated else _FRAGMENT, "skinny": _SKINNY}
     for kernel, of_form in lists.items():
         for (of, most), every in of_form.items():

@@ -10,7 +10,12 @@ import torch
 from trtllm_cli.build.backends.cuda_linears import (
     LinearLaunch,
     LinearShape,
+    PerWhat,
     dequantized,
+    fitted,
+    for_many,
+    is_grouped,
+    launch_of,
     pack_weight,
     packed_tensors,
     weight_only,
@@ -24,6 +29,7 @@ from trtllm_cli.kernels.linear_format import ROLES, LinearFormat
 from trtllm_cli.tensor_file import TensorInfo
 
 _FLOAT8 = "float8_e4m3fn"
+_GROUP = 128  # inputs that share a scale, of FP8: what kernels take at once
 _APART = 16  # floats from one scale to the next: cuBLASLt wants them at multiples of 16 bytes
 
 
@@ -60,8 +66,14 @@ class LinearLaunches(RowLaunches):
         shape = self._shape(node)
         weights = self._pack(node, shape)
         rows = self.rows(node.output)
-        many = self._many(node, act, shape, weights)
         fused = self._fused(act)
+        if is_grouped(shape):
+            grouped = self._few_shape(node, fused)
+            launch = launch_of(grouped, fitted(grouped, for_many(grouped), self.arch))
+            many = [self._few(node, launch, weights, fused, rows)]
+            many += [self.gated_launch(act)] if act is not None and fused is None else []
+        else:
+            many = self._many(node, act, shape, weights)
         ways: list[tuple[int | None, list[Launch]]] = []
         for most, few in self.tactics.few_tokens(self._few_shape(node, fused)):
             launches = [self._few(node, few, weights, fused, rows)]
@@ -144,12 +156,16 @@ class LinearLaunches(RowLaunches):
         n, k = self.width(node.output), self.width(node.inputs["x"])
         x_scale = node.inputs.get("x_scale")
         scales = self.graph.weights[node.inputs["scale"]].shape[-1] if "scale" in node.inputs else 0
-        is_fp8 = fmt.name == "fp8"
+        w_scale: PerWhat = "none"
+        per_input: PerWhat = "none"
+        if fmt.name == "fp8":
+            w_scale, per_input = "one" if scales == 1 else "row", "one" if x_scale in self.graph.weights else "row"
+            if fmt.group_size:
+                w_scale = per_input = "group"
+        group = (fmt.group_size or k) if fmt.name in ("int8", "int4") else fmt.group_size or 0
         return LinearShape(
             form={"bfloat16": "bf16", "fp8": "fp8", "int8": "int8", "int4": "int4"}[fmt.name],  # type: ignore[arg-type]
-            n=n, k=k, group=(fmt.group_size or k) if fmt.name in ("int8", "int4") else 0, has_zero=fmt.has_zero,
-            w_scale=("one" if scales == 1 else "row") if is_fp8 else "none",
-            x_scale=("one" if x_scale in self.graph.weights else "row") if is_fp8 else "none",
+            n=n, k=k, group=group, has_zero=fmt.has_zero, w_scale=w_scale, x_scale=per_input,
             has_bias="bias" in node.inputs, x_type=self.type_of(node.inputs["x"]),
         )  # fmt: skip
 
@@ -160,6 +176,8 @@ class LinearLaunches(RowLaunches):
         match fmt.name:
             case "fp8" if fmt.group_size is None and "x_scale" in node.inputs and n % 16 == k % 16 == 0:
                 return fmt  # cuBLASLt wants multiples of 16
+            case "fp8" if fmt.group_size == _GROUP and "x_scale" in node.inputs and k % _GROUP == 0:
+                return fmt
             case "int8" if k % (fmt.group_size or k) == 0 and (fmt.group_size or 64) % 64 == 0 and not fmt.has_zero:
                 return fmt
             case "int4" if fmt.group_size in (64, 128) and k % fmt.group_size == 0:
@@ -173,7 +191,11 @@ class LinearLaunches(RowLaunches):
         if fmt.name == "bfloat16" and "quant" not in node.attrs:
             return {"weight": self.plain(weight)[0]}
         stored = self.format_of(node)
-        halves = fmt.name == "fp8" and self.graph.weights[node.inputs["scale"]].shape[-1] not in (1, shape.n)
+        halves = (
+            fmt.name == "fp8"
+            and not fmt.group_size
+            and self.graph.weights[node.inputs["scale"]].shape[-1] not in (1, shape.n)
+        )
 
         def make(read: ReadWeight) -> dict[str, torch.Tensor]:
             stack = self.read_format(node, read)

@@ -16,7 +16,7 @@ import torch
 from trtllm_cli.kernels.cuda.kernel import Constant, KernelSource, stages_that_fit
 
 Form = Literal["bf16", "fp8", "int8", "int4"]
-PerWhat = Literal["none", "one", "row"]
+PerWhat = Literal["none", "one", "row", "group"]
 Dim = int | tuple[str, int]  # a number, or a symbol and how many of it a program takes
 
 KERNELS = ("vector", "skinny", "fragment")
@@ -31,7 +31,7 @@ class LinearShape:
     form: Form
     n: int
     k: int
-    group: int = 0  # inputs that share a scale, of int8 (0: all) and int4: 64 or 128
+    group: int = 0  # inputs that share a scale, of int8 (0: all) and int4: 64 or 128; of fp8 with scales of groups
     has_zero: bool = False
     w_scale: PerWhat = "none"
     x_scale: PerWhat = "none"
@@ -108,6 +108,12 @@ _SHIPPED: dict[str, dict[tuple[int, int, bool], list[tuple[int, str, tuple[int, 
             (64, "fragment", (32, 2, 1, 2, 1, 8)),
         ],
     },
+    "fp8 group": {
+        (6144, 4096, False): [(16, "skinny", (16, 64, 128, 2, 5, 4)), (64, "skinny", (64, 64, 128, 2, 4, 4))],
+        (4096, 4096, False): [(16, "skinny", (16, 64, 128, 4, 5, 4)), (64, "skinny", (64, 64, 128, 4, 4, 4))],
+        (14336, 4096, True): [(16, "skinny", (16, 64, 128, 1, 6, 4)), (64, "skinny", (64, 64, 128, 1, 5, 4))],
+        (4096, 14336, False): [(16, "skinny", (16, 64, 128, 4, 5, 4)), (64, "skinny", (64, 64, 128, 4, 4, 4))],
+    },
 }  # fmt: skip
 
 
@@ -118,13 +124,15 @@ def shipped_tactics(shape: LinearShape) -> list[tuple[int, Tactic]]:
     def distance(measured: tuple[int, int, bool]) -> float:
         return abs(log2(measured[0] / outputs)) + abs(log2(measured[1] / shape.k)) + 100 * (measured[2] != gated)
 
-    table = _SHIPPED["int4" if weight_only(shape) else shape.form]
+    table = _SHIPPED["int4" if weight_only(shape) else "fp8 group" if is_grouped(shape) else shape.form]
     ways = [(most, adapted(shape, Tactic(kernel, tiles))) for most, kernel, tiles in table[min(table, key=distance)]]
     return [(most, tactic) for most, tactic in ways if tactic is not None]
 
 
 def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
     """The kernel with tiles that this shape allows, or None."""
+    if is_grouped(shape) and (tactic.kernel != "skinny" or tactic.tiles[2] != shape.group):
+        return None
     if tactic.kernel == "vector":
         bm, bn, bk, *rest = tactic.tiles
         while shape.k % bk and bk > 64:
@@ -156,6 +164,16 @@ def launch_of(shape: LinearShape, tactic: Tactic) -> LinearLaunch:
     return make[tactic.kernel](shape, *tactic.tiles)
 
 
+def is_grouped(shape: LinearShape) -> bool:
+    """Whether weights and inputs are FP8 with scales of groups of inputs."""
+    return shape.w_scale == "group"
+
+
+def for_many(shape: LinearShape) -> Tactic:
+    """For any number of tokens of what cuBLASLt does not compute: FP8 with scales of groups."""
+    return Tactic("skinny", (128, 64 if shape.gated else 128, shape.group, 1, 3, 8))
+
+
 def weight_only(shape: LinearShape) -> bool:
     """Whether the weight is packed for the kernels, and cuBLASLt needs it dequantized."""
     return shape.form in ("int8", "int4")
@@ -165,9 +183,11 @@ def pack_weight(shape: LinearShape, parts: Mapping[str, torch.Tensor]) -> dict[s
     """A weight's tensors by role as the kernels read them.
 
     int8 and int4 become pieces in the order of kernels/triton/linear.py, their scales (and zeros) [ceil(N / 16),
-    groups, 16], one group where there is a scale per output.
+    groups, 16], one group where there is a scale per output. Scales of FP8's groups become [groups, N].
     """
     packed = dict(parts)
+    if is_grouped(shape):
+        packed["scale"] = parts["scale"].float().t().contiguous()
     if not weight_only(shape):
         return packed
     weight = parts["weight"]
@@ -205,7 +225,7 @@ def packed_tensors(shape: LinearShape) -> dict[str, torch.Tensor]:
         case "bf16":
             parts = {"weight": empty(torch.bfloat16, n, k)}
         case "fp8":
-            scales = empty(torch.float32, 1 if shape.w_scale == "one" else n)
+            scales = groups if is_grouped(shape) else empty(torch.float32, 1 if shape.w_scale == "one" else n)
             parts = {"weight": empty(torch.float8_e4m3fn, n, k), "scale": scales}
         case "int8":
             parts = {"weight": empty(torch.int8, n, k), "scale": groups}

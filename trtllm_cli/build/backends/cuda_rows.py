@@ -134,10 +134,19 @@ class RowLaunches(CudaLowering):
         self.step(node.op, [self.by_columns("binary", node.output, args, OP=node.op, **strides)])
 
     def _quantize(self, node: Node) -> None:
-        q, how = node.outputs[0], node.attrs["out_quant"]
-        width = node.attrs.get("out_group") or self.width(q)
-        parts = self.width(q) // width  # of a row, each as a row of its own
+        q, how, width = node.outputs[0], node.attrs["out_quant"], self.width(node.outputs[0])
         args = {"x_ptr": self._out(node.inputs["x"]), "out_ptr": self._out(q), **self._steps_of(node)}
+        group = node.attrs.get("out_group") or width
+        if group < width and group & (group - 1) == 0:
+            del args["out_scale_ptr"]
+            some = max(1, BLOCK // group)
+            launch = self.launch(
+                "rows", "quantize_groups", [self._dim(q), -(-width // (some * group))], args, WIDTH=width,
+                X_STRIDE=width, GROUP=group, BLOCK_GROUPS=some,
+            )  # fmt: skip
+            self.step(node.op, [launch])
+            return
+        parts, width = width // group, group  # of a row, each as a row of its own
         block = min(BLOCK if how == "static" else 8192, triton.next_power_of_2(width))
         grid: list[Dim] = [[f"{self.rows(q)}*{parts}", 1], -(-width // block) if how == "static" else 1]
         launch = self.launch("rows", "quantize", grid, args, WIDTH=width, X_STRIDE=width, BLOCK=block, QUANT=how)

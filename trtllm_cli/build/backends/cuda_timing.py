@@ -20,6 +20,7 @@ from trtllm_cli.build.backends.cuda_linears import (
     LinearShape,
     Tactic,
     dequantized,
+    is_grouped,
     launch_of,
     packed_tensors,
     weight_only,
@@ -123,6 +124,8 @@ def time_work(
 
 
 def _library(timer: Timer, shape: LinearShape, compiled: Compiled, tokens: int) -> float | None:
+    if is_grouped(shape):
+        return None  # which cuBLASLt does not compute
     plain = compiled[dequantized(shape).source] if weight_only(shape) else None
     return timer.library(shape, plain, tokens)
 
@@ -240,7 +243,9 @@ class _Operands:
         x_type = torch.float8_e4m3fn if shape.form == "fp8" else torch.bfloat16
         self.x = torch.randn(MOST_TOKENS, shape.k, device=_DEVICE).to(x_type)
         self.y = torch.empty(MOST_TOKENS * shape.n, dtype=torch.bfloat16, device=_DEVICE)
-        self.ones = torch.ones(max(shape.n, MOST_TOKENS), device=_DEVICE)
+        self.ones = torch.ones(
+            max(shape.n, MOST_TOKENS * (shape.k // shape.group if shape.group else 1)), device=_DEVICE
+        )
         plain = (shape.n, shape.k) if weight_only(shape) else (1, 8)
         self.plain = torch.empty(plain, dtype=torch.bfloat16, device=_DEVICE)
         self.scratch = self.ones

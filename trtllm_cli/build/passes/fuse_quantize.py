@@ -15,7 +15,8 @@ def fuse_quantize(graph: Graph) -> Graph:
 
     `out_quant` is "static", the step being a weight [1] under "out_scale", or "token": found for each row, a second (of
     add_rms_norm a third) output. Where the input cannot be quantized as it is made, a `quantize` node does it. So too
-    for expert_linear; with `out_group` each part of a row, an expert's, has a step of its own.
+    for expert_linear. With `out_group` each part of a row has a step of its own: an expert's, or a group's of inputs
+    where the weight has scales of groups as well.
     """
     producers, consumers = graph.producers(), graph.consumers()
     tensors: dict[str, TensorType] = {}
@@ -66,9 +67,15 @@ def fuse_quantize(graph: Graph) -> Graph:
 
 def _all_fp8(graph: Graph, node: Node, readers: list[Node]) -> bool:
     """Whether a qdq is to FP8 with one step, or one a row or an expert's part of it, and read by FP8 linears with one
-    scale or one an output.
+    scale or one an output; or with one a group, and read by linears with scales of the same groups.
     """
     group = node.attrs.get("group_size")
+    width = graph.type_of(node.output).shape[1]
+    assert isinstance(width, int)
+    if group and node.attrs["fmt"] == "fp8" and readers and width % group == 0 and width > group:
+        linears = [r.op == "linear" and r.inputs["x"] == node.output for r in readers]
+        if all(linears) and all(r.attrs.get("quant") == "fp8" and r.attrs.get("group_size") == group for r in readers):
+            return True
     return (
         node.attrs["fmt"] == "fp8"
         and bool(readers)

@@ -3,7 +3,8 @@
 Each kernel computes `y [M, N] = x [M, K] @ w [N, K].T`, weights in one of these forms:
 
     bf16   w bf16
-    fp8    w and x E4M3; the product times `w_scale` ([1], or [N] with W_SCALE "row") and `x_scale` ([1] or [M])
+    fp8    w and x E4M3; the product times `w_scale` ([1], or [N] with W_SCALE "row") and `x_scale` ([1] or [M]). With
+           "group" both have a scale for every BK inputs, float32 [K / BK, N] and [M, K / BK]
     int8   w in pieces of 16 outputs and 32 inputs, 512 bytes, outputs slowest. Byte 16 (4 i + j) + 8 k + 4 l + 2 m + n
            of a piece is of output i + 8 l and input 8 j + 4 n + 2 k + m
     int4   w in pieces of 16 outputs and 64 inputs, 512 bytes. Byte 16 (4 i + j) + 8 h + 4 k + 2 m + l of a piece has in
@@ -165,8 +166,11 @@ def skinny_linear(
 ):  # fmt: skip
     """bf16 and fp8 through shared memory, the weights as the tall operand, any K.
 
-    Grid (outputs / BN, num_tokens / BM, SPLIT). W_SCALE and X_SCALE: "none", "one" or "row". GATED: "", an activation.
+    Grid (outputs / BN, num_tokens / BM, SPLIT). W_SCALE and X_SCALE: "none", "one" or "row", or both "group", where BK
+    divides K. GATED: "", an activation.
     """
+    GROUPED: tl.constexpr = W_SCALE == "group"
+    tl.static_assert(GROUPED == (X_SCALE == "group") and (not GROUPED or K % BK == 0))
     outputs: tl.constexpr = N if GATED == "" else N // 2
     even: tl.constexpr = K % (BK * SPLIT) == 0
     count: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
@@ -191,18 +195,39 @@ def skinny_linear(
             inside = start + k < K
             w = tl.load(w_at + start, mask=inside[None, :], other=0.0)
             x = tl.load(x_at + start, mask=token_mask[None, :] & inside[:, None], other=0.0)
-        acc = tl.dot(w, x, acc)
+        if GROUPED:
+            group = tl.program_id(2) * count + i
+            x_scale = _of_group(x_scale_ptr, tokens.to(tl.int64) * (K // BK) + group, token_mask, group, K // BK)
+            acc += tl.dot(w, x) * _scales(w_scale_ptr, group, rows, x_scale, N, K // BK)
+        else:
+            acc = tl.dot(w, x, acc)
         if GATED != "":
             up_at = w_at + tl.full((), outputs, tl.int64) * K + start
             if even:
                 w_up = tl.load(up_at)
             else:
                 w_up = tl.load(up_at, mask=inside[None, :], other=0.0)
-            up = tl.dot(w_up, x, up)
+            if GROUPED:
+                up += tl.dot(w_up, x) * _scales(w_scale_ptr, group, rows + outputs, x_scale, N, K // BK)
+            else:
+                up = tl.dot(w_up, x, up)
     _end_split(
-        acc, up, scratch_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, n, tokens,
-        num_tokens, N, W_SCALE, X_SCALE, HAS_BIAS, GATED, SPLIT,
+        acc, up, scratch_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, n, tokens, num_tokens, N,
+        "none" if GROUPED else W_SCALE, "none" if GROUPED else X_SCALE, HAS_BIAS, GATED, SPLIT,
     )  # fmt: skip
+
+
+@triton.jit
+def _of_group(ptr, at, mask, group, GROUPS: tl.constexpr):
+    """Scales of a group, zeros where there is no such group."""
+    return tl.load(ptr + at, mask=mask & (group < GROUPS), other=0.0)
+
+
+@triton.jit
+def _scales(w_scale_ptr, group, rows, x_scale, N: tl.constexpr, GROUPS: tl.constexpr):
+    """[BN, BM]: what the product of a group of inputs is times."""
+    at = group.to(tl.int64) * N + rows
+    return _of_group(w_scale_ptr, at, rows >= 0, group, GROUPS)[:, None] * x_scale[None, :]
 
 
 @triton.jit

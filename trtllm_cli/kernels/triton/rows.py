@@ -149,6 +149,29 @@ def quantize(
 
 
 @triton.jit
+def quantize_groups(
+    x_ptr, out_ptr, row_scale_ptr,
+    WIDTH: tl.constexpr, X_STRIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows to float8e4nv or int8, out [rows, WIDTH], by steps of GROUP columns each: row_scale [rows, WIDTH / GROUP].
+
+    Grid (rows, cdiv(WIDTH / GROUP, BLOCK_GROUPS)); GROUP is a power of two that divides WIDTH.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    groups = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+    columns = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    mask = columns < WIDTH
+    x = tl.load(x_ptr + row * X_STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
+    limit: tl.constexpr = 448.0 if out_ptr.dtype.element_ty == tl.float8e4nv else 127.0
+    steps = tl.maximum(tl.max(tl.abs(x), axis=1) / limit, 1e-30)
+    tl.store(row_scale_ptr + row * (WIDTH // GROUP) + groups, steps, mask=groups < WIDTH // GROUP)
+    store(out_ptr + row * WIDTH + columns, x * (1.0 / steps)[:, None], mask)
+
+
+@triton.jit
 def qdq(
     x_ptr, scale_ptr, out_ptr,
     WIDTH: tl.constexpr, X_STRIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK: tl.constexpr,
