@@ -136,9 +136,9 @@ def test_ranks_that_wait_for_each_other(launch):
         assert [a[:ranks].tolist() for a in arrivals] == expected
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120a"])
-def test_compiles_for(compile_kernel, arch):
-    common = {"RANKS": 2, "RANK": 1, "PDL": arch != "sm_80"}
+@pytest.mark.parametrize(("arch", "ranks"), [("sm_80", 2), ("sm_90a", 2), ("sm_90a", 4), ("sm_120a", 2)])
+def test_compiles_for(compile_kernel, arch, ranks):
+    common = {"RANKS": ranks, "RANK": 1, "PDL": arch != "sm_80"}
     both = {"PUSH": True, "PULL": True}
     pointers = {"x_ptr": "*bf16", "staging_ptr": "*i64", "deltas_ptr": "*i64", "step_ptr": "*i32", "out_ptr": "*bf16"}
     numbers = {"calls": "i32", "call": "i32"}
@@ -163,7 +163,7 @@ def test_compiles_for(compile_kernel, arch):
         ),
     ]  # fmt: skip
     for kernel, args, constants in kernels:
-        compiled = compile_kernel(kernel, args, {**constants, **common}, num_warps=8, arch=arch)
+        compiled = compile_kernel(kernel, args, {**constants, **common}, num_warps=16, arch=arch)
         assert compiled.spills == 0
         if "staging_ptr" in args:
             by_words = constants["FLAGS"] == 0

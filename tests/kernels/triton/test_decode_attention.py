@@ -164,11 +164,12 @@ def test_types(launch, splits, cache_dtype, fp8_out):
     decode(launch, case, splits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.int8])
 @pytest.mark.parametrize(("v_head_dim", "block_g"), [(64, 16), (128, 16), (80, 16), (50, 16), (64, 32)])
-def test_values_of_one_byte_by_words(launch, cache_dtype, v_head_dim, block_g):
+def test_values_of_one_byte_by_words(launch, dtype, cache_dtype, v_head_dim, block_g):
     """And where they are not: 50 is not whole words, and 32 rows go another way."""
-    shape = {"heads": 4, "kv_heads": 1, "head_dim": 32, "v_head_dim": v_head_dim}
+    shape = {"heads": 4, "kv_heads": 1, "head_dim": 32, "v_head_dim": v_head_dim, "dtype": dtype}
     case = Case([50, 9], [1, 1], cache_dtype=cache_dtype, **shape, device=launch.device)
     decode(launch, case, block_n=32, block_g=block_g)
 

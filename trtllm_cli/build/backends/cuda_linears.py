@@ -109,10 +109,14 @@ _SHIPPED: dict[str, dict[tuple[int, int, bool], list[tuple[int, str, tuple[int, 
         ],
     },
     "fp8 group": {
-        (6144, 4096, False): [(16, "skinny", (16, 64, 128, 2, 5, 4)), (64, "skinny", (64, 64, 128, 2, 4, 4))],
-        (4096, 4096, False): [(16, "skinny", (16, 64, 128, 4, 5, 4)), (64, "skinny", (64, 64, 128, 4, 4, 4))],
-        (14336, 4096, True): [(16, "skinny", (16, 64, 128, 1, 6, 4)), (64, "skinny", (64, 64, 128, 1, 5, 4))],
-        (4096, 14336, False): [(16, "skinny", (16, 64, 128, 4, 5, 4)), (64, "skinny", (64, 64, 128, 4, 4, 4))],
+        (4096, 4096, False): [
+            (16, "skinny", (16, 64, 128, 4, 5, 4)), (32, "skinny", (32, 64, 128, 4, 5, 4)),
+            (64, "skinny", (64, 64, 128, 4, 4, 4)),
+        ],
+        (14336, 4096, True): [
+            (16, "skinny", (16, 64, 128, 1, 6, 4)), (32, "skinny", (32, 64, 128, 1, 5, 4)),
+            (64, "skinny", (64, 64, 128, 2, 4, 4)),
+        ],
     },
 }  # fmt: skip
 
@@ -171,7 +175,7 @@ def is_grouped(shape: LinearShape) -> bool:
 
 def for_many(shape: LinearShape) -> Tactic:
     """For any number of tokens of what cuBLASLt does not compute: FP8 with scales of groups."""
-    return Tactic("skinny", (128, 64 if shape.gated else 128, shape.group, 1, 3, 8))
+    return Tactic("skinny", (128, 64, shape.group, 1, 4, 8 if shape.gated else 4))
 
 
 def weight_only(shape: LinearShape) -> bool:

@@ -57,15 +57,14 @@ def _sum_over_ranks(
     if PUSH:
         for peer in tl.static_range(RANKS):
             if peer != RANK:
-                INDEX: tl.constexpr = RANK - (RANK > peer)  # of this rank among the peer's others
+                there = slot + (RANK - (RANK > peer))  # this rank among the peer's others
                 theirs = tl.multiple_of(_there(staging_ptr, deltas_ptr, peer).to(staging_ptr.dtype), 16)
-                theirs += (slot + INDEX) * STAGING + place
                 if FLAGS == 0:
-                    tl.store(theirs, flagged(own, flag), mask=mask, cache_modifier=".wt")
+                    tl.store(theirs + there * STAGING + place, flagged(own, flag), mask=mask, cache_modifier=".wt")
                 else:
-                    tl.store(theirs, own, mask=mask)
+                    tl.store(theirs + there * STAGING + place, own, mask=mask)
                     tl.debug_barrier()  # all threads have written, before one of them says so
-                    at = _there(flags_ptr + (slot + INDEX) * FLAGS, deltas_ptr, peer).to(staging_ptr.dtype)
+                    at = _there(flags_ptr + there * FLAGS, deltas_ptr, peer).to(staging_ptr.dtype)
                     tl.atomic_xchg(at, flag, sem="release", scope="sys")
     total = tl.zeros_like(_floats(own, IS_BF16))
     if PULL:

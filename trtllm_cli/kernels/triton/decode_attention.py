@@ -132,6 +132,11 @@ def in_log2(products, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _added(acc, shrink, weights, v):
+    return tl.dot(weights, v, acc=acc * shrink[:, None], input_precision="ieee")
+
+
+@triton.jit
 def attend(
     acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, base, first, last, bounds, lowest, num_blocks,
     length, head, scale, softcap,
@@ -182,13 +187,13 @@ def attend(
         if IN_WORDS:
             words_ptr = v_cache_ptr.to(tl.pointer_type(tl.int32))
             v = load_kv(words_ptr, base, live, 0, V_BLOCK // 4, V_HEAD_DIM // 4, BLOCK_N, MASKED)
-            acc_0 = tl.dot(weights, byte_of(v, 0, STORED, DTYPE), acc=acc_0 * shrink[:, None])
-            acc_1 = tl.dot(weights, byte_of(v, 1, STORED, DTYPE), acc=acc_1 * shrink[:, None])
-            acc_2 = tl.dot(weights, byte_of(v, 2, STORED, DTYPE), acc=acc_2 * shrink[:, None])
-            acc_3 = tl.dot(weights, byte_of(v, 3, STORED, DTYPE), acc=acc_3 * shrink[:, None])
+            acc_0 = _added(acc_0, shrink, weights, byte_of(v, 0, STORED, DTYPE))
+            acc_1 = _added(acc_1, shrink, weights, byte_of(v, 1, STORED, DTYPE))
+            acc_2 = _added(acc_2, shrink, weights, byte_of(v, 2, STORED, DTYPE))
+            acc_3 = _added(acc_3, shrink, weights, byte_of(v, 3, STORED, DTYPE))
         else:
             v = load_kv(v_cache_ptr, base, live, 0, V_BLOCK, V_HEAD_DIM, BLOCK_N, MASKED).to(DTYPE)
-            acc = tl.dot(weights, v, acc=acc * shrink[:, None], input_precision="ieee")
+            acc = _added(acc, shrink, weights, v)
         top, base = new_top, next_base
     if IN_WORDS:
         acc = tl.reshape(tl.join(tl.join(acc_0, acc_2), tl.join(acc_1, acc_3)), acc.shape)
