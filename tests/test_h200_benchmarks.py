@@ -262,7 +262,7 @@ def test_attention_by_hand():
     assert attention.prefill_flops(2) == 3 * 4 * 32 * 128  # three scores are seen
     names = [json.dumps(attention.name_of(s)) for s in attention.decode_candidates("fp8", 64, 1, 2048)]
     assert len(set(names)) == len(names) == 36
-    names = [json.dumps(attention.name_of(s)) for s in attention.prefill_candidates("bf16", 64)]
+    names = [json.dumps(attention.name_of(s)) for s in attention.prefill_candidates("bf16", 64, 2048)]
     assert len(set(names)) == len(names) == 16
 
 
@@ -273,7 +273,7 @@ def test_candidates_name_all_arguments_of_their_kernels():
 
     for function, source in (
         (decode_attention.decode_attention, attention.decode_source("bf16", 64, 4, 3, 64, 2)),
-        (prefill_attention.prefill_attention, attention.prefill_source("bf16", 64, 128, 8, 3, 64)),
+        (prefill_attention.prefill_attention, attention.prefill_source("bf16", 64, 2048, 128, 8, 3, 64)),
     ):
         wanted = set(inspect.signature(function.fn).parameters)
         assert dict(source.args).keys() | dict(source.constants).keys() == wanted

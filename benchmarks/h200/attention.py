@@ -65,10 +65,14 @@ def decode_source(kv: str, block_size: int, warps: int, stages: int, block_n: in
     )  # fmt: skip
 
 
-def prefill_source(kv: str, block_size: int, rows: int, warps: int, stages: int, block_n: int) -> KernelSource:
+def prefill_source(
+    kv: str, block_size: int, context: int, rows: int, warps: int, stages: int, block_n: int
+) -> KernelSource:
+    """Of an FP8 cache the prompt's keys and values have been widened, as engines do it."""
     args = _args(kv) | {"num_seqs": "i32", "k_new_ptr": "*bf16", "v_new_ptr": "*bf16"}
     return KernelSource.of(
-        "prefill_attention", "prefill_attention", args, num_warps=warps, num_stages=stages, NEW_STRIDE=0,
+        "prefill_attention", "prefill_attention", args, num_warps=warps, num_stages=stages,
+        NEW_STRIDE=_stride(context) if kv == "fp8" else 0,
         SKIP_DECODES=True, PACK=GROUP, BLOCK_Q=rows // GROUP, BLOCK_N=block_n, **_constants(kv, block_size),
     )  # fmt: skip
 
@@ -91,12 +95,16 @@ def decode_candidates(kv: str, block_size: int, batch: int, context: int) -> lis
     ]
 
 
-def prefill_candidates(kv: str, block_size: int) -> list[KernelSource]:
+def _stride(context: int) -> int:
+    return context + 128  # rows of a head: the widest tile more than tokens
+
+
+def prefill_candidates(kv: str, block_size: int, context: int) -> list[KernelSource]:
     tiles = [(128, 8, stages, block_n) for stages in (2, 3) for block_n in (64, 128)]
     tiles += [(64, 4, stages, block_n) for stages in (2, 3) for block_n in (64, 128)]
     tiles += [(256, 16, stages, block_n) for stages in (2, 3) for block_n in (64, 128)]
     tiles += [(256, 8, 2, 32), (256, 8, 2, 64), (128, 4, 2, 64), (64, 4, 2, 32)]
-    return [prefill_source(kv, block_size, *tile) for tile in tiles]
+    return [prefill_source(kv, block_size, context, *tile) for tile in tiles]
 
 
 def name_of(source: KernelSource) -> dict[str, Any]:
@@ -188,14 +196,14 @@ class Bench:
     ) -> list[dict[str, Any]]:
         """Every candidate of a case, the fastest first."""
         torch, size = self.torch, self.block_size
-        new = case.context if case.kind == "prefill" else 1
-        tokens = case.batch * new
+        length = case.context if case.kind == "prefill" else 1
+        tokens = case.batch * length
         blocks = -(-case.context // size)
         count = case.batch * blocks
         generator = torch.Generator(device="cuda").manual_seed(0)
         tables = torch.randperm(count, device="cuda", generator=generator).int().view(case.batch, blocks)
         lens = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
-        starts = torch.arange(case.batch + 1, dtype=torch.int32, device="cuda") * new
+        starts = torch.arange(case.batch + 1, dtype=torch.int32, device="cuda") * length
         q = torch.randn(tokens, HEADS * HEAD_DIM, device="cuda", generator=generator).bfloat16()
         out = torch.empty_like(q)
         half = count * KV_HEADS * size * HEAD_DIM
@@ -206,13 +214,16 @@ class Bench:
         ]
         most = max((dict(s.constants).get("NUM_SPLITS", 1) for s in sources), default=1)
         decoding = case.kind == "decode"
+        new = (self.one, self.one)
+        if not decoding and case.kv == "fp8":
+            new = self._widened(caches[0], tables[0], case.context)
         rows = case.batch * HEADS * most if decoding else 1
         partial = torch.zeros(rows * HEAD_DIM, dtype=torch.int64, device="cuda")
         lse, step = torch.zeros(rows, dtype=torch.int64, device="cuda"), torch.ones(1, dtype=torch.int32, device="cuda")
         at: dict[str, Any] = {
             "q_ptr": q, "block_tables_ptr": tables, "query_start_ptr": starts, "seq_lens_ptr": lens,
             "sinks_ptr": self.one, "kv_scale_ptr": self.one, "out_scale_ptr": self.one, "out_ptr": out,
-            "partial_ptr": partial, "lse_ptr": lse, "step_ptr": step, "k_new_ptr": self.one, "v_new_ptr": self.one,
+            "partial_ptr": partial, "lse_ptr": lse, "step_ptr": step, "k_new_ptr": new[0], "v_new_ptr": new[1],
         }  # fmt: skip
         values = {name: tensor.data_ptr() for name, tensor in at.items()}
         values |= {
@@ -223,7 +234,7 @@ class Bench:
             "calls": MOST_LAYERS,
         }
         checked = sorted({0, case.batch - 1})
-        expected = [self._expected(q, caches[0], tables, s, new, case.context) for s in checked]
+        expected = [self._expected(q, caches[0], tables, s, length, case.context) for s in checked]
         found = []
         for source in sources:
             if source not in compiled:
@@ -247,7 +258,7 @@ class Bench:
                 self._enqueue(launches[:1], step)
             torch.cuda.synchronize()
             row = {**name_of(source), "registers": kernel.registers, "spills": kernel.spills, "shared": kernel.shared}
-            errors = [self._error(out, s, new, want) for s, want in zip(checked, expected, strict=True)]
+            errors = [self._error(out, s, length, want) for s, want in zip(checked, expected, strict=True)]
             if not max(errors) < 0.03:  # NaN too
                 say(f"WRONG: {case.label} {row}: relative error {max(errors):.3g}")
                 continue
@@ -268,6 +279,12 @@ class Bench:
         for launch in launches:
             launch.set_stream(self.stream.cuda_stream)
             launch.enqueue()
+
+    def _widened(self, cache: Any, table: Any, context: int) -> tuple[Any, Any]:
+        """Keys and values of a sequence in bfloat16 [KV_HEADS, _stride(context), HEAD_DIM]."""
+        rows = cache[:, table.long()].to(self.torch.bfloat16).transpose(1, 2).reshape(2, KV_HEADS, -1, HEAD_DIM)
+        k, v = self.torch.nn.functional.pad(rows[:, :, :context], (0, 0, 0, _stride(context) - context))
+        return k, v
 
     def _expected(self, q: Any, cache: Any, tables: Any, seq: int, new: int, length: int) -> Any:
         """The last query's output [HEADS, HEAD_DIM], which sees all of its sequence's cache."""
@@ -296,7 +313,7 @@ def cases_of(a: argparse.Namespace) -> list[Case]:
 
 def sources_of(case: Case, block_size: int) -> list[KernelSource]:
     if case.kind == "prefill":
-        return prefill_candidates(case.kv, block_size)
+        return prefill_candidates(case.kv, block_size, case.context)
     return decode_candidates(case.kv, block_size, case.batch, case.context)
 
 
