@@ -109,9 +109,11 @@ def test_what_ships_is_a_candidate():
     """So the same times choose it again."""
     for form, table in cuda_linears._SHIPPED.items():
         for (outputs, k, gated), ways in table.items():
+            scales = {"w_scale": "group", "x_scale": "group"} if form == "fp8 group" else {}
             shape = LinearShape(
-                form, 2 * outputs if gated else outputs, k, group=128 if form == "int4" else 0, gated="silu" * gated
-            )
+                form.split()[0], 2 * outputs if gated else outputs, k,
+                group=128 if form in ("int4", "fp8 group") else 0, gated="silu" * gated, **scales,
+            )  # fmt: skip
             assert shipped_tactics(shape) == [(most, Tactic(kernel, tiles)) for most, kernel, tiles in ways]
             for most, kernel, tiles in ways:
                 assert Tactic(kernel, tiles) in candidates(shape, most)
@@ -154,6 +156,36 @@ def test_each_candidate_is_timed_once_and_kept_for_the_next_build():
     assert not second.notes
     assert second.few_tokens(gated) == first.few_tokens(gated)
     assert second.cache == first.cache
+
+
+def test_scales_of_groups_are_timed_without_a_library():
+    shape = LinearShape("fp8", 256, 256, group=128, w_scale="group", x_scale="group", x_type="*fp8e4nv")
+    timer = FakeTimer()
+    tactics = LinearTactics("sm_90a", timer=timer)
+    tactics.prepare([shape])
+    assert {what for _, what, _ in timer.calls} == {"skinny_linear"}
+    assert tactics.few_tokens(shape)[-1][0] == TOKENS[-1]
+    assert {entry.cublas_us for entry in tactics.cache.linears[0].times} == {None}
+
+
+def test_what_no_times_decide_has_others():
+    shape = LinearShape("bf16", 256, 128)
+    tactics = LinearTactics("sm_90a")
+    assert chosen(tactics, shape)[0].source == "shipped table"
+    for most, few in tactics.few_tokens(shape):
+        others = tactics.others(shape, most)
+        assert len(others) <= 1
+        assert few not in others
+        assert {launch_of(shape, tactic) for tactic in candidates(shape, most)} >= set(others)
+    assert any(tactics.others(shape, most) for most, _ in tactics.few_tokens(shape))
+    assert tactics.to_json()["settled_at_first_load"]
+
+    fixed = LinearTactics("sm_90a", fixed=True)
+    timed = LinearTactics("sm_90a", timer=FakeTimer())
+    for decided in (fixed, timed):
+        decided.prepare([shape])
+        assert all(decided.others(shape, most) is None for most, _ in decided.few_tokens(shape))
+        assert not decided.to_json()["settled_at_first_load"]
 
 
 def test_a_second_rank_of_the_same_shapes_is_not_timed():

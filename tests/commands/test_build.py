@@ -82,6 +82,16 @@ def test_timing_caches(tiny, trtllm, tmp_path, timer):
         assert (tmp_path / name / "rank0.engine").read_bytes() == (engine / "rank0.engine").read_bytes()
 
 
+def test_fixed_tactics_are_for_gpus(tiny, trtllm, tmp_path):
+    args = ("build", "--checkpoint-dir", tiny / "checkpoint", "--output-dir", tmp_path / "engine", "--fixed-tactics")
+    said = trtllm(*args, "--backend", "cpu")
+    assert said.code == 2
+    assert "--fixed-tactics is for GPUs, and this engine is for the CPU" in said.err
+    said = trtllm(*args, "--backend", "cuda", "--dry-run", "--json")
+    assert said.code == 0, said.err
+    assert not json.loads(said.out)["choices"]["linear_tactics"]["settled_at_first_load"]
+
+
 @pytest.mark.parametrize("flag", ["--input-timing-cache", "--output-timing-cache"])
 def test_timing_caches_are_for_gpus(tiny, trtllm, tmp_path, flag):
     args = ("build", "--checkpoint-dir", tiny / "checkpoint", "--output-dir", tmp_path / "engine", flag, tmp_path / "t")

@@ -70,6 +70,7 @@ class BuildOptions:
     model_file: Path | None = None
     input_timing_cache: Path | None = None  # cuda backend: see timing_cache.py
     output_timing_cache: Path | None = None
+    fixed_tactics: bool = False  # cuda backend: nothing is left to the first load on a GPU
     workers: int | None = None  # ranks that are packed side by side, a thread each; the files are the same for any
     force: bool = False
 
@@ -167,7 +168,7 @@ def with_defaults(options: BuildOptions) -> BuildOptions:
     backend: Backend = options.backend or ("cuda" if gpu else "cpu")
     if backend == "cpu" and options.arch:
         raise UsageError("--arch is for GPUs, and this engine is for the CPU", where="--arch", fix="add --backend cuda")
-    for name in ("input_timing_cache", "output_timing_cache"):
+    for name in ("input_timing_cache", "output_timing_cache", "fixed_tactics"):
         if backend == "cpu" and getattr(options, name):
             flag = "--" + name.replace("_", "-")
             raise UsageError(
@@ -400,7 +401,7 @@ def _tactics(options: BuildOptions) -> LinearTactics:
         timing_cache.read(out)  # now, and not when the times are there that it should get
     assert options.arch is not None
     cache = timing_cache.read(given) if given is not None else None
-    return LinearTactics(options.arch, cache, cuda_timing.find_timer(options.arch))
+    return LinearTactics(options.arch, cache, cuda_timing.find_timer(options.arch), options.fixed_tactics)
 
 
 def _check_outside(timing_cache: Path | None, output_dir: Path) -> None:

@@ -89,6 +89,14 @@ def build(
             show_default=False,
         ),
     ] = None,
+    fixed_tactics: Annotated[
+        bool,
+        typer.Option(
+            "--fixed-tactics",
+            help="For a GPU that is not here: take what was measured on an H200. Else, where no times decide, the "
+            "engine holds several kernels, and its first load on a GPU takes the fastest.",
+        ),
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -141,6 +149,7 @@ def build(
         model_file=model_file,
         input_timing_cache=input_timing_cache,
         output_timing_cache=output_timing_cache,
+        fixed_tactics=fixed_tactics,
         workers=workers,
         force=force,
     )

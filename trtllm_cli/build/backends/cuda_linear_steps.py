@@ -67,21 +67,24 @@ class LinearLaunches(RowLaunches):
         weights = self._pack(node, shape)
         rows = self.rows(node.output)
         fused = self._fused(act)
+        few_shape = self._few_shape(node, fused)
+
+        def launches(few: LinearLaunch) -> list[Launch]:
+            after = [self.gated_launch(act)] if act is not None and fused is None else []
+            return [self._few(node, few, weights, fused, rows), *after]
+
         if is_grouped(shape):
-            grouped = self._few_shape(node, fused)
-            launch = launch_of(grouped, fitted(grouped, for_many(grouped), self.arch))
-            many = [self._few(node, launch, weights, fused, rows)]
-            many += [self.gated_launch(act)] if act is not None and fused is None else []
+            many = launches(launch_of(few_shape, fitted(few_shape, for_many(few_shape), self.arch)))
         else:
             many = self._many(node, act, shape, weights)
         ways: list[tuple[int | None, list[Launch]]] = []
-        for most, few in self.tactics.few_tokens(self._few_shape(node, fused)):
-            launches = [self._few(node, few, weights, fused, rows)]
-            if act is not None and fused is None:
-                launches.append(self.gated_launch(act))
-            ways.append((most, launches))
+        others: list[list[list[Launch]]] = []
+        for most, few in self.tactics.few_tokens(few_shape):
+            ways.append((most, launches(few)))
+            more = self.tactics.others(few_shape, most)
+            others.append([] if more is None else [*map(launches, more), many])
         ways.append((None, many))
-        self.ways(node.op if act is None else f"{node.op}+{act.op}", rows, ways)
+        self.ways(node.op if act is None else f"{node.op}+{act.op}", rows, ways, others=others)
 
     def _fused(self, act: Node | None) -> Node | None:
         """The activation, if the linear's kernel for few tokens computes it: not where each row gets a scale."""

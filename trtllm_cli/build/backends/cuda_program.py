@@ -13,7 +13,8 @@ A plan is JSON:
               "deltas" says how far the others' is, int64 [peers, ranks]
     steps     {"op", "by", "ways": [[most, launches], ...]}: the first way whose `most` (None: any) is at least the
               symbol `by`; a launch with "when": "mixed" is left out of steps in which every sequence has one token;
-              "without_peers": the launches where ranks do not see each other's memory
+              "without_peers": the launches where ranks do not see each other's memory; "others": of each of the first
+              ways what may take the place of its launches, which the first load on a GPU settles
     sampling  such steps by name, which follow where they are asked for: penalties, bans, plain, filtered, logprobs
     token_counts, most_logprobs    the dtype of the scratch "token counts"; how many likely tokens "logprobs" gives
 
@@ -203,11 +204,15 @@ class CudaLowering(Lowering):
 
     def ways(
         self, op: str, by: str, ways: Sequence[tuple[int | None, list[Launch]]],
-        without_peers: list[Launch] | None = None,
+        without_peers: list[Launch] | None = None, others: Sequence[list[list[Launch]]] = (),
     ) -> None:  # fmt: skip
-        """A node that is computed in one of several ways."""
+        """A node that is computed in one of several ways. `others`: of the first of them, what may be in its place."""
         step: dict[str, Any] = {"op": op, "by": by, "ways": [[most, launches] for most, launches in ways]}
-        self.steps.append(step if without_peers is None else {**step, "without_peers": without_peers})
+        if without_peers is not None:
+            step["without_peers"] = without_peers
+        if any(others):
+            step["others"] = others
+        self.steps.append(step)
 
 
 def _held(graph: Graph) -> Graph:

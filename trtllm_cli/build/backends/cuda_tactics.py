@@ -38,6 +38,7 @@ Source = Literal["timed here", "timing cache", "shipped table"]
 
 _ACTIVATION = 3.0  # microseconds of a gated activation by itself, for few tokens
 _AS_FAST = 1.03  # times that differ by less are alike
+_OTHERS = 1  # tactics that are compiled beside the shipped one; each takes a build some seconds
 
 
 def fastest(shape: LinearShape, times: Mapping[int, TokenTimes]) -> list[tuple[int, Tactic]]:
@@ -73,12 +74,13 @@ class LinearTactics:
 
     `given` is the timing cache that the user named; it goes before what was timed here earlier. With a `timer`, which
     is of the architecture `arch`, what neither has is timed. Without one the times of another machine decide, if
-    `given` has any of such a GPU.
+    `given` has any of such a GPU; what none decides is settled when a GPU first loads the engine, or is `fixed`.
     """
 
     arch: str = "sm_90a"
     given: TimingCache | None = None
     timer: Timer | None = None
+    fixed: bool = False
     gpu: str | None = None  # whose times decide
     notes: list[str] = field(default_factory=list)  # for users
     chosen: dict[TimedShape, Choice] = field(default_factory=dict)
@@ -113,6 +115,18 @@ class LinearTactics:
         tactics = choice.tactics if choice else shipped_tactics(shape)
         return [(most, launch_of(shape, fitted(shape, tactic, self.arch))) for most, tactic in tactics]
 
+    def others(self, shape: LinearShape, most: int) -> list[LinearLaunch] | None:
+        """What is timed at the first load beside `few_tokens`' launch for up to `most`, and beside cuBLASLt.
+
+        None where that is decided.
+        """
+        choice = self.chosen.get(TimedShape.of(shape))
+        if choice is None or choice.source != "shipped table" or self.fixed:
+            return None
+        taken = fitted(shape, dict(choice.tactics)[most], self.arch)
+        others = [fitted(shape, tactic, self.arch) for tactic in candidates(shape, most)]
+        return [launch_of(shape, tactic) for tactic in others if tactic != taken][:_OTHERS]
+
     @property
     def cache(self) -> TimingCache:
         """All that is known: the given cache, and the times that this build took or found."""
@@ -126,6 +140,7 @@ class LinearTactics:
         """What an engine's config keeps: how many shapes' tactics are from where, and those of each."""
         return {
             **({"gpu": self.gpu} if self.gpu else {}),
+            "settled_at_first_load": not self.fixed and any(c.source == "shipped table" for c in self.chosen.values()),
             "from": dict(sorted(Counter(choice.source for choice in self.chosen.values()).items())),
             "shapes": {
                 str(shape): {"from": choice.source, "up_to": {str(most): str(way) for most, way in choice.tactics}}

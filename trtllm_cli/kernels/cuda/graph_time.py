@@ -14,7 +14,7 @@ def graph_milliseconds(stream: Any, enqueue: Callable[[], object], repeats: int 
         enqueue()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             enqueue()
         times = []
         for _ in range(repeats + 2):

@@ -102,4 +102,7 @@ def launches_of(plan: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for _, launches in step["ways"]:
             yield from launches
         yield from step.get("without_peers", ())
+        for of_way in step.get("others", ()):
+            for launches in of_way:
+                yield from launches
     yield from plan["copy"]

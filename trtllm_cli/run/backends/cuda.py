@@ -7,7 +7,7 @@ step with prompts is enqueued kernel by kernel, while the device is busy, and ca
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from trtllm_cli.run.backends.cuda_inputs import (
     count_tokens,
 )
 from trtllm_cli.run.backends.cuda_program import Program, key_of
+from trtllm_cli.run.backends.cuda_settle import settled
 from trtllm_cli.run.backends.cuda_weights import DeviceWeights
 from trtllm_cli.run.gpu_memory import ALIGNMENT, GpuMemory, GpuNeeds
 from trtllm_cli.run.launched import Launched
@@ -111,6 +112,7 @@ class CudaRunner:
         )
         self.has_peers = self._find_peers(whole)  # whether kernels here write to the memory of other ranks' GPUs
         self._steps = plan["steps"] if self.has_peers else [_alone(step) for step in plan["steps"]]
+        self._steps = settled(self._steps, plan, f"{device.name}, torch {torch.__version__}", self._rows, self._measure)
         self._last = device.empty((limits.max_batch_size + 1) * 4, "the tokens")
         self._last.zero_()
         self._layouts = [InputLayout(limits, mixed=mixed) for mixed in (False, True)]
@@ -295,6 +297,17 @@ class CudaRunner:
                 ways, mixed=mixed,
             )  # fmt: skip
         return self._programs[key]
+
+    def _measure(self, steps: Sequence[Mapping[str, Any]], rows: int) -> float:
+        """Milliseconds of steps of one way each, at so many rows of all kinds."""
+        self._comm.activity.tick()
+        way = (0,) * len(steps)
+        program = Program(
+            self._device, self._kernels, steps, self._address, self._tensor, self._rows, way, mixed=False
+        )  # fmt: skip
+        program.resize({"num_tokens": rows, "num_seqs": rows, "num_logits": rows})
+        with self._device.active():
+            return self._device.milliseconds(program.enqueue)
 
     def _address(self, ref: str | list[Any], mixed: bool = False) -> int:
         """Where a reference of the plan is; see build/backends/cuda_program.py."""

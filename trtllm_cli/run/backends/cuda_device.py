@@ -11,6 +11,7 @@ import torch
 
 from trtllm_cli.errors import DeviceError, ResourceError
 from trtllm_cli.kernels.cuda.driver import Driver, Launch
+from trtllm_cli.kernels.cuda.graph_time import graph_milliseconds
 from trtllm_cli.kernels.cuda.kernel import CompiledKernel
 from trtllm_cli.run.backends.nccl import Nccl
 
@@ -97,6 +98,10 @@ class Device(Protocol):
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """What enqueues again, in one call, all that `enqueue` does."""
+        ...
+
+    def milliseconds(self, enqueue: Callable[[], None]) -> float:
+        """How long what `enqueue` enqueues takes on the device."""
         ...
 
     def active(self) -> Any:
@@ -245,6 +250,10 @@ class CudaDevice:
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             enqueue()
         return graph.replay
+
+    def milliseconds(self, enqueue: Callable[[], None]) -> float:
+        """See Device."""
+        return graph_milliseconds(self.stream, enqueue)
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -38,6 +38,11 @@ class Program:
                 else:
                     self._parts.append(_Collective(device, launch, tensor, most_rows[launch["rows"]]))
 
+    def resize(self, counts: Counts) -> None:
+        """Readies a step of these counts."""
+        for part in self._parts:
+            part.resize(counts)
+
     def run(self, counts: Counts) -> None:
         """Enqueues a step of these counts, each launch as soon as it has its size."""
         for part in self._parts:
@@ -45,7 +50,7 @@ class Program:
             part.enqueue()
 
     def enqueue(self) -> None:
-        """Enqueues a step of the counts of the last `run`."""
+        """Enqueues a step of the counts of the last `run` or `resize`."""
         for part in self._parts:
             part.enqueue()
 
