@@ -17,7 +17,7 @@ from trtllm_cli.graph import Node
 # moves no more bytes than any other way does; among more, what a rank sends to all the others together is to be little.
 ONE_SHOT = 128 << 20
 ONE_SHOT_OF_MORE = 4 << 20
-IN_WORDS = 1 << 20  # up to which each word has its flag
+IN_WORDS = 512 << 10  # up to which each word has its flag
 ROW_BLOCK = 4096  # elements that a program sums of what goes without
 _SLOTS = 2  # calls that staging memory is for at a time
 _WIDEST_NORM = 16384  # elements of a row that a program has in registers
