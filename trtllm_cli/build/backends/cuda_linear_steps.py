@@ -26,10 +26,10 @@ from trtllm_cli.build.backends.cuda_tactics import LinearTactics
 from trtllm_cli.build.lowered import Packing, ReadWeight
 from trtllm_cli.graph import Node
 from trtllm_cli.kernels.linear_format import ROLES, LinearFormat
+from trtllm_cli.models.stored import FP8_BLOCK
 from trtllm_cli.tensor_file import TensorInfo
 
 _FLOAT8 = "float8_e4m3fn"
-_GROUP = 128  # inputs that share a scale, of FP8: what kernels take at once
 _APART = 16  # floats from one scale to the next: cuBLASLt wants them at multiples of 16 bytes
 
 
@@ -179,7 +179,7 @@ class LinearLaunches(RowLaunches):
         match fmt.name:
             case "fp8" if fmt.group_size is None and "x_scale" in node.inputs and n % 16 == k % 16 == 0:
                 return fmt  # cuBLASLt wants multiples of 16
-            case "fp8" if fmt.group_size == _GROUP and "x_scale" in node.inputs and k % _GROUP == 0:
+            case "fp8" if fmt.group_size == FP8_BLOCK and "x_scale" in node.inputs and k % FP8_BLOCK == 0:
                 return fmt
             case "int8" if k % (fmt.group_size or k) == 0 and (fmt.group_size or 64) % 64 == 0 and not fmt.has_zero:
                 return fmt

@@ -137,7 +137,7 @@ class RowLaunches(CudaLowering):
         q, how, width = node.outputs[0], node.attrs["out_quant"], self.width(node.outputs[0])
         args = {"x_ptr": self._out(node.inputs["x"]), "out_ptr": self._out(q), **self._steps_of(node)}
         group = node.attrs.get("out_group") or width
-        if group < width and group & (group - 1) == 0:
+        if how == "token" and group < width and group & (group - 1) == 0:
             del args["out_scale_ptr"]
             some = max(1, BLOCK // group)
             launch = self.launch(

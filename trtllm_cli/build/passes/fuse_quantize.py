@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from trtllm_cli.graph import Graph, Node, TensorType
+from trtllm_cli.models.stored import FP8_BLOCK
 
 _FUSED = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "gated_act", "expert_gated_act")
 _LINEARS = ("linear", "expert_linear")
@@ -72,7 +73,7 @@ def _all_fp8(graph: Graph, node: Node, readers: list[Node]) -> bool:
     group = node.attrs.get("group_size")
     width = graph.type_of(node.output).shape[1]
     assert isinstance(width, int)
-    if group and node.attrs["fmt"] == "fp8" and readers and width % group == 0 and width > group:
+    if group == FP8_BLOCK and node.attrs["fmt"] == "fp8" and readers and width % group == 0 and width > group:
         linears = [r.op == "linear" and r.inputs["x"] == node.output for r in readers]
         if all(linears) and all(r.attrs.get("quant") == "fp8" and r.attrs.get("group_size") == group for r in readers):
             return True
