@@ -59,8 +59,9 @@ def ran(fake, monkeypatch):
         write(output_dir, {"architecture": "x"})
         return Report(["a note"])
 
-    def build(checkpoint_dir, output_dir, options, progress):
+    def build(checkpoint_dir, output_dir, options, progress, working):
         ran.append(("build", Path(checkpoint_dir), options))
+        working("compiling kernels", 1, 2)
         progress(1, 2)
         write(output_dir, {"pretrained_config": {}})
         return Report()

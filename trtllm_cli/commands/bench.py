@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from trtllm_cli.commands import bench_dataset, launch_flags, model_flags, random_flags
+from trtllm_cli.commands import bench_dataset, launch_flags, memory_flags, model_flags, random_flags
 from trtllm_cli.commands.launch_flags import LaunchFlags
 from trtllm_cli.commands.model_flags import ModelFlags
 from trtllm_cli.commands.random_flags import RandomFlags
@@ -106,33 +106,6 @@ NumThreads = Annotated[
         "--num-threads", "--threads", rich_help_panel=_RUNTIME, help="CPU threads. Default: the cores there are.", min=1
     ),
 ]
-KvCacheMemory = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=_RUNTIME,
-        help="Memory of the KV cache, such as 2GiB. Default: what a full batch needs, in at most half of what is free; "
-        "on a GPU, most of what is free.",
-    ),
-]
-GpuMemoryFraction = Annotated[
-    float | None,
-    typer.Option(
-        "--kv-cache-free-gpu-memory-fraction",
-        rich_help_panel=_RUNTIME,
-        help="On a GPU: the KV cache's share of the memory that is free once all else is there. Default: 0.9.",
-    ),
-]
-MaxGpuMemory = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=_RUNTIME,
-        help="On a GPU: most memory for weights, activations, KV cache and 1 GiB for libraries, such as 40GiB.",
-    ),
-]
-MaxNumBlocks = Annotated[
-    int | None,
-    typer.Option(rich_help_panel=_RUNTIME, help="Most blocks of the KV cache. Default: what fits its memory.", min=1),
-]
 PrefixCache = Annotated[
     bool,
     typer.Option(
@@ -196,10 +169,10 @@ def throughput(
     max_batch_size: MaxBatchSize = None,
     max_num_tokens: MaxNumTokens = None,
     num_threads: NumThreads = None,
-    kv_cache_memory: KvCacheMemory = None,
-    kv_cache_free_gpu_memory_fraction: GpuMemoryFraction = None,
-    max_gpu_memory: MaxGpuMemory = None,
-    max_num_blocks: MaxNumBlocks = None,
+    kv_cache_memory: memory_flags.KvCacheMemory = None,
+    kv_cache_free_gpu_memory_fraction: memory_flags.GpuMemoryFraction = None,
+    max_gpu_memory: memory_flags.MaxGpuMemory = None,
+    max_num_blocks: memory_flags.MaxNumBlocks = None,
     prefix_cache: PrefixCache = False,
     chunked_prefill: ChunkedPrefill = True,
     report_json: ReportJson = None,
@@ -273,9 +246,9 @@ def latency(
     seed: Seed = 0,
     warmup: Warmup = 2,
     num_threads: NumThreads = None,
-    kv_cache_memory: KvCacheMemory = None,
-    kv_cache_free_gpu_memory_fraction: GpuMemoryFraction = None,
-    max_gpu_memory: MaxGpuMemory = None,
+    kv_cache_memory: memory_flags.KvCacheMemory = None,
+    kv_cache_free_gpu_memory_fraction: memory_flags.GpuMemoryFraction = None,
+    max_gpu_memory: memory_flags.MaxGpuMemory = None,
     prefix_cache: PrefixCache = False,
     report_json: ReportJson = None,
     output_json: OutputJson = None,

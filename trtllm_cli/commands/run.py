@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from trtllm_cli.commands import launch_flags, model_flags
+from trtllm_cli.commands import launch_flags, memory_flags, model_flags
 from trtllm_cli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -151,32 +151,10 @@ def run(
             "--num-threads", "--threads", rich_help_panel=_ENGINE, help="CPU threads. Default: the cores there are."
         ),
     ] = None,
-    kv_cache_memory: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=_ENGINE,
-            help="Memory of the KV cache, such as 2GiB. Default: what a full batch needs, in at most half of what "
-            "is free; on a GPU, most of what is free.",
-        ),
-    ] = None,
-    kv_cache_free_gpu_memory_fraction: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=_ENGINE,
-            help="On a GPU: the KV cache's share of the memory that is free once all else is there. Default: 0.9.",
-        ),
-    ] = None,
-    max_gpu_memory: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=_ENGINE,
-            help="On a GPU: most memory for weights, activations, KV cache and 1 GiB for libraries, such as 40GiB.",
-        ),
-    ] = None,
-    max_num_blocks: Annotated[
-        int | None,
-        typer.Option(rich_help_panel=_ENGINE, help="Most blocks of the KV cache. Default: what fits its memory."),
-    ] = None,
+    kv_cache_memory: memory_flags.KvCacheMemory = None,
+    kv_cache_free_gpu_memory_fraction: memory_flags.GpuMemoryFraction = None,
+    max_gpu_memory: memory_flags.MaxGpuMemory = None,
+    max_num_blocks: memory_flags.MaxNumBlocks = None,
     prefix_cache: Annotated[
         bool, typer.Option(rich_help_panel=_ENGINE, help="Compute what prompts have in common once.")
     ] = True,

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from trtllm_cli.artifact import Kind
     from trtllm_cli.build.builder import BuildOptions
     from trtllm_cli.convert.hub import DownloadOptions
@@ -69,6 +71,23 @@ def _may_be_id(model: str) -> bool:
     if model.startswith(("http://", "https://")):
         return True
     return not model.startswith(("/", ".", "~")) and model.count("/") <= 1 and not model.endswith(".gguf")
+
+
+class _Bar:
+    """Called with bytes done and bytes in all."""
+
+    def __init__(self, stage: str, bars: Progress | None) -> None:
+        self._stage, self._bars = stage, bars
+        self._task = None if bars is None else bars.add_task(stage, total=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, description=self._stage, completed=done, total=total)
+
+    def working(self, what: str, done: int, total: int) -> None:
+        """Something else than bytes: kernels that are compiled or timed."""
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, description=f"{self._stage}: {what}: {done} of {total}")
 
 
 @dataclass(frozen=True)
@@ -150,21 +169,17 @@ class _Stages:
         source = checkpoint()
         started = time.monotonic()
         with self._bar("build") as update:
-            report = builder.build(source, output, replace(self.build, force=True), update)
+            report = builder.build(source, output, replace(self.build, force=True), update, update.working)
         self._say("build", f"{source} to {output}", started, report.plan.notes)
         return output
 
     @contextlib.contextmanager
-    def _bar(self, stage: str) -> Iterator[Any]:
-        """A progress bar of a stage: called with bytes done and bytes in all."""
+    def _bar(self, stage: str) -> Iterator[_Bar]:
+        """A progress bar of a stage."""
         from trtllm_cli.commands.console import progress_bytes
 
-        if self.quiet:
-            yield lambda _done, _total: None
-            return
-        with progress_bytes() as bars:
-            task = bars.add_task(stage, total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+        with contextlib.nullcontext() if self.quiet else progress_bytes() as bars:
+            yield _Bar(stage, bars)
 
     def _say(self, stage: str, what: str, started: float, notes: list[str] | None = None) -> None:
         from trtllm_cli.commands.console import stderr
