@@ -179,6 +179,7 @@ def test_what_no_times_decide_has_others():
         assert {launch_of(shape, tactic) for tactic in candidates(shape, most)} >= set(others)
     assert any(tactics.others(shape, most) for most, _ in tactics.few_tokens(shape))
     assert tactics.to_json()["settled_at_first_load"]
+    assert tactics.notes == ["linears: 1 of 1 shapes were never timed on sm_90a: the first load on a GPU chooses"]
 
     fixed = LinearTactics("sm_90a", fixed=True)
     timed = LinearTactics("sm_90a", timer=FakeTimer())
@@ -186,6 +187,7 @@ def test_what_no_times_decide_has_others():
         decided.prepare([shape])
         assert all(decided.others(shape, most) is None for most, _ in decided.few_tokens(shape))
         assert not decided.to_json()["settled_at_first_load"]
+    assert fixed.notes[0].endswith("never timed on sm_90a: what was measured on an H200 decides")
 
 
 def test_a_second_rank_of_the_same_shapes_is_not_timed():

@@ -185,11 +185,14 @@ class LinearTactics:
 
     def _note_shipped(self, shapes: Sequence[TimedShape]) -> None:
         shipped = sum(self.chosen[shape].source == "shipped table" for shape in shapes)
+        decides = "what was measured on an H200 decides" if self.fixed else "the first load on a GPU chooses"
         if self.given is not None and shipped:
             self.notes.append(
                 f"linears: the timing cache has no times for {shipped} of {len(shapes)} shapes, on {self.arch} with "
-                f"these kernels and triton {triton_version()}: what was measured on an H200 decides"
+                f"these kernels and triton {triton_version()}: {decides}"
             )
+        elif shipped:
+            self.notes.append(f"linears: {shipped} of {len(shapes)} shapes were never timed on {self.arch}: {decides}")
 
 
 def _entry(on: TimedOn, shape: TimedShape, times: Mapping[int, TokenTimes]) -> LinearTimes:
