@@ -7,9 +7,11 @@ import pytest
 
 from tests.batches import Sequences, as_torch
 from tests.build.test_quantized import ALGORITHMS, MODEL, NO_EXPERTS, checkpoint
-from tests.engines import build_engine
+from tests.engines import build_engine, runner_logits
 from tests.interpreter_device import InterpreterDevice, fake_compile
+from tests.tiny_models import save_tiny_model
 from trtllm_cli.build.backends import cuda, cuda_experts, cuda_tactics
+from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.kernels.reference import Reference
 from trtllm_cli.run.backends.cuda import CudaRunner
@@ -103,8 +105,31 @@ def test_fp8_with_scales_of_groups(tmp_path, monkeypatch, few):
     assert worst(engine, graph, weights) < TOLERANCE["FP8_BLOCK_SCALES"]
     found = [(function, c.get("W_SCALE")) for function, c in kernels_of(engine)]
     assert ("skinny_linear", "group") in found
-    assert {function for function, _ in found} >= {"quantize_groups"}
+    quantized = {(function, c["QUANT"]) for function, c in kernels_of(engine) if "QUANT" in c}
+    assert quantized >= {("quantize", "group"), ("gated_act", "group")}
     assert "qdq" not in {function for function, _ in found}
+
+
+def test_norms_write_groups_of_inputs(tmp_path):
+    """A whole model, against the same engine for the CPU; sums of two ranks are checked with their norms elsewhere."""
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_hidden_layers": 2}
+    save_tiny_model(tmp_path / "snapshot", "llama", **sizes)
+    convert(tmp_path / "snapshot", tmp_path / "ckpt", ConvertOptions(dtype="bfloat16", qformat="fp8_block"))
+    engines = {
+        backend: build_engine(tmp_path / "ckpt", tmp_path / backend, backend=backend, tokens_per_block=16)
+        for backend in ("cpu", "cuda")
+    }
+    found = kernels_of(engines["cuda"])
+    assert {c["QUANT"] for function, c in found if function == "rms_norm"} == {"group", "none"}
+    assert all(c["W_SCALE"] == "group" for function, c in found if function == "skinny_linear")
+    rank = engines["cuda"].config.pretrained_config.mapping.ranks[0]
+    runner = CudaRunner(engines["cuda"], rank, InterpreterDevice(), SingleRank())
+    runner.allocate_kv_cache(64)
+    batch, expected = Sequences(block_size=16), runner_logits(engines["cpu"], STEPS)
+    for new, want in zip(STEPS, expected, strict=True):
+        got = runner.forward(batch.step(new))
+        assert np.linalg.norm(got - want) / np.linalg.norm(want) < TOLERANCE["FP8_BLOCK_SCALES"]
+    runner.close()
 
 
 @pytest.mark.parametrize("weight_dtype", ["bfloat16", "int8", "int4"])

@@ -73,8 +73,10 @@ def test_all_reduce_goes_by_the_flags_of_its_own_call(launch):
 
 
 @pytest.mark.parametrize("flags", [0, FLAGS])
-@pytest.mark.parametrize("quant", ["none", "static", "token"])
-@pytest.mark.parametrize("width", [256, 192])
+@pytest.mark.parametrize(
+    ("quant", "width"),
+    [("none", 256), ("none", 192), ("static", 256), ("static", 192), ("token", 256), ("token", 192), ("group", 256)],
+)
 def test_all_reduce_add_rms_norm(launch, flags, quant, width):
     torch.manual_seed(1)
     ranks, rows, d = 2, 3, launch.device
@@ -85,7 +87,8 @@ def test_all_reduce_add_rms_norm(launch, flags, quant, width):
     out_dtype = BF16 if quant == "none" else FP8
     outs = [torch.zeros(rows, width, device=d).to(out_dtype) for _ in range(ranks)]
     totals = [residual.clone() for _ in range(ranks)]  # where the residual is
-    steps = [torch.full((rows,), torch.nan, device=d) for _ in range(ranks)]
+    parts = 2 if quant == "group" else 1
+    steps = [torch.full((rows, parts), torch.nan, device=d) for _ in range(ranks)]
     scale = torch.tensor([0.01], device=d)
     for phase in PHASES:
         for rank in range(ranks):
@@ -101,9 +104,9 @@ def test_all_reduce_add_rms_norm(launch, flags, quant, width):
         if quant == "none":
             assert error(outs[rank], expected) < TOLERANCE[BF16]
         else:
-            step = scale if quant == "static" else steps[rank][:, None]
-            if quant == "token":
-                torch.testing.assert_close(step, expected.abs().amax(1, keepdim=True) / 448.0)
+            step = scale if quant == "static" else steps[rank].repeat_interleave(width // parts, 1)
+            if quant != "static":
+                torch.testing.assert_close(steps[rank], expected.unflatten(1, (parts, -1)).abs().amax(2) / 448.0)
             check_quantized(outs[rank], expected, step, FP8)
 
 

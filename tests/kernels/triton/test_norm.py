@@ -38,7 +38,8 @@ def run(launch, kind, tokens, width, *, heads=1, x_dtype=BF16, residual_dtype=No
     bias_row = torch.randn(row, device=d).to(weight_dtype)
     out_wide = poison((tokens, out_stride or row), out_dtype, d)
     total = poison((tokens, row), residual_dtype or BF16, d)
-    scale, steps = torch.tensor([0.01 if out_dtype == INT8 else 0.004], device=d), poison((tokens,), F32, d)
+    scale = torch.tensor([0.01 if out_dtype == INT8 else 0.004], device=d)
+    steps = poison((tokens, width // 128) if quant == "group" else (tokens,), F32, d)
     eps = 1e-5
     blocks = {"NUM_HEADS": heads, "WIDTH": width, "BLOCK_HEADS": _power(heads), "BLOCK": _power(width)}
     constants = {
@@ -95,6 +96,18 @@ def test_quantized(launch, kind, dtype, quant):
         assert steps.isnan().all()
         assert (expected.abs() > (127 if dtype == INT8 else 448) * scale).any()  # some are clamped
         check_quantized(out, expected, scale, dtype)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("width", [384, 512])
+def test_quantized_in_groups(launch, kind, width):
+    (out, total, steps), (expected, full, _) = run(
+        launch, kind, 3, width, residual_dtype=F32, out_dtype=FP8, quant="group", bias=True
+    )
+    assert error(total, full) < 1e-6
+    largest = expected.unflatten(1, (-1, 128)).abs().amax(2)
+    torch.testing.assert_close(steps, largest / 448.0, rtol=1e-5, atol=0)
+    check_quantized(out, expected, steps.repeat_interleave(128, 1), FP8)
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])

@@ -124,18 +124,38 @@ def test_activations_far_out(launch):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=3e-6)
 
 
-@pytest.mark.parametrize("dtype", [FP8, INT8])
-@pytest.mark.parametrize("some", [1, 4])
-def test_quantize_groups(launch, dtype, some):
-    d = launch.device
-    x = torch.randn(3, 96, device=d)
-    x[1, 32:64] = 0
-    out, steps = poison((3, 96), dtype, d), torch.full((3, 3), torch.nan, device=d)
-    launch(rows.quantize_groups, (3, -(-3 // some)), x, out, steps, WIDTH=96, X_STRIDE=96, GROUP=32, BLOCK_GROUPS=some)
+def group_steps(x, dtype):
+    """[rows, groups of 128]."""
     largest = 448.0 if dtype == FP8 else 127.0
-    expected = (x.unflatten(1, (3, 32)).abs().amax(2) / largest).clamp(min=1e-30)
-    torch.testing.assert_close(steps, expected)
-    check_quantized(out, x, steps.repeat_interleave(32, 1))
+    return (x.unflatten(1, (-1, 128)).abs().amax(2) / largest).clamp(min=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [FP8, INT8])
+@pytest.mark.parametrize("block", [128, 256, 512])
+def test_quantize_groups(launch, dtype, block):
+    d = launch.device
+    x = torch.randn(3, 384, device=d)
+    x[1, 128:256] = 0
+    out, steps = poison((3, 384), dtype, d), torch.full((3, 3), torch.nan, device=d)
+    one = torch.ones(1, device=d)
+    grid = (3, -(-384 // block))
+    launch(rows.quantize, grid, x, out, one, steps, WIDTH=384, X_STRIDE=384, BLOCK=block, QUANT="group")
+    torch.testing.assert_close(steps, group_steps(x, dtype))
+    check_quantized(out, x, steps.repeat_interleave(128, 1))
+
+
+@pytest.mark.parametrize("block", [128, 512])
+def test_gated_act_in_groups(launch, block):
+    d = launch.device
+    x = torch.randn(2, 768, device=d)
+    out, steps = poison((2, 384), FP8, d), torch.full((2, 3), torch.nan, device=d)
+    launch(
+        rows.gated_act, (2, -(-384 // block)), x, x, out, torch.ones(1, device=d), steps, WIDTH=384, GATE_STRIDE=768,
+        UP_STRIDE=768, GATE_OFFSET=0, UP_OFFSET=384, BLOCK=block, ACTIVATION="silu", QUANT="group",
+    )  # fmt: skip
+    expected = reference.activate(x[:, :384], "silu") * x[:, 384:]
+    torch.testing.assert_close(steps, group_steps(expected, FP8), rtol=1e-5, atol=1e-9)
+    check_quantized(out, expected, steps.repeat_interleave(128, 1))
 
 
 @pytest.mark.parametrize("op", ["add", "mul"])

@@ -59,7 +59,7 @@ class CollectiveLaunches(RowLaunches):
             return self.launch(
                 "collectives", "all_reduce_add_rms_norm", [self._dim(out)], {**args, **about},
                 num_warps=16 if width >= 2048 else 4, WIDTH=width, BLOCK=triton.next_power_of_2(width),
-                QUANT=node.attrs.get("out_quant", "none"), PUSH=True, PULL=True, **sizes, **self._group(reduce),
+                QUANT=self.quant_of(node), PUSH=True, PULL=True, **sizes, **self._group(reduce),
             )  # fmt: skip
 
         many = [self._over_group(reduce), *self.norm_launches(node, "rms_norm", few=False)]

@@ -8,6 +8,7 @@ import triton
 
 from trtllm_cli.build.backends.cuda_program import CudaLowering, Dim, Launch
 from trtllm_cli.graph import Node
+from trtllm_cli.models.stored import FP8_BLOCK
 
 BLOCK = 1024  # columns of a program that computes elements one by one
 _FEW = 132  # rows up to which each has a multiprocessor to itself
@@ -57,7 +58,7 @@ class RowLaunches(CudaLowering):
         constants: dict[str, Any] = {
             "NUM_HEADS": heads, "WIDTH": total // heads, "BLOCK_HEADS": triton.next_power_of_2(heads),
             "BLOCK": triton.next_power_of_2(total // heads), "X_STRIDE": total, "OUT_STRIDE": total,
-            "HAS_RESIDUAL": residual is not None, "QUANT": node.attrs.get("out_quant", "none"),
+            "HAS_RESIDUAL": residual is not None, "QUANT": self.quant_of(node),
         }  # fmt: skip
         if function == "layer_norm":
             bias = node.inputs.get("bias")
@@ -91,7 +92,7 @@ class RowLaunches(CudaLowering):
         self, node: Node, rows: Dim, width: int, gate: tuple[str, Any], up: tuple[str, Any], **layout: Any
     ) -> Launch:
         """The activation of `rows`, each `width` outputs; of `gate` and `up` Triton's type and reference."""
-        quant = node.attrs.get("out_quant", "none")
+        quant = self.quant_of(node)
         block = triton.next_power_of_2(width) if quant == "token" else min(BLOCK, triton.next_power_of_2(width))
         args = {"gate_ptr": gate, "up_ptr": up, "out_ptr": self._out(node.outputs[0]), **self._steps_of(node)}
         grid: list[Dim] = [rows, 1 if quant == "token" else -(-width // block)]
@@ -134,21 +135,12 @@ class RowLaunches(CudaLowering):
         self.step(node.op, [self.by_columns("binary", node.output, args, OP=node.op, **strides)])
 
     def _quantize(self, node: Node) -> None:
-        q, how, width = node.outputs[0], node.attrs["out_quant"], self.width(node.outputs[0])
+        q, how, width = node.outputs[0], self.quant_of(node), self.width(node.outputs[0])
+        parts = 1 if how == "group" else width // (node.attrs.get("out_group") or width)  # each as a row of its own
+        width //= parts
         args = {"x_ptr": self._out(node.inputs["x"]), "out_ptr": self._out(q), **self._steps_of(node)}
-        group = node.attrs.get("out_group") or width
-        if how == "token" and group < width and group & (group - 1) == 0:
-            del args["out_scale_ptr"]
-            some = max(1, BLOCK // group)
-            launch = self.launch(
-                "rows", "quantize_groups", [self._dim(q), -(-width // (some * group))], args, WIDTH=width,
-                X_STRIDE=width, GROUP=group, BLOCK_GROUPS=some,
-            )  # fmt: skip
-            self.step(node.op, [launch])
-            return
-        parts, width = width // group, group  # of a row, each as a row of its own
-        block = min(BLOCK if how == "static" else 8192, triton.next_power_of_2(width))
-        grid: list[Dim] = [[f"{self.rows(q)}*{parts}", 1], -(-width // block) if how == "static" else 1]
+        block = min(8192 if how == "token" else BLOCK, triton.next_power_of_2(width))
+        grid: list[Dim] = [[f"{self.rows(q)}*{parts}", 1], 1 if how == "token" else -(-width // block)]
         launch = self.launch("rows", "quantize", grid, args, WIDTH=width, X_STRIDE=width, BLOCK=block, QUANT=how)
         self.step(node.op, [launch])
 
@@ -231,6 +223,12 @@ class RowLaunches(CudaLowering):
         block = min(BLOCK, triton.next_power_of_2(width))
         grid: list[Dim] = [self._dim(out), -(-width // block)]
         return self.launch("rows", function, grid, args, WIDTH=width, BLOCK=block, **constants)
+
+    def quant_of(self, node: Node) -> str:
+        """How a kernel quantizes its output (kernels/triton/device.py); an expert's is a row of its own."""
+        if node.attrs.get("out_group") == FP8_BLOCK and node.op != "expert_gated_act":
+            return "group"
+        return str(node.attrs.get("out_quant", "none"))
 
     def _steps_of(self, node: Node) -> dict[str, tuple[str, Any]]:
         """The operands of a quantized output."""

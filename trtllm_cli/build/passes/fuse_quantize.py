@@ -44,7 +44,7 @@ def fuse_quantize(graph: Graph) -> Graph:
                 (maker.op in _FUSED and not maker.attrs.get("num_heads"))
                 or (maker.op == "paged_attention" and how == "static")
             )
-            and (how == "static" or parts == maker.attrs.get("top_k", 1))
+            and (how == "static" or parts == maker.attrs.get("top_k", 1) or maker.op != "expert_gated_act")
             and maker.outputs[0] == node.inputs["x"]
             and len(consumers[node.inputs["x"]]) == 1
             and node.inputs["x"] not in graph.outputs

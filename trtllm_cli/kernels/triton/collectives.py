@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.device import await_flagged, flagged, store, store_quantized
+from trtllm_cli.kernels.triton.device import await_flagged, flagged, steps_of_row, store, store_quantized
 from trtllm_cli.kernels.triton.norm import normed
 
 
@@ -142,7 +142,8 @@ def all_reduce_add_rms_norm(
         x += residual
         tl.store(new_residual_ptr + row * WIDTH + columns, x.to(new_residual_ptr.dtype.element_ty), mask=mask)
         y = normed(x, weight, eps, WIDTH, 0)
-        store_quantized(out_ptr + row * WIDTH + columns, y, mask, out_scale_ptr, row_scale_ptr + row, QUANT)
+        row_scale_ptr += row * steps_of_row(QUANT, WIDTH)
+        store_quantized(out_ptr + row * WIDTH + columns, y, mask, out_scale_ptr, row_scale_ptr, QUANT)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Functions that kernels share: activations, rounding to narrow formats, stores.
 
 FMT is a name as in kernels/quantization.py: "fp8" (E4M3), "int8" or "fp4" (E2M1). QUANT says how a kernel quantizes its
-output: "none", "static" (a step given, one float32) or "token" (a step found for each row, and written).
+output: "none", "static" (a step given, one float32), "token" (a step found for each row, and written) or "group" (one
+for each GROUP columns of a row).
 """
 
 import triton
@@ -94,20 +95,45 @@ def store(ptrs, y, mask):
         tl.store(ptrs, y.to(ptrs.dtype.element_ty), mask=mask)
 
 
+GROUP = tl.constexpr(128)
+
+
+@triton.constexpr_function
+def steps_of_row(quant, width):
+    """How many steps a row of `width` columns has that are found and written."""
+    return width // GROUP.value if quant == "group" else 1
+
+
+@triton.constexpr_function
+def _in_groups(shape):
+    """A program's row as [groups, GROUP]."""
+    size = 1
+    for n in shape:
+        size *= n
+    return size // GROUP.value, GROUP.value
+
+
 @triton.jit
 def store_quantized(ptrs, y, mask, out_scale_ptr, row_scale_ptr, QUANT: tl.constexpr):
     """Stores a program's whole row of float32 `y`, zero where `mask` is not, by QUANT.
 
-    out_scale_ptr: the step of "static". row_scale_ptr: where the row's step of "token" goes, max|y| / 448 or / 127.
+    out_scale_ptr: the step of "static". row_scale_ptr: where the row's step of "token" goes, max|y| / 448 or / 127, or
+    the steps of "group", for which `y` may also be some whole groups of a row.
     """
-    tl.static_assert(QUANT == "none" or QUANT == "static" or QUANT == "token")
+    tl.static_assert(QUANT == "none" or QUANT == "static" or QUANT == "token" or QUANT == "group")
+    limit: tl.constexpr = 448.0 if ptrs.dtype.element_ty == tl.float8e4nv else 127.0
     if QUANT == "static":
         y = y * (1.0 / tl.load(out_scale_ptr))
     elif QUANT == "token":
-        limit: tl.constexpr = 448.0 if ptrs.dtype.element_ty == tl.float8e4nv else 127.0
         step = tl.maximum(tl.max(tl.abs(y)) / limit, 1e-30)
         tl.store(row_scale_ptr, step)
         y = y * (1.0 / step)
+    elif QUANT == "group":
+        parts = tl.reshape(y, _in_groups(y.shape))
+        steps = tl.maximum(tl.max(tl.abs(parts), axis=1) / limit, 1e-30)
+        real = tl.max(tl.reshape(tl.broadcast_to(mask, y.shape).to(tl.int32), parts.shape), axis=1) > 0
+        tl.store(row_scale_ptr + tl.arange(0, parts.shape[0]), steps, mask=real)
+        y = tl.reshape(parts * (1.0 / steps)[:, None], y.shape)
     store(ptrs, y, mask)
 
 

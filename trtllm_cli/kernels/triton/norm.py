@@ -9,7 +9,8 @@ of WIDTH elements, each normed by itself, NUM_HEADS * WIDTH in all.
     out_ptr           bf16, float32, float8e4nv or int8, rows OUT_STRIDE elements apart
     new_residual_ptr  bf16 or float32 [num_tokens, row]: the sum, with HAS_RESIDUAL; may be residual_ptr
     out_scale_ptr     float32 [1], the step, with QUANT "static"
-    row_scale_ptr     float32 [num_tokens], steps found here, with QUANT "token"
+    row_scale_ptr     float32 [num_tokens], steps found here, with QUANT "token"; [num_tokens, WIDTH / 128] with
+                      "group", where there is one head
     eps               float32
 
 BLOCK_HEADS and BLOCK are powers of two, at least NUM_HEADS and WIDTH.
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.device import store_quantized
+from trtllm_cli.kernels.triton.device import steps_of_row, store_quantized
 
 
 @triton.jit
@@ -62,7 +63,8 @@ def rms_norm(
     if HAS_RESIDUAL:
         sums = new_residual_ptr + row * (NUM_HEADS * WIDTH) + offsets
         tl.store(sums, x.to(new_residual_ptr.dtype.element_ty), mask=mask)
-    store_quantized(out_ptr + row * OUT_STRIDE + offsets, y, mask, out_scale_ptr, row_scale_ptr + row, QUANT)
+    row_scale_ptr += row * steps_of_row(QUANT, WIDTH)
+    store_quantized(out_ptr + row * OUT_STRIDE + offsets, y, mask, out_scale_ptr, row_scale_ptr, QUANT)
 
 
 @triton.jit
@@ -92,4 +94,5 @@ def layer_norm(
     if HAS_RESIDUAL:
         sums = new_residual_ptr + row * (NUM_HEADS * WIDTH) + offsets
         tl.store(sums, x.to(new_residual_ptr.dtype.element_ty), mask=mask)
-    store_quantized(out_ptr + row * OUT_STRIDE + offsets, y, mask, out_scale_ptr, row_scale_ptr + row, QUANT)
+    row_scale_ptr += row * steps_of_row(QUANT, WIDTH)
+    store_quantized(out_ptr + row * OUT_STRIDE + offsets, y, mask, out_scale_ptr, row_scale_ptr, QUANT)

@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.device import activate, gated, largest, round_to, store, store_quantized, tanh
+from trtllm_cli.kernels.triton.device import (
+    activate,
+    gated,
+    largest,
+    round_to,
+    steps_of_row,
+    store,
+    store_quantized,
+    tanh,
+)
 
 
 @triton.jit
@@ -44,13 +53,14 @@ def gated_act(
     WIDTH: tl.constexpr, GATE_STRIDE: tl.constexpr, UP_STRIDE: tl.constexpr, GATE_OFFSET: tl.constexpr,
     UP_OFFSET: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, QUANT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """functional.gated_act and expert_gated_act; grid (rows, blocks), with QUANT "token" (rows, 1).
+    """functional.gated_act and expert_gated_act; grid (rows, blocks), with QUANT "token" (rows, 1), with "group" blocks
+    of whole groups.
 
     The gate's columns of a row begin GATE_OFFSET elements behind its start, up's UP_OFFSET: of a joint
     x [num_tokens, 2 * WIDTH], both pointers are x's, the strides 2 * WIDTH and the offsets 0 and WIDTH. Of experts'
     x [num_tokens, top_k * 2 * WIDTH], rows are num_tokens * top_k and the offsets WIDTH and 0.
     out [rows, WIDTH]: bf16, float32, or by QUANT float8e4nv or int8, with out_scale float32 [1] or row_scale
-    float32 [rows]; see device.store_quantized.
+    float32 [rows] or [rows, WIDTH / 128]; see device.store_quantized.
     """
     tl.static_assert(QUANT != "token" or BLOCK >= WIDTH)
     if PDL:
@@ -62,7 +72,8 @@ def gated_act(
     gate = tl.load(gate_ptr + row * GATE_STRIDE + GATE_OFFSET + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * UP_STRIDE + UP_OFFSET + columns, mask=mask, other=0.0).to(tl.float32)
     y = gated(gate, up, ACTIVATION)
-    store_quantized(out_ptr + row * WIDTH + columns, y, mask, out_scale_ptr, row_scale_ptr + row, QUANT)
+    row_scale_ptr += row * steps_of_row(QUANT, WIDTH) + tl.program_id(1) * steps_of_row(QUANT, BLOCK)
+    store_quantized(out_ptr + row * WIDTH + columns, y, mask, out_scale_ptr, row_scale_ptr, QUANT)
 
 
 @triton.jit
@@ -121,18 +132,20 @@ def quantize(
     """Rows to float8e4nv or int8, out [rows, WIDTH].
 
     With QUANT "static" by the step out_scale float32 [1], grid (rows, blocks). With "token" by steps found here,
-    row_scale float32 [rows], grid (rows, 1); a row may be wider than BLOCK.
+    row_scale float32 [rows], grid (rows, 1); a row may be wider than BLOCK. With "group" by steps found here, row_scale
+    float32 [rows, WIDTH / 128], grid (rows, blocks) of whole groups.
     """
-    tl.static_assert(QUANT == "static" or QUANT == "token")
+    tl.static_assert(QUANT == "static" or QUANT == "token" or QUANT == "group")
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    if QUANT == "static" or BLOCK >= WIDTH:
+    if QUANT != "token" or BLOCK >= WIDTH:
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         mask = columns < WIDTH
         x = tl.load(x_ptr + row * X_STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
-        store_quantized(out_ptr + row * WIDTH + columns, x, mask, out_scale_ptr, row_scale_ptr + row, QUANT)
+        row_scale_ptr += row * steps_of_row(QUANT, WIDTH) + tl.program_id(1) * steps_of_row(QUANT, BLOCK)
+        store_quantized(out_ptr + row * WIDTH + columns, x, mask, out_scale_ptr, row_scale_ptr, QUANT)
     else:
         sizes = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, WIDTH, BLOCK):
@@ -146,29 +159,6 @@ def quantize(
             columns = start + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + row * X_STRIDE + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
             store(out_ptr + row * WIDTH + columns, x * (1.0 / step), columns < WIDTH)
-
-
-@triton.jit
-def quantize_groups(
-    x_ptr, out_ptr, row_scale_ptr,
-    WIDTH: tl.constexpr, X_STRIDE: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Rows to float8e4nv or int8, out [rows, WIDTH], by steps of GROUP columns each: row_scale [rows, WIDTH / GROUP].
-
-    Grid (rows, cdiv(WIDTH / GROUP, BLOCK_GROUPS)); GROUP is a power of two that divides WIDTH.
-    """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    groups = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    columns = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    mask = columns < WIDTH
-    x = tl.load(x_ptr + row * X_STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
-    limit: tl.constexpr = 448.0 if out_ptr.dtype.element_ty == tl.float8e4nv else 127.0
-    steps = tl.maximum(tl.max(tl.abs(x), axis=1) / limit, 1e-30)
-    tl.store(row_scale_ptr + row * (WIDTH // GROUP) + groups, steps, mask=groups < WIDTH // GROUP)
-    store(out_ptr + row * WIDTH + columns, x * (1.0 / steps)[:, None], mask)
 
 
 @triton.jit
