@@ -6,6 +6,7 @@ import torch
 from trtllm_cli.build.backends import cuda_linears
 from trtllm_cli.build.backends.cuda_linears import LinearShape
 from trtllm_cli.kernels import reference
+from trtllm_cli.kernels.cuda.compile_worker import check_assembly
 from trtllm_cli.kernels.quantization import dequantize, quantize_int4, quantize_int8
 from trtllm_cli.kernels.triton import linear
 
@@ -157,7 +158,7 @@ def weight_only(form, n, k, group, has_zero):
 GROUPS = [
     ("int8", 64, 256, False), ("int8", None, 192, False),
     ("int4", 64, 320, True), ("int4", 128, 512, True), ("int4", 128, 512, False), ("int4", 128, 448, True),
-    ("int4", None, 256, True),
+    ("int4", None, 256, True), ("int8", 32, 192, False), ("int4", 32, 320, True), ("int4", 32, 256, False),
 ]  # fmt: skip
 
 
@@ -232,6 +233,30 @@ def test_many_tokens_in_tiles_and_fp8_out(launch, kernel):
     assert error(y, ref) < 4e-2
 
 
+TTGIR = """
+#blocked = #ttg.blocked<{sizePerThread = [8], threadsPerWarp = [32], warpsPerCTA = [4], order = [0]}>
+#linear = #ttg.linear<{register = [[1], [2], [4], [8]], lane = [[16], [32], [64], [128], [256]], warp = [], block = []}>
+#linear1 = #ttg.linear<{register = [[16], [1], [2], [4]], lane = [[8], [32], [64], [128], [256]], warp = [], block = []}>
+  %0 = tt.elementwise_inline_asm "TEXT" {constraints = "=r,r", packed_element = 8 : i32, pure = true} %1 : tensor<512xi32, LAYOUT> -> tensor<512xbf16, LAYOUT> loc(#loc1)
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("text", "layout", "fits"),
+    [
+        ("{ // side by side", "#blocked", True), ("{ // side by side", "#linear", True),
+        ("{ // side by side", "#linear1", False), ("{ // side by side", "#unknown", False), ("{ any", "#linear1", True),
+    ],
+)  # fmt: skip
+def test_assembly_gets_what_is_side_by_side(text, layout, fits):
+    ttgir = TTGIR.replace("TEXT", text).replace("LAYOUT", layout)
+    if fits:
+        check_assembly(ttgir)
+    else:
+        with pytest.raises(ValueError, match="does not keep 8 elements side by side"):
+            check_assembly(ttgir)
+
+
 def shipped(shape):
     return [(most, cuda_linears.launch_of(shape, tactic)) for most, tactic in cuda_linears.shipped_tactics(shape)]
 
@@ -291,3 +316,19 @@ def test_one_tokens_kernel_adds_in_registers(compile_kernel):
     assert kernel.spills == 0
     assert kernel.ptx.count("st.shared") <= 8
     assert kernel.ptx.count("ld.global.v4") == 8 + 2  # weights, inputs
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 0])
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("gated", ["", "silu"])
+def test_weight_only_compiles_with_groups_of(compile_kernel, form, group, gated):
+    """Which fails where assembly would be given another order than it is written for."""
+    shape = LinearShape(form, 512, 1024, group=group, has_zero=form == "int4", gated=gated)
+    way = cuda_linears.fragment(shape, 16, 1, 1, 2, 1, 4)
+    kernels = [compile_kernel(linear.fragment_linear, dict(way.source.args), dict(way.source.constants), num_warps=4)]
+    plain = cuda_linears.dequantized(shape).source
+    kernels.append(compile_kernel(linear.dequantize_weight, dict(plain.args), dict(plain.constants), num_warps=4))
+    for kernel in kernels:
+        assert "0x43004300" in kernel.ptx.upper().replace("0X", "0x") or "1124090624" in kernel.ptx
+        assert ("// side by side" in kernel.ptx) == (group != 32)
+        assert kernel.spills == 0

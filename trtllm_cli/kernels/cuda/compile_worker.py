@@ -18,6 +18,7 @@ from typing import Any
 
 from trtllm_cli.kernels.cuda.kernel import ARCHITECTURES
 
+SIDE_BY_SIDE = "// side by side"  # in assembly
 _KINDS = {"fp32": "fp32", "i32": "i32", "i64": "i64", "u64": "i64"}
 
 
@@ -66,6 +67,7 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
     metadata = compiled.metadata
     if metadata.global_scratch_size:
         raise ValueError(f"{request['function']} needs scratch memory, which the launcher does not give")
+    check_assembly(compiled.asm["ttgir"])
     cubin = compiled.asm["cubin"]
     registers, spills = _resources(cubin, metadata.name)
     return {
@@ -80,6 +82,26 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
         "spills": spills,
         "ptx": compiled.asm["ptx"] if request.get("ptx") else "",
     }
+
+
+def check_assembly(ttgir: str) -> None:
+    """Raises ValueError where inline assembly that says so does not get elements that are side by side.
+
+    It takes a thread's registers several at a time, and their order is the compiler's choice.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.(.*)$", ttgir, re.MULTILINE))
+    for line in ttgir.splitlines():
+        found = re.search(r'elementwise_inline_asm "(.*?)" \{.*packed_element = (\d+).*: tensor<\d+x\w+, (#\w+)>', line)
+        if found is None or SIDE_BY_SIDE not in found[1]:
+            continue
+        count, layout = int(found[2]), layouts.get(found[3], "")
+        if row := re.match(r"blocked<\{sizePerThread = \[(\d+)\]", layout):
+            fits = int(row[1]) % count == 0
+        else:
+            wanted = "linear<{register = [" + ", ".join(f"[{1 << i}]" for i in range(count.bit_length() - 1))
+            fits = layout.startswith(wanted)
+        if not fits:
+            raise ValueError(f"the compiler does not keep {count} elements side by side for inline assembly: {layout}")
 
 
 def _resources(cubin: bytes, entry: str) -> tuple[int, int]:

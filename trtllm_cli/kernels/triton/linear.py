@@ -34,9 +34,14 @@ COUNTERS: tl.constexpr = tl.constexpr(8192)  # output tiles of a launch that spl
 
 
 @triton.jit
-def _unpacked(words, FORM: tl.constexpr, ASM: tl.constexpr):
-    """bf16 of flat words: 4 of int8, or 8 of int4 and 128 more than they are; exact."""
+def _unpacked(words, FORM: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr):
+    """bf16 of flat words: 4 of int8, or 8 of int4 and 128 more than they are; exact.
+
+    With groups of 32, which are split off, the compiler does not keep a word's copies in registers side by side.
+    """
     each: tl.constexpr = 8 if FORM == "int4" else 4
+    if ASM and GROUP == 32:
+        return _unpacked_apart(words, FORM)
     w = tl.join(words, words)
     w = tl.join(w, w)
     if FORM == "int4":
@@ -53,7 +58,7 @@ def _unpacked(words, FORM: tl.constexpr, ASM: tl.constexpr):
         # A nibble becomes the last bits of 128.0 (0x4300 in bf16), whose last mantissa bit is 1.
         w = tl.inline_asm_elementwise(
             """
-            {
+            { // side by side
             .reg .b32 a, b, c, d;
             mov.b32 a, $4;
             shr.u32 b, a, 4;
@@ -75,7 +80,7 @@ def _unpacked(words, FORM: tl.constexpr, ASM: tl.constexpr):
         # The last seven bits go into 128.0; the first one makes 256.0 of 128.0, to take off.
         w = tl.inline_asm_elementwise(
             """
-            {
+            { // side by side
             .reg .b32 a, b, c, d, minus;
             mov.b32 minus, 0xBF80BF80;
             shr.u32 b, $2, 8;
@@ -94,6 +99,62 @@ def _unpacked(words, FORM: tl.constexpr, ASM: tl.constexpr):
             pack=4,
         )
     return w
+
+
+@triton.jit
+def _unpacked_apart(words, FORM: tl.constexpr):
+    """_unpacked, a number at a time."""
+    if FORM == "int4":
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 a, b, c, d;
+            shr.u32 b, $8, 4;
+            shr.u32 c, $8, 8;
+            shr.u32 d, $8, 12;
+            lop3.b32 a, $8, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
+            mov.b32 {$0, $1}, a;
+            mov.b32 {$2, $3}, b;
+            mov.b32 {$4, $5}, c;
+            mov.b32 {$6, $7}, d;
+            }
+            """,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r",
+            [words],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=1,
+        )
+        even, odd = tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))
+        w = tl.join(even.reshape(words.shape[0], 4), odd.reshape(words.shape[0], 4)).reshape(words.shape[0] * 8)
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 a, b, c, d, minus;
+            mov.b32 minus, 0xBF80BF80;
+            shr.u32 b, $4, 8;
+            lop3.b32 a, $4, 0x007F007F, 0x43004300, 0xEA;
+            lop3.b32 c, $4, 0x00800080, 0x43004300, 0xEA;
+            lop3.b32 d, b, 0x00800080, 0x43004300, 0xEA;
+            lop3.b32 b, b, 0x007F007F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 a, c, minus, a;
+            fma.rn.bf16x2 b, d, minus, b;
+            mov.b32 {$0, $1}, a;
+            mov.b32 {$2, $3}, b;
+            }
+            """,
+            "=h,=h,=h,=h,r",
+            [words],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=1,
+        )
+        w = tl.join(tl.join(a, c), tl.join(b, d)).reshape(words.shape[0] * 4)
+    return w.to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -319,7 +380,9 @@ def _inputs(
 
 
 @triton.jit
-def _ordered(w, FORM: tl.constexpr, WARPS: tl.constexpr, R: tl.constexpr, U: tl.constexpr, ASM: tl.constexpr):
+def _ordered(
+    w, FORM: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, R: tl.constexpr, U: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
     """Flat weights as mma's operand [WARPS, 16 R, inputs]: they are in the right registers, so nothing moves.
 
     The order of inputs is free, as long as x has it too. Registers of an operand hold inputs that are side by side:
@@ -330,10 +393,10 @@ def _ordered(w, FORM: tl.constexpr, WARPS: tl.constexpr, R: tl.constexpr, U: tl.
         w = w.reshape(U, R, 2, WARPS, 8, 4, 2, 2, J // 4).permute(3, 1, 2, 4, 0, 6, 7, 5, 8)
         w = w.reshape(WARPS, R * 16, U * 4 * J)
     elif FORM == "int4":
-        w = _unpacked(w, FORM, ASM).reshape(U, R, WARPS, 8, 4, 2, 2, 2, 4).permute(2, 1, 7, 3, 0, 5, 6, 4, 8)
+        w = _unpacked(w, FORM, GROUP, ASM).reshape(U, R, WARPS, 8, 4, 2, 2, 2, 4).permute(2, 1, 7, 3, 0, 5, 6, 4, 8)
         w = w.reshape(WARPS, R * 16, U * 64)
     else:
-        w = _unpacked(w, FORM, ASM).reshape(2, U, R, WARPS, 8, 4, 2, 2, 4).permute(3, 2, 7, 4, 1, 0, 6, 5, 8)
+        w = _unpacked(w, FORM, GROUP, ASM).reshape(2, U, R, WARPS, 8, 4, 2, 2, 4).permute(3, 2, 7, 4, 1, 0, 6, 5, 8)
         w = w.reshape(WARPS, R * 16, U * 64)
     return w
 
@@ -354,7 +417,7 @@ def _added(
     HAS_ZERO: tl.constexpr, WARPS: tl.constexpr, R: tl.constexpr, U: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """acc [WARPS, 16 R, BM] and a round's products."""
-    w = _ordered(w, FORM, WARPS, R, U, ASM)
+    w = _ordered(w, FORM, GROUP, WARPS, R, U, ASM)
     if FORM == "bf16" or FORM == "fp8":
         acc = tl.dot(w, x, acc)
     else:
@@ -590,7 +653,7 @@ def dequantize_weight(
     e = tl.arange(0, size * U)
     piece = step * U + e // 128 % U
     at = (tl.program_id(0).to(tl.int64) * pieces + piece) * size + e % 128 + e // (128 * U) * 128
-    w = _ordered(tl.load(w_ptr + at, mask=piece < pieces, other=0), FORM, 1, 1, U, ASM)
+    w = _ordered(tl.load(w_ptr + at, mask=piece < pieces, other=0), FORM, GROUP, 1, 1, U, ASM)
     w = w.reshape(16, 64 * U).to(tl.float32)
     n = tl.arange(0, 16)
     c = tl.arange(0, 64 * U)
