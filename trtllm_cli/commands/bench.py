@@ -103,7 +103,11 @@ MaxNumTokens = Annotated[
 NumThreads = Annotated[
     int | None,
     typer.Option(
-        "--num-threads", "--threads", rich_help_panel=_RUNTIME, help="CPU threads. Default: the cores there are.", min=1
+        "--num-threads",
+        "--threads",
+        rich_help_panel=_RUNTIME,
+        help="CPU threads, of an engine for CPUs. Default: all cores.",
+        min=1,
     ),
 ]
 PrefixCache = Annotated[

@@ -148,7 +148,10 @@ def run(
     threads: Annotated[
         int | None,
         typer.Option(
-            "--num-threads", "--threads", rich_help_panel=_ENGINE, help="CPU threads. Default: the cores there are."
+            "--num-threads",
+            "--threads",
+            rich_help_panel=_ENGINE,
+            help="CPU threads, of an engine for CPUs. Default: all cores.",
         ),
     ] = None,
     kv_cache_memory: memory_flags.KvCacheMemory = None,
