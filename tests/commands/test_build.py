@@ -82,6 +82,27 @@ def test_timing_caches(tiny, trtllm, tmp_path, timer):
         assert (tmp_path / name / "rank0.engine").read_bytes() == (engine / "rank0.engine").read_bytes()
 
 
+def test_a_note_where_quantized_weights_become_bfloat16(tiny, trtllm):
+    args = (
+        "build",
+        "--checkpoint-dir",
+        tiny / "checkpoint",
+        "--backend",
+        "cuda",
+        "--weight-dtype",
+        "int4",
+        "--dry-run",
+    )
+    said = trtllm(*args, "--group-size", "32", "--json")
+    assert said.code == 0, said.err
+    notes = [note for note in json.loads(said.out)["notes"] if "become bfloat16" in note]
+    assert notes[0].endswith("no GPU kernel for int4 in groups of 32: convert again with --group-size 64")
+    said = trtllm(*args, "--group-size", "64", "--json")
+    assert said.code == 0, said.err
+    notes = [note for note in json.loads(said.out)["notes"] if "become bfloat16" in note]
+    assert all(note.endswith(" inputs") for note in notes)  # of layers that have no whole groups
+
+
 def test_fixed_tactics_are_for_gpus(tiny, trtllm, tmp_path):
     args = ("build", "--checkpoint-dir", tiny / "checkpoint", "--output-dir", tmp_path / "engine", "--fixed-tactics")
     said = trtllm(*args, "--backend", "cpu")

@@ -118,6 +118,8 @@ def plan_build(checkpoint_dir: Path, options: BuildOptions, working: Working | N
         graphs.append(graph)
         lowered.append(_lower(graph, config, build_config, options, rank.rank, tactics, working))
     notes += tactics.notes if tactics else []
+    for stored, count in lowered[0].notes.get("in_bfloat16", {}).items():
+        notes.append(f"linears: {count} become bfloat16, as there is no GPU kernel for {stored}")
     timing_cache = tactics.cache if tactics else None
     return BuildPlan(checkpoint, options.backend, build_config, graphs, lowered, notes, timing_cache)
 

@@ -5,6 +5,7 @@ cuda_program.py says what a plan is.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,9 @@ def lower(
         if "kernel" in launch and isinstance(launch["args"], dict):  # a launch may be in several ways
             launch["args"] = [launch["args"][name] for name in names[launch["kernel"]]]
     target = {"arch": arch, "triton": triton_version() or ""}
-    notes = {"linear_tactics": tactics.to_json()} if tactics.chosen else {}
+    notes: dict[str, Any] = {"linear_tactics": tactics.to_json()} if tactics.chosen else {}
+    if lowering.in_bfloat16:
+        notes["in_bfloat16"] = dict(sorted(Counter(lowering.in_bfloat16.values()).items()))
     return Lowered(plan, lowering.packings, memory, target, notes)
 
 
