@@ -171,8 +171,6 @@ class _Launch:
         source = kernel["source"]
         self.function = _function(source["module"], source["function"])
         self.constants = dict(source["constants"]) | {"PDL": False}
-        if "ASM" in self.constants:
-            self.constants["ASM"] = False
         self.types = dict(source["args"])
 
     def resize(self, grid, values):

@@ -25,8 +25,6 @@ def error(out, ref):
 def run(launch, way, tokens, **roles):
     """A way of cuda_linears with tensors by role; twice if it splits sums: its counters are zero afterwards."""
     constants = dict(way.source.constants) | {"PDL": False}
-    if "ASM" in constants:
-        constants["ASM"] = launch.device == "cuda"
     none = torch.zeros(1, device=launch.device)
     scratch = torch.full((max(way.scratch // 4, 1),), torch.nan, device=launch.device)
     scratch[: cuda_linears.COUNTERS] = 0

@@ -6,7 +6,8 @@ import torch
 from trtllm_cli.kernels import quantization, reference
 from trtllm_cli.kernels.rope import cos_sin_table
 from trtllm_cli.kernels.rope_spec import RopeSpec
-from trtllm_cli.kernels.triton import rows
+from trtllm_cli.kernels.triton import device, rows
+from trtllm_cli.models.stored import FP8_BLOCK
 
 BF16, F32, FP8, INT8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8
 TOLERANCE = {F32: 3e-6, BF16: 8e-3}  # the interpreter cuts bf16 off where a GPU rounds
@@ -124,10 +125,13 @@ def test_activations_far_out(launch):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=3e-6)
 
 
+def test_groups_are_those_of_checkpoints():
+    assert device.GROUP.value == FP8_BLOCK
+
+
 def group_steps(x, dtype):
     """[rows, groups of 128]."""
-    largest = 448.0 if dtype == FP8 else 127.0
-    return (x.unflatten(1, (-1, 128)).abs().amax(2) / largest).clamp(min=1e-30)
+    return (x.unflatten(1, (-1, 128)).abs().amax(2) / LARGEST[dtype]).clamp(min=1e-30)
 
 
 @pytest.mark.parametrize("dtype", [FP8, INT8])

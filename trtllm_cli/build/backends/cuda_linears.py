@@ -246,7 +246,7 @@ def dequantized(shape: LinearShape) -> LinearLaunch:
     u = 2 if _group(shape) % 128 == 0 or _group(shape) == shape.k else 1
     source = KernelSource.of(
         "linear", "dequantize_weight", _args(shape, roles), num_warps=4, num_stages=1, N=shape.n, K=shape.k, U=u,
-        FORM=shape.form, GROUP=_group(shape), HAS_ZERO=shape.has_zero, ASM=True, PDL=True,
+        FORM=shape.form, GROUP=_group(shape), HAS_ZERO=shape.has_zero, PDL=True,
     )  # fmt: skip
     return LinearLaunch(source, (-(-shape.n // 16), -(-shape.k // (64 * u))), roles)
 
@@ -326,7 +326,7 @@ def fragment(shape: LinearShape, bm: int, r: int, u: int, depth: int, split: int
     source = KernelSource.of(
         "linear", "fragment_linear", _args(shape, roles), num_warps=warps, num_stages=1, BM=bm, R=r, U=u, DEPTH=depth,
         SPLIT=split, WARPS=warps, FORM=shape.form, GROUP=_group(shape), HAS_ZERO=shape.has_zero,
-        ASM=True, **_common(shape),
+        **_common(shape),
     )  # fmt: skip
     grid = (-(-_outputs(shape) // (16 * r)), ("num_tokens", bm), split)
     return LinearLaunch(source, grid, roles, _scratch(shape, 16 * r, bm, split))

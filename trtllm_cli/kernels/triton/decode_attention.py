@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.device import await_flagged, flagged, store, tanh
+from trtllm_cli.kernels.triton.device import await_flagged, flagged, is_compiled, store, tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where a running maximum starts: finite, so that a row whose scores are all hidden (-inf) gives zeros, not NaN.
@@ -30,7 +30,7 @@ def dot_dtype(q_dtype, kv_quant):
 
 
 @triton.jit
-def load_q(q_ptr, rows, live, FIRST: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
+def _load_q(q_ptr, rows, live, FIRST: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
     """Columns FIRST .. FIRST + BLOCK of the heads of q (seen as [., HEAD_DIM]) at `rows`, zeros past HEAD_DIM."""
     cols = FIRST + tl.arange(0, BLOCK)
     mask = live[:, None] & (cols < HEAD_DIM)[None, :]
@@ -38,6 +38,18 @@ def load_q(q_ptr, rows, live, FIRST: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM
     if DTYPE == tl.float16:
         x = tl.clamp(x.to(tl.float32), -65504.0, 65504.0)
     return x.to(DTYPE)
+
+
+@triton.jit
+def load_whole_q(q_ptr, rows, live, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
+    """Both of head_parts; the second one is the first where there is none."""
+    MAIN: tl.constexpr = head_parts(HEAD_DIM)[0]
+    REST: tl.constexpr = head_parts(HEAD_DIM)[1]
+    q = _load_q(q_ptr, rows, live, 0, MAIN, HEAD_DIM, DTYPE)
+    q_rest = q
+    if REST > 0:
+        q_rest = _load_q(q_ptr, rows, live, MAIN, REST, HEAD_DIM, DTYPE)
+    return q, q_rest
 
 
 @triton.jit
@@ -102,12 +114,6 @@ def two_of_fp8(index):
         f" prmt.b32 both, $1, $2, 0x00{index + 4}{index}; mov.b32 {{low, high}}, both;"
         " cvt.rn.f16x2.e4m3x2 $0, low; }"
     )
-
-
-@triton.constexpr_function
-def is_compiled():
-    """False in the interpreter, which plays no PTX."""
-    return not triton.knobs.runtime.interpret
 
 
 @triton.jit
@@ -250,8 +256,6 @@ def decode_attention(
     first = (first_tile + split * share) * BLOCK_N
     last = tl.minimum(first + share * BLOCK_N, length)
 
-    MAIN: tl.constexpr = head_parts(HEAD_DIM)[0]
-    REST: tl.constexpr = head_parts(HEAD_DIM)[1]
     V_BLOCK: tl.constexpr = max(16, triton.next_power_of_2(V_HEAD_DIM))
     DTYPE: tl.constexpr = dot_dtype(q_ptr.dtype.element_ty, KV_QUANT)
     TILES_G: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
@@ -278,10 +282,7 @@ def decode_attention(
     seq_row = seq.to(tl.int64) * NUM_HEADS
     if PUSH:
         q_rows = token.to(tl.int64) * NUM_HEADS + heads
-        q = load_q(q_ptr, q_rows, real, 0, MAIN, HEAD_DIM, DTYPE)
-        q_rest = q
-        if REST > 0:
-            q_rest = load_q(q_ptr, q_rows, real, MAIN, REST, HEAD_DIM, DTYPE)
+        q, q_rest = load_whole_q(q_ptr, q_rows, real, HEAD_DIM, DTYPE)
         # Rows that are no head see no token: their weights are zeros, which take less power to multiply.
         acc, top, total = attend(
             tl.zeros([BLOCK_G, V_BLOCK], tl.float32), tl.where(real, LOWEST, 0.0), tl.where(real, 0.0, 1.0), q,

@@ -9,6 +9,12 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def is_compiled():
+    """False in the interpreter, which plays no PTX."""
+    return not triton.knobs.runtime.interpret
+
+
 @triton.jit
 def tanh(x):
     """Hyperbolic tangent of float32, to about 1e-7."""

@@ -28,75 +28,62 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.device import gated, store
+from trtllm_cli.kernels.triton.device import gated, is_compiled, store
 
 COUNTERS: tl.constexpr = tl.constexpr(8192)  # output tiles of a launch that splits sums, at most
 
 
+@triton.constexpr_function
+def _pairs_of_word(form, apart):
+    """PTX: pairs of bf16 of a word, each pair in a register, or with `apart` each number in one of 16 bits."""
+    count = 4 if form == "int4" else 2
+    word = f"${2 * count if apart else count}"
+    pairs = [f"{'pair' if apart else '$'}{i}" for i in range(count)]
+    if form == "int4":
+        # A nibble becomes the last bits of 128.0 (0x4300 in bf16), whose last mantissa bit is 1.
+        shifted = [word, "a", "b", "c"]
+        lines = [".reg .b32 a, b, c;", *(f"shr.u32 {shifted[i]}, {word}, {4 * i};" for i in (1, 2, 3))]
+        lines += [f"lop3.b32 {pairs[i]}, {shifted[i]}, 0x000F000F, 0x43004300, 0xEA;" for i in range(count)]
+    else:
+        # The last seven bits go into 128.0; the first one makes 256.0 of 128.0, to take off.
+        lines = [".reg .b32 low, high, other, minus;", "mov.b32 minus, 0xBF80BF80;", f"shr.u32 other, {word}, 8;"]
+        for pair, source in zip(pairs, (word, "other"), strict=True):
+            lines += [
+                f"lop3.b32 low, {source}, 0x007F007F, 0x43004300, 0xEA;",
+                f"lop3.b32 high, {source}, 0x00800080, 0x43004300, 0xEA;",
+                f"fma.rn.bf16x2 {pair}, high, minus, low;",
+            ]
+    if apart:
+        lines = [f".reg .b32 {', '.join(pairs)};", *lines]
+        lines += [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {pair};" for i, pair in enumerate(pairs)]
+    return "\n".join(["{" if apart else "{ // side by side", *lines, "}"])
+
+
 @triton.jit
-def _unpacked(words, FORM: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr):
+def _unpacked(words, FORM: tl.constexpr, GROUP: tl.constexpr):
     """bf16 of flat words: 4 of int8, or 8 of int4 and 128 more than they are; exact.
 
     With groups of 32, which are split off, the compiler does not keep a word's copies in registers side by side.
     """
     each: tl.constexpr = 8 if FORM == "int4" else 4
-    if ASM and GROUP == 32:
+    if is_compiled() and GROUP == 32:
         return _unpacked_apart(words, FORM)
     w = tl.join(words, words)
     w = tl.join(w, w)
     if FORM == "int4":
         w = tl.join(w, w)
     w = w.reshape(words.shape[0] * each)  # a word beside itself, for the same register holds all of it
-    if not ASM:
+    if not is_compiled():
         e = tl.arange(0, words.shape[0] * each) % each
         if FORM == "int4":
             number = (w >> (e // 2 * 4 + e % 2 * 16) & 15) + 128
         else:
             number = (w >> (e // 2 * 8 + e % 2 * 16) & 255 ^ 128) - 128
         w = number.to(tl.float32).to(tl.bfloat16)
-    elif FORM == "int4":
-        # A nibble becomes the last bits of 128.0 (0x4300 in bf16), whose last mantissa bit is 1.
-        w = tl.inline_asm_elementwise(
-            """
-            { // side by side
-            .reg .b32 a, b, c, d;
-            mov.b32 a, $4;
-            shr.u32 b, a, 4;
-            shr.u32 c, a, 8;
-            shr.u32 d, a, 12;
-            lop3.b32 $0, a, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 $1, b, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 $2, c, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 $3, d, 0x000F000F, 0x43004300, 0xEA;
-            }
-            """,
-            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r",
-            [w],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=8,
-        )
     else:
-        # The last seven bits go into 128.0; the first one makes 256.0 of 128.0, to take off.
+        constraints: tl.constexpr = "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r" if FORM == "int4" else "=&r,=&r,r,r,r,r"
         w = tl.inline_asm_elementwise(
-            """
-            { // side by side
-            .reg .b32 a, b, c, d, minus;
-            mov.b32 minus, 0xBF80BF80;
-            shr.u32 b, $2, 8;
-            lop3.b32 a, $2, 0x007F007F, 0x43004300, 0xEA;
-            lop3.b32 c, $2, 0x00800080, 0x43004300, 0xEA;
-            lop3.b32 d, b, 0x00800080, 0x43004300, 0xEA;
-            lop3.b32 b, b, 0x007F007F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $0, c, minus, a;
-            fma.rn.bf16x2 $1, d, minus, b;
-            }
-            """,
-            "=&r,=&r,r,r,r,r",
-            [w],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=4,
+            _pairs_of_word(FORM, False), constraints, [w], dtype=tl.bfloat16, is_pure=True, pack=each
         )
     return w
 
@@ -106,53 +93,17 @@ def _unpacked_apart(words, FORM: tl.constexpr):
     """_unpacked, a number at a time."""
     if FORM == "int4":
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 a, b, c, d;
-            shr.u32 b, $8, 4;
-            shr.u32 c, $8, 8;
-            shr.u32 d, $8, 12;
-            lop3.b32 a, $8, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
-            mov.b32 {$0, $1}, a;
-            mov.b32 {$2, $3}, b;
-            mov.b32 {$4, $5}, c;
-            mov.b32 {$6, $7}, d;
-            }
-            """,
-            "=h,=h,=h,=h,=h,=h,=h,=h,r",
-            [words],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
-            is_pure=True,
+            _pairs_of_word(FORM, True), "=h,=h,=h,=h,=h,=h,=h,=h,r", [words],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True,
             pack=1,
-        )
+        )  # fmt: skip
         even, odd = tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))
         w = tl.join(even.reshape(words.shape[0], 4), odd.reshape(words.shape[0], 4)).reshape(words.shape[0] * 8)
     else:
         a, b, c, d = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 a, b, c, d, minus;
-            mov.b32 minus, 0xBF80BF80;
-            shr.u32 b, $4, 8;
-            lop3.b32 a, $4, 0x007F007F, 0x43004300, 0xEA;
-            lop3.b32 c, $4, 0x00800080, 0x43004300, 0xEA;
-            lop3.b32 d, b, 0x00800080, 0x43004300, 0xEA;
-            lop3.b32 b, b, 0x007F007F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 a, c, minus, a;
-            fma.rn.bf16x2 b, d, minus, b;
-            mov.b32 {$0, $1}, a;
-            mov.b32 {$2, $3}, b;
-            }
-            """,
-            "=h,=h,=h,=h,r",
-            [words],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
-            is_pure=True,
-            pack=1,
-        )
+            _pairs_of_word(FORM, True), "=h,=h,=h,=h,r", [words],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=1,
+        )  # fmt: skip
         w = tl.join(tl.join(a, c), tl.join(b, d)).reshape(words.shape[0] * 4)
     return w.to(tl.bfloat16, bitcast=True)
 
@@ -380,9 +331,7 @@ def _inputs(
 
 
 @triton.jit
-def _ordered(
-    w, FORM: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, R: tl.constexpr, U: tl.constexpr, ASM: tl.constexpr
-):  # fmt: skip
+def _ordered(w, FORM: tl.constexpr, GROUP: tl.constexpr, WARPS: tl.constexpr, R: tl.constexpr, U: tl.constexpr):
     """Flat weights as mma's operand [WARPS, 16 R, inputs]: they are in the right registers, so nothing moves.
 
     The order of inputs is free, as long as x has it too. Registers of an operand hold inputs that are side by side:
@@ -393,10 +342,10 @@ def _ordered(
         w = w.reshape(U, R, 2, WARPS, 8, 4, 2, 2, J // 4).permute(3, 1, 2, 4, 0, 6, 7, 5, 8)
         w = w.reshape(WARPS, R * 16, U * 4 * J)
     elif FORM == "int4":
-        w = _unpacked(w, FORM, GROUP, ASM).reshape(U, R, WARPS, 8, 4, 2, 2, 2, 4).permute(2, 1, 7, 3, 0, 5, 6, 4, 8)
+        w = _unpacked(w, FORM, GROUP).reshape(U, R, WARPS, 8, 4, 2, 2, 2, 4).permute(2, 1, 7, 3, 0, 5, 6, 4, 8)
         w = w.reshape(WARPS, R * 16, U * 64)
     else:
-        w = _unpacked(w, FORM, GROUP, ASM).reshape(2, U, R, WARPS, 8, 4, 2, 2, 4).permute(3, 2, 7, 4, 1, 0, 6, 5, 8)
+        w = _unpacked(w, FORM, GROUP).reshape(2, U, R, WARPS, 8, 4, 2, 2, 4).permute(3, 2, 7, 4, 1, 0, 6, 5, 8)
         w = w.reshape(WARPS, R * 16, U * 64)
     return w
 
@@ -414,10 +363,10 @@ def _products(w, offset, x, pairs, FORM: tl.constexpr, HAS_ZERO: tl.constexpr):
 @triton.jit
 def _added(
     acc, w, scale, scale_high, zero, zero_high, x, pairs, FORM: tl.constexpr, GROUP: tl.constexpr,
-    HAS_ZERO: tl.constexpr, WARPS: tl.constexpr, R: tl.constexpr, U: tl.constexpr, ASM: tl.constexpr,
+    HAS_ZERO: tl.constexpr, WARPS: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     """acc [WARPS, 16 R, BM] and a round's products."""
-    w = _ordered(w, FORM, GROUP, WARPS, R, U, ASM)
+    w = _ordered(w, FORM, GROUP, WARPS, R, U)
     if FORM == "bf16" or FORM == "fp8":
         acc = tl.dot(w, x, acc)
     else:
@@ -436,7 +385,7 @@ def _added(
 def _turn(
     acc, up, ring, i, x_ptr, w_ptr, w_scale_ptr, w_zero_ptr, num_tokens, first, N: tl.constexpr, K: tl.constexpr,
     BM: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, WARPS: tl.constexpr,
-    R: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, GATED: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
+    R: tl.constexpr, U: tl.constexpr, SPLIT: tl.constexpr, GATED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Round i's products added to acc and up, and round i + AHEAD's weights asked for, unless it is 0."""
     outputs: tl.constexpr = N if GATED == "" else N // 2
@@ -454,9 +403,9 @@ def _turn(
             if HAS_ZERO:
                 z, z_high = z[:, :, None], z_high[:, :, None]
         if h == 0:
-            acc = _added(acc, w, s, s_high, z, z_high, x, pairs, FORM, GROUP, HAS_ZERO, WARPS, R, U, ASM)
+            acc = _added(acc, w, s, s_high, z, z_high, x, pairs, FORM, GROUP, HAS_ZERO, WARPS, R, U)
         else:
-            up = _added(up, w, s, s_high, z, z_high, x, pairs, FORM, GROUP, HAS_ZERO, WARPS, R, U, ASM)
+            up = _added(up, w, s, s_high, z, z_high, x, pairs, FORM, GROUP, HAS_ZERO, WARPS, R, U)
     return acc, up, ring
 
 
@@ -467,7 +416,7 @@ def fragment_linear(
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, U: tl.constexpr, DEPTH: tl.constexpr,
     SPLIT: tl.constexpr, WARPS: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
     W_SCALE: tl.constexpr, X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    GATED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Weights go from memory to registers and tensor cores; a program's warps share out the inputs.
 
@@ -505,12 +454,12 @@ def fragment_linear(
             for d in tl.static_range(DEPTH):
                 acc, up, ring = _turn(
                     acc, up, ring, base + d, x_ptr, w_ptr, w_scale_ptr, w_zero_ptr, num_tokens, first, N, K, BM, FORM,
-                    GROUP, HAS_ZERO, WARPS, R, U, SPLIT, GATED, DEPTH, ASM,
+                    GROUP, HAS_ZERO, WARPS, R, U, SPLIT, GATED, DEPTH,
                 )  # fmt: skip
     for i in tl.static_range(looped, iters):
         acc, up, ring = _turn(
             acc, up, ring, i, x_ptr, w_ptr, w_scale_ptr, w_zero_ptr, num_tokens, first, N, K, BM, FORM, GROUP, HAS_ZERO,
-            WARPS, R, U, SPLIT, GATED, DEPTH if i + DEPTH < iters else 0, ASM,
+            WARPS, R, U, SPLIT, GATED, DEPTH if i + DEPTH < iters else 0,
         )  # fmt: skip
     n = first + tl.arange(0, R * 16)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -641,7 +590,7 @@ def _finished(total, x_scale, w_scale_ptr, bias_ptr, rows, W_SCALE: tl.constexpr
 @triton.jit
 def dequantize_weight(
     w_ptr, w_scale_ptr, w_zero_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, U: tl.constexpr, FORM: tl.constexpr,
-    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """int8 or int4 weights as bf16 `out` [N, K]: grid (N / 16, K / (64 U)); w_ptr and U as in fragment_linear."""
     if PDL:
@@ -653,7 +602,7 @@ def dequantize_weight(
     e = tl.arange(0, size * U)
     piece = step * U + e // 128 % U
     at = (tl.program_id(0).to(tl.int64) * pieces + piece) * size + e % 128 + e // (128 * U) * 128
-    w = _ordered(tl.load(w_ptr + at, mask=piece < pieces, other=0), FORM, GROUP, 1, 1, U, ASM)
+    w = _ordered(tl.load(w_ptr + at, mask=piece < pieces, other=0), FORM, GROUP, 1, 1, U)
     w = w.reshape(16, 64 * U).to(tl.float32)
     n = tl.arange(0, 16)
     c = tl.arange(0, 64 * U)

@@ -12,8 +12,7 @@ from trtllm_cli.kernels.triton.decode_attention import (
     LOWEST,
     attend,
     dot_dtype,
-    head_parts,
-    load_q,
+    load_whole_q,
     page_rows,
 )
 from trtllm_cli.kernels.triton.device import store
@@ -128,8 +127,6 @@ def prefill_attention(
     if SKIP_DECODES and num_queries == 1:
         return
 
-    MAIN: tl.constexpr = head_parts(HEAD_DIM)[0]
-    REST: tl.constexpr = head_parts(HEAD_DIM)[1]
     V_BLOCK: tl.constexpr = max(16, triton.next_power_of_2(V_HEAD_DIM))
     DTYPE: tl.constexpr = dot_dtype(q_ptr.dtype.element_ty, KV_QUANT)
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
@@ -165,20 +162,14 @@ def prefill_attention(
     if NEW_STRIDE > 0:
         cached = before
     if cached > 0:
-        q = load_q(q_ptr, q_rows, real, 0, MAIN, HEAD_DIM, DTYPE)
-        q_rest = q
-        if REST > 0:
-            q_rest = load_q(q_ptr, q_rows, real, MAIN, REST, HEAD_DIM, DTYPE)
+        q, q_rest = load_whole_q(q_ptr, q_rows, real, HEAD_DIM, DTYPE)
         acc, top, total = _attend_to(
             acc, top, total, q, q_rest, k_cache_ptr, v_cache_ptr, table_ptr, 0, 0, cached, bounds, lowest, seen,
             least, most, num_blocks, kv_head, scale * k_scale, softcap,
             NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
         )  # fmt: skip
     if NEW_STRIDE > 0:
-        q = load_q(q_ptr, q_rows, real, 0, MAIN, HEAD_DIM, q_ptr.dtype.element_ty)
-        q_rest = q
-        if REST > 0:
-            q_rest = load_q(q_ptr, q_rows, real, MAIN, REST, HEAD_DIM, q_ptr.dtype.element_ty)
+        q, q_rest = load_whole_q(q_ptr, q_rows, real, HEAD_DIM, q_ptr.dtype.element_ty)
         first_row = kv_head.to(tl.int64) * NEW_STRIDE + query_first
         acc, top, total = _attend_to(
             acc, top, total, q, q_rest, k_new_ptr, v_new_ptr, table_ptr, first_row, before, end, bounds, lowest,
