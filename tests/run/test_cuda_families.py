@@ -81,8 +81,7 @@ def few_programs(monkeypatch):
     """Linears by torch, and no more programs than need be: both kernels and their splits have tests of their own."""
     monkeypatch.setattr(cuda, "compile_kernels", fake_compile)
     monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", lambda self, shape: [])
-    for table in ("_DECODE", "_DECODE_BYTES"):
-        monkeypatch.setattr(cuda_attention, table, ((None, 1, 4, 64, 3),))
+    monkeypatch.setattr(cuda_attention, "_DECODE", ((None, 1, 4, 64),))
     monkeypatch.setattr(cuda_attention, "_FEW", 0)
 
 

@@ -48,8 +48,7 @@ def few_programs(monkeypatch):
     """Linears by torch, and no more programs than need be: what is computed before sampling has tests of its own."""
     monkeypatch.setattr(cuda, "compile_kernels", fake_compile)
     monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", lambda self, shape: [])
-    for table in ("_DECODE", "_DECODE_BYTES"):
-        monkeypatch.setattr(cuda_attention, table, ((None, 1, 2, 16, 3),))
+    monkeypatch.setattr(cuda_attention, "_DECODE", ((None, 1, 2, 16),))
     monkeypatch.setattr(cuda_attention, "_FEW", 0)
 
 

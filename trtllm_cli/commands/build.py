@@ -130,7 +130,7 @@ def build(
     """
     from trtllm_cli.build import builder
     from trtllm_cli.commands.choices import choice
-    from trtllm_cli.commands.console import progress_bytes, stdout
+    from trtllm_cli.commands.console import StageBar, progress_bytes, stdout
     from trtllm_cli.engine import Backend, KvCacheDType, WeightDType
     from trtllm_cli.errors import UsageError
 
@@ -162,15 +162,9 @@ def build(
         else:
             _print_plan(plan)
         return
-    with progress_bytes() as bar:
-        task = bar.add_task("packing weights", total=None)
-        report = builder.build(
-            checkpoint_dir,
-            output_dir,
-            options,
-            lambda done, total: bar.update(task, description="packing weights", completed=done, total=total),
-            lambda what, done, total: bar.update(task, description=f"{what}: {done} of {total}"),
-        )
+    with progress_bytes() as bars:
+        bar = StageBar(bars, "packing weights")
+        report = builder.build(checkpoint_dir, output_dir, options, bar, bar.working)
     if json_:
         result = {
             "engine_dir": str(report.output_dir),

@@ -26,7 +26,23 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def progress_bytes() -> Progress:
+class StageBar:
+    """A bar of bytes done, and in its place what else a stage does: kernels that are compiled or timed."""
+
+    def __init__(self, bars: Progress, name: str, before_work: str = "") -> None:
+        self._bars, self._name, self._before_work = bars, name, before_work
+        self._task = bars.add_task(name, total=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        """Bytes done, and in all."""
+        self._bars.update(self._task, description=self._name, completed=done, total=total)
+
+    def working(self, what: str, done: int, total: int) -> None:
+        """Other work, by the piece."""
+        self._bars.update(self._task, description=f"{self._before_work}{what}: {done} of {total}")
+
+
+def progress_bytes(*, quiet: bool = False) -> Progress:
     """A progress bar over bytes, on stderr; silent off a terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -38,7 +54,7 @@ def progress_bytes() -> Progress:
         TimeRemainingColumn(),
         console=stderr(),
         transient=True,
-        disable=not stderr().is_terminal,
+        disable=quiet or not stderr().is_terminal,
     )
 
 

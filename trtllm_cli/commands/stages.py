@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from trtllm_cli.artifact import Kind
     from trtllm_cli.build.builder import BuildOptions
+    from trtllm_cli.commands.console import StageBar
     from trtllm_cli.convert.hub import DownloadOptions
     from trtllm_cli.convert.pipeline import ConvertOptions
 
@@ -71,23 +70,6 @@ def _may_be_id(model: str) -> bool:
     if model.startswith(("http://", "https://")):
         return True
     return not model.startswith(("/", ".", "~")) and model.count("/") <= 1 and not model.endswith(".gguf")
-
-
-class _Bar:
-    """Called with bytes done and bytes in all."""
-
-    def __init__(self, stage: str, bars: Progress | None) -> None:
-        self._stage, self._bars = stage, bars
-        self._task = None if bars is None else bars.add_task(stage, total=None)
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, description=self._stage, completed=done, total=total)
-
-    def working(self, what: str, done: int, total: int) -> None:
-        """Something else than bytes: kernels that are compiled or timed."""
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, description=f"{self._stage}: {what}: {done} of {total}")
 
 
 @dataclass(frozen=True)
@@ -174,12 +156,12 @@ class _Stages:
         return output
 
     @contextlib.contextmanager
-    def _bar(self, stage: str) -> Iterator[_Bar]:
+    def _bar(self, stage: str) -> Iterator[StageBar]:
         """A progress bar of a stage."""
-        from trtllm_cli.commands.console import progress_bytes
+        from trtllm_cli.commands.console import StageBar, progress_bytes
 
-        with contextlib.nullcontext() if self.quiet else progress_bytes() as bars:
-            yield _Bar(stage, bars)
+        with progress_bytes(quiet=self.quiet) as bars:
+            yield StageBar(bars, stage, f"{stage}: ")
 
     def _say(self, stage: str, what: str, started: float, notes: list[str] | None = None) -> None:
         from trtllm_cli.commands.console import stderr

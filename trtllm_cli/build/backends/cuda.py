@@ -5,7 +5,6 @@ cuda_program.py says what a plan is.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -139,8 +138,8 @@ def lower(
             launch["args"] = [launch["args"][name] for name in names[launch["kernel"]]]
     target = {"arch": arch, "triton": triton_version() or ""}
     notes: dict[str, Any] = {"linear_tactics": tactics.to_json()} if tactics.chosen else {}
-    if lowering.in_bfloat16:
-        notes["in_bfloat16"] = dict(sorted(Counter(lowering.in_bfloat16.values()).items()))
+    if in_bfloat16 := lowering.in_bfloat16():
+        notes["in_bfloat16"] = in_bfloat16
     return Lowered(plan, lowering.packings, memory, target, notes)
 
 

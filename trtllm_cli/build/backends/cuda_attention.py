@@ -16,13 +16,11 @@ _COPIED_AT_ONCE = 16  # bytes
 _COPY_BLOCK = 4096  # words of four bytes that a program copies
 _WIDENED = 8  # tokens of which a program widens four heads
 _FEW = 64  # tokens up to which a program appends few heads of one token, so that there are programs enough
-# By how many sequences there are: programs that share one's cache, warps of a program, tokens that it takes at once,
-# tiles under way. Few sequences want to be spread over the machine; many want small programs, so that many wait for
-# memory at once (measured on an H200 with benchmarks/h200/attention.py).
-_DECODE = ((1, 16, 2, 64, 3), (2, 16, 2, 64, 3), (4, 16, 2, 64, 3), (8, 8, 2, 64, 3), (16, 4, 2, 64, 3),
-           (32, 2, 2, 64, 3), (64, 1, 2, 64, 3), (None, 1, 1, 32, 3))  # fmt: skip
-_DECODE_BYTES = ((1, 16, 2, 64, 4), (2, 16, 2, 64, 4), (4, 16, 2, 64, 4), (8, 8, 2, 64, 4), (16, 4, 2, 64, 4),
-                 (32, 2, 2, 64, 4), (64, 1, 2, 64, 4), (None, 1, 1, 32, 3))  # fmt: skip
+# By how many sequences there are: programs that share one's cache, warps of a program, tokens that it takes at once.
+# Few sequences want to be spread over the machine; many want small programs, so that many wait for memory at once
+# (measured on an H200 with benchmarks/h200/attention.py).
+_DECODE = ((1, 16, 2, 64), (2, 16, 2, 64), (4, 16, 2, 64), (8, 8, 2, 64), (16, 4, 2, 64), (32, 2, 2, 64),
+           (64, 1, 2, 64), (None, 1, 1, 32))  # fmt: skip
 
 
 class AttentionLaunches(CudaLowering):
@@ -98,16 +96,16 @@ class AttentionLaunches(CudaLowering):
     def _paged_attention(self, node: Node) -> None:
         self._count_cache(node)
         prefill = self._prefill(node)
-        table = _DECODE_BYTES if self._is_quantized(node) else _DECODE
-        ways = [(most, [self._decode(node, most, *tiles), *prefill]) for most, *tiles in table]
+        ways = [(most, [self._decode(node, most, *tiles), *prefill]) for most, *tiles in _DECODE]
         self.ways(node.op, NUM_SEQS, ways)
 
-    def _decode(self, node: Node, most: int | None, splits: int, warps: int, block_n: int, stages: int) -> Launch:
+    def _decode(self, node: Node, most: int | None, splits: int, warps: int, block_n: int) -> Launch:
         a = node.attrs
         kv_heads, group = a["num_kv_heads"], a["num_heads"] // a["num_kv_heads"]
         seqs = most or self.build_config.max_batch_size
         block_g = 16 if group <= 16 else 32 if group <= 32 else 64
         tiles = kv_heads * -(-group // block_g)
+        under_way = 4 if self._is_quantized(node) and block_n == 64 else 3  # tiles; of bytes they are half as large
         partial = lse = None
         if splits > 1:
             rows = seqs * a["num_heads"] * splits
@@ -117,7 +115,7 @@ class AttentionLaunches(CudaLowering):
             warps = 8 if block_g * v_head_dim(a) > 64 * 256 else 4
             block_n = 64 if self._width(node) <= 320 else 32
         tile = self._tile_bytes(node, block_n)
-        stages = self.stages(max(2, min(stages, (112 << 10) // tile)), tile)
+        stages = self.stages(max(2, min(under_way, (112 << 10) // tile)), tile)
         args = self._common(node) | {
             "partial_ptr": ("*i64", partial), "lse_ptr": ("*i64", lse), "step_ptr": ("*i32", "i:step"),
             "calls": ("i32", self._num_attentions), "call": ("i32", a["layer"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -38,7 +39,6 @@ class LinearLaunches(RowLaunches):
     """Launches of kernels/triton/linear.py, and torch's matrix products."""
 
     tactics: LinearTactics = field(default_factory=LinearTactics)
-    in_bfloat16: dict[str, str] = field(default_factory=dict)  # linears without a kernel for what they are stored in
 
     def linear_shapes(self) -> list[LinearShape]:
         """Of every linear, as its kernel for few tokens computes it."""
@@ -187,13 +187,22 @@ class LinearLaunches(RowLaunches):
             # Groups of 32 have a kernel, which was wrong on a GPU once and has not been run there since it was mended.
             case "int4" if fmt.group_size in (64, 128) and k % fmt.group_size == 0:
                 return fmt
-        if fmt.name not in ("bfloat16", "float32"):
-            groups = f" in groups of {fmt.group_size}" if fmt.group_size else ""
-            better = ": convert again with --group-size 64" if groups and fmt.name.startswith("int") else ""
-            if fmt.group_size and k % fmt.group_size:
-                groups, better = f"{groups} of {k} inputs", ""
-            self.in_bfloat16[node.output] = f"{fmt.name}{groups}{better}"
         return LinearFormat("bfloat16")
+
+    def in_bfloat16(self) -> dict[str, int]:
+        """What quantized linears are stored in that no kernel reads, so that they become bfloat16; how many do."""
+        found: Counter[str] = Counter()
+        for node in self.graph.nodes:
+            if node.op != "linear" or self._kernel_format(node).name != "bfloat16":
+                continue
+            fmt, k = self.format_of(node), self.width(node.inputs["x"])
+            if fmt.name not in ("bfloat16", "float32"):
+                groups = f" in groups of {fmt.group_size}" if fmt.group_size else ""
+                better = ": convert again with --group-size 64" if groups and fmt.name.startswith("int") else ""
+                if fmt.group_size and k % fmt.group_size:
+                    groups, better = f"{groups} of {k} inputs", ""
+                found[f"{fmt.name}{groups}{better}"] += 1
+        return dict(sorted(found.items()))
 
     def _pack(self, node: Node, shape: LinearShape) -> dict[str, str]:
         """The packed weight's references by role."""

@@ -67,25 +67,26 @@ def fuse_quantize(graph: Graph) -> Graph:
 
 
 def _all_fp8(graph: Graph, node: Node, readers: list[Node]) -> bool:
-    """Whether a qdq is to FP8 with one step, or one a row or an expert's part of it, and read by FP8 linears with one
-    scale or one an output; or with one a group, and read by linears with scales of the same groups.
-    """
-    group = node.attrs.get("group_size")
-    width = graph.type_of(node.output).shape[1]
-    assert isinstance(width, int)
-    if group == FP8_BLOCK and node.attrs["fmt"] == "fp8" and readers and width % group == 0 and width > group:
-        linears = [r.op == "linear" and r.inputs["x"] == node.output for r in readers]
-        if all(linears) and all(r.attrs.get("quant") == "fp8" and r.attrs.get("group_size") == group for r in readers):
-            return True
+    """Whether a qdq is to FP8, and all that read it are FP8 linears that can take its steps."""
     return (
         node.attrs["fmt"] == "fp8"
         and bool(readers)
         and all(
             r.op in _LINEARS
             and r.attrs.get("quant") == "fp8"
-            and not r.attrs.get("group_size")
             and r.inputs["x"] == node.output
-            and (not group or (r.op == "expert_linear" and group == graph.weights[r.inputs["weight"]].shape[-1]))
+            and _takes_steps(graph, r, node.attrs.get("group_size"))
             for r in readers
         )
     )
+
+
+def _takes_steps(graph: Graph, linear: Node, group: int | None) -> bool:
+    """Whether a linear can take one step, or one a row; or one for each `group` of a row: an expert's part, or with
+    scales of the same groups each of several.
+    """
+    of_weight = linear.attrs.get("group_size")
+    inputs = graph.weights[linear.inputs["weight"]].shape[-1]
+    if of_weight:
+        return linear.op == "linear" and group == of_weight == FP8_BLOCK < inputs and inputs % FP8_BLOCK == 0
+    return not group or (linear.op == "expert_linear" and group == inputs)

@@ -112,7 +112,8 @@ class CudaRunner:
         )
         self.has_peers = self._find_peers(whole)  # whether kernels here write to the memory of other ranks' GPUs
         self._steps = plan["steps"] if self.has_peers else [_alone(step) for step in plan["steps"]]
-        self._steps = settled(self._steps, plan, f"{device.name}, torch {torch.__version__}", self._rows, self._measure)
+        gpu = f"{device.name}, torch {torch.__version__}"
+        self._steps = settled(self._steps, self._file.metadata["plan"], gpu, self._rows, self._measure)
         self._last = device.empty((limits.max_batch_size + 1) * 4, "the tokens")
         self._last.zero_()
         self._layouts = [InputLayout(limits, mixed=mixed) for mixed in (False, True)]

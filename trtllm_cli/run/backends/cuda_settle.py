@@ -20,17 +20,19 @@ Measure = Callable[[Sequence[Step], int], float]  # milliseconds of steps of one
 _AS_FAST = 1.03  # what differs by less is not changed
 
 
-def settled(
-    steps: Sequence[Step], plan: Mapping[str, Any], gpu: str, most_rows: Mapping[str, int], measure: Measure
-) -> list[Step]:
-    """The steps, each with the launches that are the fastest here. `gpu`: what times depend on beside the plan."""
+def settled(steps: Sequence[Step], plan: str, gpu: str, most_rows: Mapping[str, int], measure: Measure) -> list[Step]:
+    """The steps, each with the launches that are the fastest here.
+
+    `plan` is the engine's, as it lies in its file, and `gpu` what times depend on beside it.
+    """
     alike: dict[str, list[int]] = defaultdict(list)
     for place, step in enumerate(steps):
         if "others" in step:
             alike[_kind_of(step)].append(place)
     if not alike:
         return list(steps)
-    file = _file_of(plan, gpu)
+    key = hashlib.sha256("\n".join((gpu, plan)).encode()).hexdigest()[:32]
+    file = cache_dir() / "settled" / f"{key}.json"
     found = _read(file)
     if found is None or found.keys() != alike.keys():
         found = {kind: _fastest([steps[p] for p in places], most_rows, measure) for kind, places in alike.items()}
@@ -54,11 +56,6 @@ def _kind_of(step: Step) -> str:
     ways = [[most, kinds(launches)] for most, launches in step["ways"]]
     others = [[kinds(launches) for launches in of_way] for of_way in step["others"]]
     return hashlib.sha256(json.dumps([step["by"], ways, others]).encode()).hexdigest()[:16]
-
-
-def _file_of(plan: Mapping[str, Any], gpu: str) -> Path:
-    made_of = json.dumps([plan["kernels"], plan["steps"], gpu], sort_keys=True)
-    return cache_dir() / "settled" / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.json"
 
 
 def _read(file: Path) -> dict[str, list[int]] | None:
