@@ -18,7 +18,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.device import await_flagged, flagged, steps_of_row, store, store_quantized
+from trtllm_cli.kernels.triton.device import (
+    await_flagged,
+    flagged,
+    steps_in_one,
+    steps_of_row,
+    store,
+    store_quantized,
+)
 from trtllm_cli.kernels.triton.norm import normed
 
 
@@ -131,6 +138,7 @@ def all_reduce_add_rms_norm(
     mask = columns < WIDTH
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     flag = tl.load(step_ptr) * calls + call
+    in_one = steps_in_one(out_scale_ptr, QUANT)
     if PDL:
         gdc_wait()
     residual = tl.load(residual_ptr + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
@@ -143,7 +151,7 @@ def all_reduce_add_rms_norm(
         tl.store(new_residual_ptr + row * WIDTH + columns, x.to(new_residual_ptr.dtype.element_ty), mask=mask)
         y = normed(x, weight, eps, WIDTH, 0)
         row_scale_ptr += row * steps_of_row(QUANT, WIDTH)
-        store_quantized(out_ptr + row * WIDTH + columns, y, mask, out_scale_ptr, row_scale_ptr, QUANT)
+        store_quantized(out_ptr + row * WIDTH + columns, y, mask, in_one, row_scale_ptr, QUANT)
 
 
 @triton.jit

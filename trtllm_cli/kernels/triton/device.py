@@ -93,12 +93,17 @@ def largest(FMT: tl.constexpr):
 
 
 @triton.jit
+def as_stored(y, DTYPE: tl.constexpr):
+    """Float32 `y` as a type: fp8 and int8 are rounded to even and clamped (to 448 or 127)."""
+    if DTYPE == tl.int8:
+        y = round_to(y, "int8")
+    return y.to(DTYPE)
+
+
+@triton.jit
 def store(ptrs, y, mask):
-    """Stores float32 `y` as the pointers' type: fp8 and int8 are rounded to even and clamped (to 448 or 127)."""
-    if ptrs.dtype.element_ty == tl.int8:
-        tl.store(ptrs, round_to(y, "int8").to(tl.int8), mask=mask)
-    else:
-        tl.store(ptrs, y.to(ptrs.dtype.element_ty), mask=mask)
+    """Stores float32 `y` `as_stored` in the pointers' type."""
+    tl.store(ptrs, as_stored(y, ptrs.dtype.element_ty), mask=mask)
 
 
 GROUP = tl.constexpr(128)
@@ -120,16 +125,25 @@ def _in_groups(shape):
 
 
 @triton.jit
-def store_quantized(ptrs, y, mask, out_scale_ptr, row_scale_ptr, QUANT: tl.constexpr):
+def steps_in_one(out_scale_ptr, QUANT: tl.constexpr):
+    """1 / the step of "static", else 1: for store_quantized. To be read before `gdc_wait`, not to wait for it later."""
+    result = 1.0
+    if QUANT == "static":
+        result = 1.0 / tl.load(out_scale_ptr)
+    return result
+
+
+@triton.jit
+def store_quantized(ptrs, y, mask, in_one, row_scale_ptr, QUANT: tl.constexpr):
     """Stores a program's whole row of float32 `y`, zero where `mask` is not, by QUANT.
 
-    out_scale_ptr: the step of "static". row_scale_ptr: where the row's step of "token" goes, max|y| / 448 or / 127, or
+    in_one: of `steps_in_one`. row_scale_ptr: where the row's step of "token" goes, max|y| / 448 or / 127, or
     the steps of "group", for which `y` may also be some whole groups of a row.
     """
     tl.static_assert(QUANT == "none" or QUANT == "static" or QUANT == "token" or QUANT == "group")
     limit: tl.constexpr = 448.0 if ptrs.dtype.element_ty == tl.float8e4nv else 127.0
     if QUANT == "static":
-        y = y * (1.0 / tl.load(out_scale_ptr))
+        y = y * in_one
     elif QUANT == "token":
         step = tl.maximum(tl.max(tl.abs(y)) / limit, 1e-30)
         tl.store(row_scale_ptr, step)

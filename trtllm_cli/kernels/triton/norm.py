@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.device import steps_of_row, store_quantized
+from trtllm_cli.kernels.triton.device import steps_in_one, steps_of_row, store_quantized
 
 
 @triton.jit
@@ -54,6 +54,7 @@ def rms_norm(
     offsets = tl.arange(0, BLOCK_HEADS)[:, None] * WIDTH + columns
     mask = _row_mask(NUM_HEADS, WIDTH, BLOCK_HEADS, BLOCK)
     weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    in_one = steps_in_one(out_scale_ptr, QUANT)
     if PDL:
         gdc_wait()
     x = tl.load(x_ptr + row * X_STRIDE + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -64,7 +65,7 @@ def rms_norm(
         sums = new_residual_ptr + row * (NUM_HEADS * WIDTH) + offsets
         tl.store(sums, x.to(new_residual_ptr.dtype.element_ty), mask=mask)
     row_scale_ptr += row * steps_of_row(QUANT, WIDTH)
-    store_quantized(out_ptr + row * OUT_STRIDE + offsets, y, mask, out_scale_ptr, row_scale_ptr, QUANT)
+    store_quantized(out_ptr + row * OUT_STRIDE + offsets, y, mask, in_one, row_scale_ptr, QUANT)
 
 
 @triton.jit
@@ -81,6 +82,7 @@ def layer_norm(
     offsets = tl.arange(0, BLOCK_HEADS)[:, None] * WIDTH + tl.arange(0, BLOCK)[None, :]
     mask = _row_mask(NUM_HEADS, WIDTH, BLOCK_HEADS, BLOCK)
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    in_one = steps_in_one(out_scale_ptr, QUANT)
     if PDL:
         gdc_wait()
     x = tl.load(x_ptr + row * X_STRIDE + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -95,4 +97,4 @@ def layer_norm(
         sums = new_residual_ptr + row * (NUM_HEADS * WIDTH) + offsets
         tl.store(sums, x.to(new_residual_ptr.dtype.element_ty), mask=mask)
     row_scale_ptr += row * steps_of_row(QUANT, WIDTH)
-    store_quantized(out_ptr + row * OUT_STRIDE + offsets, y, mask, out_scale_ptr, row_scale_ptr, QUANT)
+    store_quantized(out_ptr + row * OUT_STRIDE + offsets, y, mask, in_one, row_scale_ptr, QUANT)

@@ -15,6 +15,7 @@ from trtllm_cli.kernels.triton.device import (
     gated,
     largest,
     round_to,
+    steps_in_one,
     steps_of_row,
     store,
     store_quantized,
@@ -65,6 +66,8 @@ def gated_act(
     tl.static_assert(QUANT != "token" or BLOCK >= WIDTH)
     if PDL:
         gdc_launch_dependents()
+    in_one = steps_in_one(out_scale_ptr, QUANT)
+    if PDL:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -73,7 +76,7 @@ def gated_act(
     up = tl.load(up_ptr + row * UP_STRIDE + UP_OFFSET + columns, mask=mask, other=0.0).to(tl.float32)
     y = gated(gate, up, ACTIVATION)
     row_scale_ptr += row * steps_of_row(QUANT, WIDTH) + tl.program_id(1) * steps_of_row(QUANT, BLOCK)
-    store_quantized(out_ptr + row * WIDTH + columns, y, mask, out_scale_ptr, row_scale_ptr, QUANT)
+    store_quantized(out_ptr + row * WIDTH + columns, y, mask, in_one, row_scale_ptr, QUANT)
 
 
 @triton.jit
@@ -138,6 +141,8 @@ def quantize(
     tl.static_assert(QUANT == "static" or QUANT == "token" or QUANT == "group")
     if PDL:
         gdc_launch_dependents()
+    in_one = steps_in_one(out_scale_ptr, QUANT)
+    if PDL:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     if QUANT != "token" or BLOCK >= WIDTH:
@@ -145,7 +150,7 @@ def quantize(
         mask = columns < WIDTH
         x = tl.load(x_ptr + row * X_STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
         row_scale_ptr += row * steps_of_row(QUANT, WIDTH) + tl.program_id(1) * steps_of_row(QUANT, BLOCK)
-        store_quantized(out_ptr + row * WIDTH + columns, x, mask, out_scale_ptr, row_scale_ptr, QUANT)
+        store_quantized(out_ptr + row * WIDTH + columns, x, mask, in_one, row_scale_ptr, QUANT)
     else:
         sizes = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, WIDTH, BLOCK):
