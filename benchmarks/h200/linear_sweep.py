@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--output", default="")
     a = parser.parse_args()
     names = {timed_shape(form, name): name for form in a.forms for name in SHAPES}
-    work = [each for shape in names for each in missing(shape, {}, a.tokens)]
+    work = [each for shape in names for each in missing(shape, {}, ARCH, a.tokens)]
     compiled = compile_work(work, ARCH, lambda i, n: print(f"\r{i}/{n}", end="", file=sys.stderr))
     for source, kernel in compiled.items():
         if kernel.spills:

@@ -142,7 +142,7 @@ CHANGES = [
     ((*TIME, "tactics"), {"vector 1 2 2048 4 2": float("nan")}, "tactics"),
     ((*TIME, "tactics"), {"vector 1 2 2048 4 2": -3}, "tactics"),
     ((*TIME, "tactics"), {"vector": 1.0}, "tactics"),
-    ((*TIME, "tactics"), {"vector 1 2 3": 1.0}, "tactics"),
+    ((*TIME, "tactics"), {"vector 1": 1.0}, "tactics"),
     ((*TIME, "tactics"), {"vector 0 2 2048 4 2": 1.0}, "tactics"),
     ((*TIME, "tactics"), {"vector 1 2 2048 4 999999999": 1.0}, "tactics"),
     ((*TIME, "tactics"), {"cutlass 1 2 2048 4 2": 1.0}, "tactics"),

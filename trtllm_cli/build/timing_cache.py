@@ -26,7 +26,7 @@ from trtllm_cli.kernels.compile_cache import cache_dir, keep
 
 FORMAT_VERSION: Final = 1
 _MOST_BYTES = 64 << 20  # of a file: thousands of shapes
-_TACTIC = rf"^({'|'.join(KERNELS)})( [1-9]\d{{0,4}}){{5,6}}$"
+_TACTIC = rf"^({'|'.join(KERNELS)})( [1-9]\d{{0,4}}){{2,6}}$"
 
 Microseconds = Annotated[float, Field(gt=0, le=1e9)]  # so no NaN, which is not greater
 TacticName = Annotated[str, StringConstraints(pattern=_TACTIC)]

@@ -1,14 +1,16 @@
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.kernels.triton.conftest import Gpu
 from trtllm_cli.build.backends import cuda_linears
-from trtllm_cli.build.backends.cuda_linears import LinearShape
+from trtllm_cli.build.backends.cuda_linears import LinearShape, Tactic
 from trtllm_cli.kernels import reference
 from trtllm_cli.kernels.cuda.compile_worker import check_assembly
 from trtllm_cli.kernels.quantization import dequantize, quantize_int4, quantize_int8
-from trtllm_cli.kernels.triton import linear
+from trtllm_cli.kernels.triton import linear, stream_linear, stream_words
 
 LLAMA = {
     "qkv": (6144, 4096, ""),
@@ -32,7 +34,8 @@ def run(launch, way, tokens, **roles):
     if dict(way.source.args)["w_ptr"] == "*i32":
         values["w"] = values["w"].view(torch.int32)
     grid = tuple(-(-tokens // dim[1]) if isinstance(dim, tuple) else dim for dim in way.grid)
-    kernel = getattr(linear, way.source.function)
+    module = {"linear": linear, "stream_linear": stream_linear, "stream_words": stream_words}[way.source.module]
+    kernel = getattr(module, way.source.function)
     args = [values.get(role, none) for role in way.operands]
     for _ in range(2 if way.scratch else 1):
         launch(kernel, grid, *args, num_warps=way.source.num_warps, num_stages=way.source.num_stages, **constants)
@@ -99,6 +102,62 @@ def test_plain_forms(launch, kernel, form, gated, has_bias):
     roles = {"x": x, "w": w, "w_scale": w_scale, "x_scale": x_scale, "bias": bias, "y": y}
     run(launch, tried(shape, kernel), m, **roles)
     assert error(y, ref) < 6e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU; Gluon has no interpreter")
+@pytest.mark.parametrize(
+    "tiles",
+    [(1, 8, 2, 4), (1, 8, 4, 8), (2, 4, 3, 4), (8, 2, 4, 4), (8, 1, 2, 4), (16, 4, 2, 4), (32, 1, 3, 8)],
+)
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+@pytest.mark.parametrize(("gated", "has_bias"), [("", False), ("", True), ("silu", True)])
+def test_stream(tiles, form, gated, has_bias):
+    """Against vector_linear's and skinny_linear's sums, whose slow twin torch is above."""
+    torch.manual_seed(7)
+    launch, n, k = Gpu(), 512, 5120
+    shape = LinearShape(
+        form, n, k, w_scale="row" if form == "fp8" else "none", x_scale="row" if form == "fp8" else "none",
+        has_bias=has_bias, gated=gated, x_type="*fp8e4nv" if form == "fp8" else "*bf16",
+    )  # fmt: skip
+    way = cuda_linears.launch_of(shape, cuda_linears.adapted(shape, Tactic("stream", tiles)))
+    kind = torch.float8_e4m3fn if form == "fp8" else torch.bfloat16
+    for m in (1, tiles[0], tiles[0] + 1):
+        x, w = torch.randn(m, k, device="cuda").to(kind), torch.randn(n, k, device="cuda").to(kind)
+        scales = torch.rand(n, device="cuda") + 0.5, torch.rand(m, device="cuda") + 0.5
+        outputs = n // 2 if gated else n
+        roles = {
+            "x": x, "w": w, "w_scale": scales[0], "x_scale": scales[1], "bias": torch.randn(n, device="cuda").bfloat16()
+        }  # fmt: skip
+        found, twin = (torch.full((m, outputs), torch.nan, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        run(launch, way, m, y=found, **roles)
+        run(launch, cuda_linears.skinny(shape, 16, 32, 64, 1, 3, 4), m, y=twin, **roles)
+        assert error(found, twin.float()) < 6e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU; Gluon has no interpreter")
+@pytest.mark.parametrize("tiles", [(2, 2), (2, 3), (2, 8), (4, 4), (8, 2)])
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize(("gated", "has_bias"), [("", False), ("", True), ("silu", True)])
+def test_stream_words(tiles, group, gated, has_bias):
+    """Against torch, and fragment_linear, its slow twin."""
+    torch.manual_seed(8)
+    launch, n, k = Gpu(), 512, 5120
+    shape, packed, plain = weight_only("int4", n, k, group, False)
+    shape = replace(shape, has_bias=has_bias, gated=gated)
+    way = cuda_linears.launch_of(shape, cuda_linears.adapted(shape, Tactic("words", tiles)))
+    for m in (1, tiles[0], tiles[0] + 1):
+        x, bias = torch.randn(m, k, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
+        roles = {"x": x, "bias": bias, **{role: tensor.cuda() for role, tensor in packed.items()}}
+        ref = x.float() @ plain.cuda().T + (bias.float() if has_bias else 0)
+        if gated:
+            ref = reference.activate(ref[:, : n // 2], gated) * ref[:, n // 2 :]
+        found, twin = (torch.full(ref.shape, torch.nan, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        run(launch, way, m, y=found, **roles)
+        run(launch, cuda_linears.fragment(shape, 8, 1, 1, 2, 1, 4), m, y=twin, **roles)
+        assert error(found, ref) < 6e-3
+        assert error(found, twin.float()) < 6e-3
 
 
 @pytest.mark.parametrize("split", [1, 2])

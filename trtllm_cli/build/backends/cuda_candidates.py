@@ -1,19 +1,45 @@
 """The tactics that are timed for a linear: those that won, or came near it, in sweeps on an H200.
 
-A dozen kernels a shape: each has to be compiled, and a build waits for that.
+A score of kernels a shape: each has to be compiled, and a build waits for that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trtllm_cli.build.backends.cuda_linears import Form, LinearShape, Tactic, adapted, is_grouped, weight_only
+from trtllm_cli.build.backends.cuda_linears import (
+    STREAMED,
+    STREAMS,
+    Form,
+    LinearShape,
+    Tactic,
+    adapted,
+    is_grouped,
+    weight_only,
+)
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)  # that are timed; a tactic is for all up to its own
 _WIDE = 16384  # outputs that have tiles enough for all multiprocessors without splitting sums
 
 # By form and most tokens; int8 has int4's.
 _Tiles = dict[tuple[Form, int], list[tuple[int, ...]]]
+_STREAM: _Tiles = {
+    ("bf16", 1): [(1, 8, 3, 4), (1, 8, 2, 4), (1, 8, 4, 4), (1, 8, 6, 4), (1, 8, 8, 4)],
+    ("bf16", 2): [(2, 4, 4, 4), (2, 4, 6, 4)],
+    ("bf16", 4): [(4, 4, 4, 4), (4, 4, 6, 4), (4, 2, 6, 4)],
+    ("bf16", 8): [(8, 2, 6, 4), (8, 4, 4, 4)],
+    ("fp8", 1): [(1, 8, 3, 4), (1, 8, 2, 4), (1, 8, 4, 4), (1, 8, 6, 4)],
+    ("fp8", 2): [(2, 4, 3, 4), (2, 4, 4, 4), (2, 4, 6, 4)],
+    ("fp8", 4): [(4, 4, 3, 4), (4, 4, 4, 4), (4, 4, 6, 4), (4, 2, 6, 4)],
+    ("fp8", 8): [(8, 2, 6, 4), (8, 4, 4, 4)],
+    ("fp8", 16): [(16, 2, 4, 4), (16, 2, 6, 4)],
+}
+_WORDS: _Tiles = {
+    ("int4", 1): [(2, 4), (2, 8)],
+    ("int4", 2): [(2, 4), (2, 8)],
+    ("int4", 4): [(4, 4)],
+    ("int4", 8): [(8, 4)],
+}
 _VECTOR: _Tiles = {
     ("bf16", 1): [(1, 2, 2048, 4, 2)],
     ("bf16", 2): [(2, 2, 2048, 4, 2), (2, 4, 1024, 4, 2)],
@@ -55,9 +81,10 @@ _GROUPED = {
 _SPLIT = {"skinny": 3, "fragment": 4}  # where the tiles say into how many parts sums are split
 
 
-def candidates(shape: LinearShape, tokens: int) -> list[Tactic]:
+def candidates(shape: LinearShape, tokens: int, arch: str = STREAMS) -> list[Tactic]:
     """What is timed for a linear of so many tokens; none where no kernel takes the shape."""
-    found = (adapted(shape, tactic) for tactic in _listed(shape, tokens))
+    listed = (tactic for tactic in _listed(shape, tokens) if tactic.kernel not in STREAMED or arch == STREAMS)
+    found = (adapted(shape, tactic) for tactic in listed)
     return list(dict.fromkeys(tactic for tactic in found if tactic is not None))
 
 
@@ -67,13 +94,19 @@ def _listed(shape: LinearShape, tokens: int) -> Iterator[Tactic]:
         most = min(most for most in _GROUPED if tokens <= most)
         yield from (Tactic("skinny", tiles) for tiles in _GROUPED[most])
         return
-    lists = {"vector": _VECTOR, "fragment": _GATED_FRAGMENT if shape.gated else _FRAGMENT, "skinny": _SKINNY}
+    lists = {
+        "stream": _STREAM,
+        "words": _WORDS,
+        "vector": _VECTOR,
+        "fragment": _GATED_FRAGMENT if shape.gated else _FRAGMENT,
+        "skinny": _SKINNY,
+    }
     for kernel, of_form in lists.items():
         for (of, most), every in of_form.items():
             # The narrowest tiles that hold the tokens; wider ones of other kernels too; int4 may read weights twice.
             fits = most // 2 < tokens <= most or (kernel == "skinny" and most == 16 and 1 < tokens <= 16)
             twice = form == "int4" and tokens == 2 * most
-            if of == form and (fits or twice or (most == 8 and tokens <= 8)):
+            if of == form and (fits or twice or (most == 8 and tokens <= 8 and kernel not in STREAMED)):
                 for tiles in every:
                     if shape.n <= _WIDE or kernel not in _SPLIT or tiles[_SPLIT[kernel]] == 1:
                         yield Tactic(kernel, tiles)

@@ -19,7 +19,10 @@ Form = Literal["bf16", "fp8", "int8", "int4"]
 PerWhat = Literal["none", "one", "row", "group"]
 Dim = int | tuple[str, int]  # a number, or a symbol and how many of it a program takes
 
-KERNELS = ("vector", "skinny", "fragment")
+KERNEL_MODULES = ("linear", "stream_linear", "stream_words")
+STREAMS = "sm_90a"  # the architecture whose instructions these multiply by:
+STREAMED = ("stream", "words")
+KERNELS = (*STREAMED, "vector", "skinny", "fragment")
 MOST_TOKENS = 64  # that any of the kernels here is for
 COUNTERS = 8192  # kernels/triton/linear.py's
 
@@ -31,7 +34,7 @@ class LinearShape:
     form: Form
     n: int
     k: int
-    group: int = 0  # inputs that share a scale, of int8 (0: all) and int4: 64 or 128; of fp8 with scales of groups
+    group: int = 0  # inputs that share a scale, of int8 (0: all) and int4: 32, 64 or 128; of fp8 with scales of groups
     has_zero: bool = False
     w_scale: PerWhat = "none"
     x_scale: PerWhat = "none"
@@ -62,49 +65,80 @@ class Tactic(NamedTuple):
         return " ".join(map(str, (self.kernel, *self.tiles)))
 
 
-# By form, then by outputs, inputs and whether gated, of Llama-3.1-8B: most tokens, kernel, tiles. Left out is what
-# cuBLASLt does as fast within 3%, with the 3 us that a gated activation by itself takes; int8 and int4 compete with
-# cuBLASLt on dequantized weights. Of one token in FP8, tiles of 4 outputs are up to 2% faster in a sweep, and a whole
-# step with them 5% slower: what holds fewer registers has more of its weights under way when the kernel in front ends.
+# By form, then by outputs, inputs and whether gated, of Llama-3.1-8B (and 1B): most tokens, kernel, tiles. Left out is
+# what cuBLASLt does as fast within 3%, with the 3 us that a gated activation by itself takes; int8 and int4 compete
+# with cuBLASLt on dequantized weights. Up to 8 tokens what counts is a whole step's time: what takes less of a
+# multiprocessor has more of its weights on their way when the kernel in front ends, and kernels that are the fastest by
+# themselves make steps up to 10% longer.
 _SHIPPED: dict[str, dict[tuple[int, int, bool], list[tuple[int, str, tuple[int, ...]]]]] = {
     "bf16": {
-        (6144, 4096, False): [(1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 4, 1024, 4, 2))],
+        (6144, 4096, False): [
+            (1, "stream", (1, 8, 3, 4)), (2, "stream", (2, 4, 4, 4)),
+            (4, "stream", (4, 4, 6, 4)), (8, "stream", (8, 2, 6, 4)),
+        ],
         (4096, 4096, False): [
-            (1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 2, 2048, 4, 2)),
+            (1, "stream", (1, 8, 4, 4)), (2, "stream", (2, 4, 4, 4)),
+            (4, "stream", (4, 4, 6, 4)), (8, "stream", (8, 2, 6, 4)),
             (16, "skinny", (16, 64, 128, 2, 5, 4)),
         ],
         (14336, 4096, True): [
-            (1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 2, 2048, 4, 2)),
+            (1, "stream", (1, 8, 6, 4)), (2, "stream", (2, 4, 6, 4)),
+            (4, "stream", (4, 4, 4, 4)), (8, "stream", (8, 4, 4, 4)),
             (16, "skinny", (16, 64, 128, 1, 5, 4)), (64, "skinny", (64, 64, 128, 1, 4, 4)),
         ],
         (4096, 14336, False): [
-            (1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 2, 2048, 4, 2)),
+            (1, "stream", (1, 8, 6, 4)), (2, "stream", (2, 4, 4, 4)),
+            (4, "stream", (4, 2, 6, 4)), (8, "stream", (8, 4, 4, 4)),
+            (16, "skinny", (16, 64, 128, 2, 5, 4)), (64, "skinny", (64, 64, 128, 2, 4, 4)),
+        ],
+        (128256, 4096, False): [(1, "stream", (1, 8, 2, 4)), (2, "vector", (2, 4, 1024, 4, 2))],
+        (8192, 2048, True): [
+            (1, "stream", (1, 8, 3, 4)), (2, "stream", (2, 4, 6, 4)),
+            (4, "stream", (4, 4, 4, 4)), (8, "stream", (8, 4, 4, 4)),
+            (16, "skinny", (16, 64, 128, 1, 5, 4)), (64, "skinny", (64, 64, 128, 1, 4, 4)),
+        ],
+        (2048, 8192, False): [
+            (1, "stream", (1, 8, 8, 4)), (2, "stream", (2, 4, 4, 4)),
+            (4, "stream", (4, 2, 6, 4)), (8, "stream", (8, 4, 4, 4)),
             (16, "skinny", (16, 64, 128, 2, 5, 4)), (64, "skinny", (64, 64, 128, 2, 4, 4)),
         ],
     },
     "fp8": {
         (6144, 4096, False): [
-            (1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 4, 2048, 4, 2)), (8, "fragment", (8, 1, 1, 4, 1, 8)),
+            (1, "stream", (1, 8, 2, 4)), (2, "stream", (2, 4, 6, 4)),
+            (4, "stream", (4, 4, 4, 4)), (8, "stream", (8, 4, 4, 4)),
+            (16, "stream", (16, 2, 6, 4)),
         ],
-        (4096, 4096, False): [(1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 2, 2048, 4, 2))],
+        (4096, 4096, False): [
+            (1, "stream", (1, 8, 4, 4)), (2, "stream", (2, 4, 6, 4)),
+            (4, "stream", (4, 4, 6, 4)), (8, "stream", (8, 2, 6, 4)),
+            (16, "stream", (16, 2, 6, 4)),
+        ],
         (14336, 4096, True): [
-            (1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 2, 2048, 4, 2)), (8, "fragment", (8, 1, 1, 4, 1, 4)),
-            (16, "skinny", (16, 64, 128, 1, 6, 4)), (64, "skinny", (64, 64, 128, 1, 5, 4)),
+            (1, "stream", (1, 8, 3, 4)), (2, "stream", (2, 4, 3, 4)),
+            (4, "stream", (4, 4, 3, 4)), (8, "stream", (8, 2, 6, 4)),
+            (16, "stream", (16, 2, 4, 4)), (64, "skinny", (64, 64, 128, 1, 5, 4)),
         ],
-        (4096, 14336, False): [(1, "vector", (1, 2, 2048, 4, 2)), (2, "vector", (2, 4, 2048, 4, 2))],
+        (4096, 14336, False): [
+            (1, "stream", (1, 8, 6, 4)), (2, "stream", (2, 4, 4, 4)),
+            (4, "stream", (4, 2, 6, 4)), (8, "stream", (8, 4, 4, 4)),
+            (16, "stream", (16, 2, 6, 4)),
+        ],
     },
     "int4": {
-        (6144, 4096, False): [(8, "fragment", (8, 1, 2, 2, 1, 8)), (32, "fragment", (16, 1, 2, 4, 1, 4))],
+        (6144, 4096, False): [
+            (2, "words", (2, 8)), (8, "fragment", (8, 1, 2, 2, 1, 8)), (32, "fragment", (16, 1, 2, 4, 1, 4)),
+        ],
         (4096, 4096, False): [
-            (8, "fragment", (8, 1, 2, 4, 1, 8)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
+            (2, "words", (2, 8)), (8, "fragment", (8, 1, 2, 4, 1, 8)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
             (32, "fragment", (32, 1, 1, 4, 1, 8)),
         ],
         (14336, 4096, True): [
-            (8, "fragment", (8, 1, 2, 2, 1, 2)), (16, "fragment", (16, 1, 1, 2, 1, 4)),
+            (2, "words", (2, 4)), (8, "fragment", (8, 1, 2, 2, 1, 2)), (16, "fragment", (16, 1, 1, 2, 1, 4)),
             (64, "fragment", (32, 2, 1, 1, 1, 4)),
         ],
         (4096, 14336, False): [
-            (8, "fragment", (8, 1, 2, 4, 1, 8)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
+            (2, "words", (2, 8)), (8, "fragment", (8, 1, 2, 4, 1, 8)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
             (64, "fragment", (32, 2, 1, 2, 1, 8)),
         ],
     },
@@ -129,14 +163,37 @@ def shipped_tactics(shape: LinearShape) -> list[tuple[int, Tactic]]:
         return abs(log2(measured[0] / outputs)) + abs(log2(measured[1] / shape.k)) + 100 * (measured[2] != gated)
 
     table = _SHIPPED["int4" if weight_only(shape) else "fp8 group" if is_grouped(shape) else shape.form]
-    ways = [(most, adapted(shape, Tactic(kernel, tiles))) for most, kernel, tiles in table[min(table, key=distance)]]
+    nearest = [(most, Tactic(kernel, tiles)) for most, kernel, tiles in table[min(table, key=distance)]]
+    ways = [(most, adapted(shape, tactic) or adapted(shape, _plain(tactic))) for most, tactic in nearest]
     return [(most, tactic) for most, tactic in ways if tactic is not None]
+
+
+def _plain(tactic: Tactic) -> Tactic:
+    """What takes the place of stream_linear or stream_words where a shape or an architecture does not allow it."""
+    if tactic.kernel not in STREAMED:
+        return tactic
+    tokens = tactic.tiles[0]
+    if tactic.kernel == "words":
+        return Tactic("fragment", (8, 1, 2, 4, 1, 8))
+    if tokens <= 4:
+        return Tactic("vector", (tokens, 2, 2048, 4, 2) if tokens <= 2 else (4, 4, 1024, 4, 2))
+    return Tactic("skinny", (16, 64, 128, 1, 5, 4))
 
 
 def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
     """The kernel with tiles that this shape allows, or None."""
     if is_grouped(shape) and (tactic.kernel != "skinny" or tactic.tiles[2] != shape.group):
         return None
+    if tactic.kernel == "stream":
+        bm, parts, stages, warps = tactic.tiles
+        pieces = shape.k * _itemsize(shape) // (128 * parts)
+        fits = _streams(shape, parts, warps) and pieces > 1
+        return Tactic("stream", (bm, parts, min(stages, pieces), warps)) if fits else None
+    if tactic.kernel == "words":
+        bm, stages = tactic.tiles
+        return (
+            Tactic("words", (bm, min(stages, shape.k // (4 * shape.group)))) if _words_fit(shape, bm, stages) else None
+        )
     if tactic.kernel == "vector":
         bm, bn, bk, *rest = tactic.tiles
         while shape.k % bk and bk > 64:
@@ -154,7 +211,9 @@ def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
 
 
 def fitted(shape: LinearShape, tactic: Tactic, arch: str) -> Tactic:
-    """The tactic with no more stages than the architecture's shared memory has room for."""
+    """The tactic as the architecture allows it, with no more stages than its shared memory has room for."""
+    if tactic.kernel in STREAMED and arch != STREAMS:
+        tactic = adapted(shape, _plain(tactic)) or Tactic("skinny", (16, 64, 128, 1, 5, 4))
     if tactic.kernel != "skinny":
         return tactic
     bm, bn, bk, split, stages, warps = tactic.tiles
@@ -164,7 +223,9 @@ def fitted(shape: LinearShape, tactic: Tactic, arch: str) -> Tactic:
 
 def launch_of(shape: LinearShape, tactic: Tactic) -> LinearLaunch:
     """The launch of a tactic that is adapted to the shape."""
-    make: dict[str, Callable[..., LinearLaunch]] = {"vector": vector, "skinny": skinny, "fragment": fragment}
+    make: dict[str, Callable[..., LinearLaunch]] = {
+        "stream": stream, "words": words, "vector": vector, "skinny": skinny, "fragment": fragment,
+    }  # fmt: skip
     return make[tactic.kernel](shape, *tactic.tiles)
 
 
@@ -251,6 +312,27 @@ def dequantized(shape: LinearShape) -> LinearLaunch:
     return LinearLaunch(source, (-(-shape.n // 16), -(-shape.k // (64 * u))), roles)
 
 
+def _itemsize(shape: LinearShape) -> int:
+    return 1 if shape.form == "fp8" else 2
+
+
+def _streams(shape: LinearShape, parts: int, warps: int) -> bool:
+    """Whether rows are whole pieces of 128 bytes for each of the parts that stream_linear sees them in."""
+    alike = shape.x_type == {"bf16": "*bf16", "fp8": "*fp8e4nv"}.get(shape.form) and not is_grouped(shape)
+    return alike and shape.k * _itemsize(shape) % (128 * parts) == 0 and _outputs(shape) * parts % (16 * warps) == 0
+
+
+def _words_fit(shape: LinearShape, bm: int, stages: int) -> bool:
+    """Whether stream_words computes the shape, and all of x has room beside the weights."""
+    if shape.form != "int4" or shape.has_zero or shape.group not in (64, 128) or shape.x_type != "*bf16":
+        return False
+    groups, halves = shape.k // (4 * shape.group), 2 if shape.gated else 1
+    scales = halves * 256 * (1 << max(groups - 1, 0).bit_length())
+    room = stages * halves * 32 * shape.group + scales + 2 * bm * shape.k
+    fits = stages_that_fit(STREAMS, 1 << 30, 1 << 10) << 10 >= room
+    return fits and groups > 1 and shape.k % (4 * shape.group) == 0 and _outputs(shape) % 16 == 0
+
+
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -297,6 +379,27 @@ def _scratch(shape: LinearShape, outputs: int, tokens: int, split: int) -> int:
     assert _split_fits(shape, tokens, outputs), "too many output tiles"
     tiles = -(-_outputs(shape) // outputs) * -(-MOST_TOKENS // tokens)
     return 4 * (COUNTERS + tiles * split * outputs * tokens * (2 if shape.gated else 1))
+
+
+def stream(shape: LinearShape, bm: int, parts: int, stages: int, warps: int) -> LinearLaunch:
+    """Tiles [16 warps / parts outputs, bm tokens], bf16 or fp8, `stages` pieces of rows under way to shared memory."""
+    roles = ("x", "w", "w_scale", "x_scale", "bias", "out_scale", "y", "num_tokens")
+    source = KernelSource.of(
+        "stream_linear", "stream_linear", _args(shape, roles), num_warps=warps, num_stages=1, BM=bm, PARTS=parts,
+        STAGES=stages, **_common(shape),
+    )  # fmt: skip
+    return LinearLaunch(source, (_outputs(shape) * parts // (16 * warps), ("num_tokens", bm)), roles)
+
+
+def words(shape: LinearShape, bm: int, stages: int) -> LinearLaunch:
+    """Tiles [16 outputs, bm tokens], int4, `stages` groups of each quarter of a row under way to shared memory."""
+    roles = ("x", "w", "w_scale", "bias", "out_scale", "y", "num_tokens")
+    unused = ("W_SCALE", "X_SCALE")
+    source = KernelSource.of(
+        "stream_words", "stream_words", _args(shape, roles), num_warps=4, num_stages=1, BM=bm, STAGES=stages,
+        GROUP=shape.group, **{name: value for name, value in _common(shape).items() if name not in unused},
+    )  # fmt: skip
+    return LinearLaunch(source, (_outputs(shape) // 16, ("num_tokens", bm)), roles)
 
 
 def vector(shape: LinearShape, bm: int, bn: int, bk: int, warps: int, depth: int) -> LinearLaunch:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from trtllm_cli.build.backends.cuda_candidates import candidates
 from trtllm_cli.build.backends.cuda_linears import (
+    KERNEL_MODULES,
+    STREAMED,
     LinearLaunch,
     LinearShape,
     Tactic,
@@ -38,6 +40,8 @@ Source = Literal["timed here", "timing cache", "shipped table"]
 
 _ACTIVATION = 3.0  # microseconds of a gated activation by itself, for few tokens
 _AS_FAST = 1.03  # times that differ by less are alike
+# In a step a streamed kernel is as fast as what takes so much less time by itself: it leaves room for what follows.
+_BESIDE_STREAMED = 1.1
 _OTHERS = 1  # tactics that are compiled beside the shipped one; each takes a build some seconds
 
 
@@ -50,7 +54,7 @@ def fastest(shape: LinearShape, times: Mapping[int, TokenTimes]) -> list[tuple[i
         runs = [(us, tactic) for us, tactic in known if us is not None]
         if not runs:
             continue
-        us, tactic = min(runs, key=lambda run: run[0])
+        us, tactic = min(runs, key=lambda run: run[0] * (1 if run[1].kernel in STREAMED else _BESIDE_STREAMED))
         library = math.inf if measured.cublas_us is None else measured.cublas_us + _ACTIVATION * bool(shape.gated)
         pending.append((tokens, tactic))
         if us <= library / _AS_FAST:
@@ -90,7 +94,7 @@ class LinearTactics:
         """Chooses for these linears, times those that it must. Raises ResourceError where kernels do not compile."""
         new = [s for s in dict.fromkeys(map(TimedShape.of, shapes)) if s not in self.chosen]
         self.gpu = self.gpu or (self.timer.gpu if self.timer else self._gpu_of_given(new))
-        kernels, triton = source_digest("linear"), triton_version() or ""
+        kernels, triton = source_digest(*KERNEL_MODULES), triton_version() or ""
         known: dict[TimedShape, dict[int, TokenTimes]] = {shape: {} for shape in new}
         timed: set[TimedShape] = set()
         if self.gpu is not None and triton:
@@ -102,7 +106,7 @@ class LinearTactics:
             entries = [_entry(on, shape, times) for shape, times in known.items() if times]
             self._used = merged([self._used, TimingCache(linears=entries)])
         for shape, times in known.items():
-            if times and not missing(shape, times):
+            if times and not missing(shape, times, self.arch):
                 source: Source = "timed here" if shape in timed else "timing cache"
                 self.chosen[shape] = Choice(source, fastest(shape.linear, times))
             else:
@@ -124,7 +128,7 @@ class LinearTactics:
         if choice is None or choice.source != "shipped table" or self.fixed:
             return None
         taken = fitted(shape, dict(choice.tactics)[most], self.arch)
-        others = [fitted(shape, tactic, self.arch) for tactic in candidates(shape, most)]
+        others = [fitted(shape, tactic, self.arch) for tactic in candidates(shape, most, self.arch)]
         return [launch_of(shape, tactic) for tactic in others if tactic != taken][:_OTHERS]
 
     @property
@@ -150,7 +154,7 @@ class LinearTactics:
 
     def _gpu_of_given(self, shapes: Sequence[TimedShape]) -> str | None:
         """The GPU of the architecture whose times the given cache has, of most of the shapes."""
-        kernels, triton = source_digest("linear"), triton_version()
+        kernels, triton = source_digest(*KERNEL_MODULES), triton_version()
         of_arch = [e for e in self._given.linears if (e.arch, e.kernels, e.triton) == (self.arch, kernels, triton)]
         counts = Counter(entry.gpu for entry in of_arch if entry.shape in shapes)
         gpus = sorted(counts, key=lambda gpu: (-counts[gpu], gpu))
@@ -165,7 +169,7 @@ class LinearTactics:
         self, timer: Timer, known: dict[TimedShape, dict[int, TokenTimes]], on: TimedOn, working: Working | None
     ) -> set[TimedShape]:
         """Puts what is missing in `known`, and in the user's cache; of which shapes there was any."""
-        work = [each for shape, times in known.items() for each in missing(shape, times)]
+        work = [each for shape, times in known.items() for each in missing(shape, times, self.arch)]
         if not work:
             return set()
         started, timed = time.perf_counter(), set[TimedShape]()

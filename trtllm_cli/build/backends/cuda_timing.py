@@ -84,13 +84,15 @@ class Work:
         return plain + [launch_of(linear, tactic).source for tactic in self.tactics]
 
 
-def missing(shape: TimedShape, known: Mapping[int, TokenTimes], tokens: Sequence[int] = TOKENS) -> list[Work]:
+def missing(
+    shape: TimedShape, known: Mapping[int, TokenTimes], arch: str, tokens: Sequence[int] = TOKENS
+) -> list[Work]:  # fmt: skip
     """What is not timed yet of a linear."""
     work = []
     for count in tokens:
         times = known.get(count)
         done = times.tactics if times else {}
-        tactics = [tactic for tactic in candidates(shape.linear, count) if str(tactic) not in done]
+        tactics = [tactic for tactic in candidates(shape.linear, count, arch) if str(tactic) not in done]
         if times is None or tactics:
             work.append(Work(shape, count, tactics, times))
     return work

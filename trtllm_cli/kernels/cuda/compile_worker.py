@@ -39,6 +39,7 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     function = getattr(importlib.import_module(request["module"]), request["function"])
     types, constants = dict(request["args"]), dict(request["constants"])
@@ -61,7 +62,8 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
         "num_stages": request["num_stages"],
         "launch_pdl": bool(constants.get("PDL")),
     }
-    source = ASTSource(function, signature, constants, attrs)
+    source_of = GluonASTSource if function.is_gluon() else ASTSource
+    source = source_of(function, signature, constants, attrs)
     major, minor = ARCHITECTURES[request["arch"]]
     compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
     metadata = compiled.metadata

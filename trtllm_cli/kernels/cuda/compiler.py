@@ -58,9 +58,9 @@ def triton_version() -> str | None:
 
 
 @cache
-def source_digest(module: str) -> str:
-    """Of a module of kernels and of what it imports of the others."""
-    digest, wanted, seen = hashlib.sha256(), [module], set()
+def source_digest(*modules: str) -> str:
+    """Of modules of kernels and of what they import of the others."""
+    digest, wanted, seen = hashlib.sha256(), [*modules], set()
     while wanted:
         name = wanted.pop()
         if name not in seen:

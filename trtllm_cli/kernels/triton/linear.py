@@ -34,7 +34,7 @@ COUNTERS: tl.constexpr = tl.constexpr(8192)  # output tiles of a launch that spl
 
 
 @triton.constexpr_function
-def _pairs_of_word(form, apart):
+def pairs_of_word(form, apart):
     """PTX: pairs of bf16 of a word, each pair in a register, or with `apart` each number in one of 16 bits."""
     count = 4 if form == "int4" else 2
     word = f"${2 * count if apart else count}"
@@ -83,7 +83,7 @@ def _unpacked(words, FORM: tl.constexpr, GROUP: tl.constexpr):
     else:
         constraints: tl.constexpr = "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r" if FORM == "int4" else "=&r,=&r,r,r,r,r"
         w = tl.inline_asm_elementwise(
-            _pairs_of_word(FORM, False), constraints, [w], dtype=tl.bfloat16, is_pure=True, pack=each
+            pairs_of_word(FORM, False), constraints, [w], dtype=tl.bfloat16, is_pure=True, pack=each
         )
     return w
 
@@ -93,7 +93,7 @@ def _unpacked_apart(words, FORM: tl.constexpr):
     """_unpacked, a number at a time."""
     if FORM == "int4":
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            _pairs_of_word(FORM, True), "=h,=h,=h,=h,=h,=h,=h,=h,r", [words],
+            pairs_of_word(FORM, True), "=h,=h,=h,=h,=h,=h,=h,=h,r", [words],
             dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True,
             pack=1,
         )  # fmt: skip
@@ -101,7 +101,7 @@ def _unpacked_apart(words, FORM: tl.constexpr):
         w = tl.join(even.reshape(words.shape[0], 4), odd.reshape(words.shape[0], 4)).reshape(words.shape[0] * 8)
     else:
         a, b, c, d = tl.inline_asm_elementwise(
-            _pairs_of_word(FORM, True), "=h,=h,=h,=h,r", [words],
+            pairs_of_word(FORM, True), "=h,=h,=h,=h,r", [words],
             dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=1,
         )  # fmt: skip
         w = tl.join(tl.join(a, c), tl.join(b, d)).reshape(words.shape[0] * 4)

@@ -17,7 +17,7 @@ from trtllm_cli.kernels.compile_cache import cache_dir, keep
 
 Step = Mapping[str, Any]
 Measure = Callable[[Sequence[Step], int], float]  # milliseconds of steps of one way each, at a number of rows
-_AS_FAST = 1.03  # what differs by less is not changed
+_AS_FAST = 1.1  # what differs by less is not changed: what is the fastest by itself may be slower in a step
 
 
 def settled(steps: Sequence[Step], plan: str, gpu: str, most_rows: Mapping[str, int], measure: Measure) -> list[Step]:

@@ -1,0 +1,166 @@
+"""Linears of few tokens whose weights are on their way into shared memory before the kernel in front has ended.
+
+In Gluon, as Triton lets nothing go to shared memory ahead of `gdc_wait`. Operands are linear.py's, whose vector_linear
+and skinny_linear are the slow twins.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from trtllm_cli.kernels.triton.device import gated
+
+
+@gluon.constexpr_function
+def _side_by_side(dtype):
+    """Elements in 16 bytes."""
+    return 128 // dtype.primitive_bitwidth
+
+
+@gluon.constexpr_function
+def _rows_of_pieces(dtype, warps):
+    """The layout of [rows, 128 bytes] in which threads copy, 16 bytes each."""
+    return gl.BlockedLayout([1, _side_by_side(dtype)], [4, 8], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def _copy_weights(w_smem, w_ptr, first, piece, slot, PART: gl.constexpr, outputs: gl.constexpr, K: gl.constexpr,
+                  HALVES: gl.constexpr):  # fmt: skip
+    """Asks for a piece of the program's rows, seen as ROWS of PART inputs; of gate's and up's with HALVES 2."""
+    DTYPE: gl.constexpr = w_ptr.dtype.element_ty
+    layout: gl.constexpr = _rows_of_pieces(DTYPE, gl.num_warps())
+    BK: gl.constexpr = 8 * _side_by_side(DTYPE)
+    rows = gl.arange(0, 16 * gl.num_warps(), gl.SliceLayout(1, layout))
+    columns = gl.arange(0, BK, gl.SliceLayout(0, layout))
+    for h in gl.static_range(HALVES):
+        at = w_ptr + (first + h * outputs).to(gl.int64) * K + piece * BK
+        async_copy.async_copy_global_to_shared(
+            w_smem.index(slot * HALVES + h), at + (rows[:, None] * PART + columns[None, :])
+        )
+
+
+@gluon.jit
+def _copy_inputs(x_smem, x_ptr, num_tokens, piece, slot, PART: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
+                 PARTS: gl.constexpr):  # fmt: skip
+    """Asks for a piece of x, seen as [PARTS * BM, PART]; tokens past the last one are copies of it."""
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    layout: gl.constexpr = _rows_of_pieces(DTYPE, gl.num_warps())
+    BK: gl.constexpr = 8 * _side_by_side(DTYPE)
+    rows = gl.arange(0, PARTS * BM, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, BK, gl.SliceLayout(0, layout))
+    at = gl.minimum(rows % BM, num_tokens - 1) * K + rows // BM * PART
+    async_copy.async_copy_global_to_shared(x_smem.index(slot), x_ptr + piece * BK + (at[:, None] + columns[None, :]))
+
+
+@gluon.jit
+def _of_parts(acc, BM: gl.constexpr, PARTS: gl.constexpr, layout: gl.constexpr):
+    """[rows / PARTS, BM] of products [rows, PARTS * BM] of each part of the weights' inputs with each part of x."""
+    ROWS: gl.constexpr = acc.shape[0]
+    if PARTS > 1:
+        of_weights = gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout)) % PARTS
+        of_inputs = gl.arange(0, PARTS * BM, gl.SliceLayout(0, acc.type.layout)) // BM
+        acc = gl.where(of_weights[:, None] == of_inputs[None, :], acc, 0.0)
+        acc = gl.sum(gl.sum(gl.reshape(acc, [ROWS // PARTS, PARTS, PARTS, BM]), 1), 1)
+    return gl.convert_layout(acc, layout)
+
+
+@gluon.jit
+def stream_linear(
+    x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, num_tokens,
+    N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    W_SCALE: gl.constexpr, X_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Weights bf16 or fp8: grid (outputs / (ROWS / PARTS), num_tokens / BM), ROWS being 16 a warp.
+
+    A program has whole rows of weights, which lie side by side in memory: they are ROWS of K / PARTS inputs as well.
+    Their product with the PARTS parts of x, of which those of the same inputs count, is one of the tensor cores'.
+    STAGES pieces of 128 bytes of each of them are on their way. K is a multiple of PARTS of them; PARTS * BM is 8, or
+    a multiple of it.
+    """
+    outputs: gl.constexpr = N if GATED == "" else N // 2
+    HALVES: gl.constexpr = 1 if GATED == "" else 2
+    DTYPE: gl.constexpr = w_ptr.dtype.element_ty
+    BK: gl.constexpr = 8 * _side_by_side(DTYPE)
+    ROWS: gl.constexpr = 16 * gl.num_warps()
+    PART: gl.constexpr = K // PARTS
+    pieces: gl.constexpr = PART // BK
+    gl.static_assert(pieces * BK * PARTS == K and outputs % (ROWS // PARTS) == 0 and 1 < STAGES and STAGES <= pieces)
+    if PDL:
+        gdc_launch_dependents()
+    pieces_layout: gl.constexpr = gl.NVMMASharedLayout(128, DTYPE.primitive_bitwidth, 2)
+    w_smem = gl.allocate_shared_memory(DTYPE, [STAGES * HALVES, ROWS, BK], pieces_layout)
+    x_smem = gl.allocate_shared_memory(DTYPE, [STAGES, PARTS * BM, BK], pieces_layout)
+    first = gl.program_id(0) * (ROWS // PARTS)
+    token = gl.program_id(1) * BM
+    x_ptr += token.to(gl.int64) * K
+    for s in gl.static_range(STAGES):
+        _copy_weights(w_smem, w_ptr, first, s, s, PART, outputs, K, HALVES)
+
+    # What is no output of the kernel in front is read here too: after the products it would have to be waited for.
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [0, 1])
+    rows = first + gl.arange(0, ROWS // PARTS, gl.SliceLayout(1, layout))
+    tokens = token + gl.arange(0, BM, gl.SliceLayout(0, layout))
+    w_scale, up_scale, x_scale, bias, up_bias, out_step = 1.0, 1.0, 1.0, 0.0, 0.0, 1.0
+    if W_SCALE == "one":
+        w_scale = gl.load(w_scale_ptr)
+        up_scale = w_scale
+    elif W_SCALE == "row":
+        w_scale = gl.load(w_scale_ptr + rows)[:, None]
+        if GATED != "":
+            up_scale = gl.load(w_scale_ptr + outputs + rows)[:, None]
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + rows).to(gl.float32)[:, None]
+        if GATED != "":
+            up_bias = gl.load(bias_ptr + outputs + rows).to(gl.float32)[:, None]
+    if y_ptr.dtype.element_ty == gl.float8e4nv:
+        out_step = 1.0 / gl.load(out_scale_ptr)
+    if X_SCALE == "one":
+        x_scale = gl.load(x_scale_ptr)
+
+    if PDL:
+        gdc_wait()
+    for s in gl.static_range(STAGES):
+        _copy_inputs(x_smem, x_ptr, num_tokens - token, s, s, PART, K, BM, PARTS)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    if X_SCALE == "row":
+        x_scale = gl.load(x_scale_ptr + gl.minimum(tokens, num_tokens - 1))[None, :]
+
+    mma: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], [16, PARTS * BM, 2 * _side_by_side(DTYPE)]
+    )
+    acc = gl.zeros([ROWS, PARTS * BM], gl.float32, mma)
+    up = gl.zeros([ROWS, PARTS * BM], gl.float32, mma)
+    for i in range(pieces):
+        async_copy.wait_group(STAGES - 2)
+        gl.thread_barrier()  # also of the products before, which read the slot that is filled next
+        fence_async_shared()
+        ahead = i - 1 + STAGES
+        if (i > 0) & (ahead < pieces):
+            _copy_weights(w_smem, w_ptr, first, ahead, (i - 1) % STAGES, PART, outputs, K, HALVES)
+            _copy_inputs(x_smem, x_ptr, num_tokens - token, ahead, (i - 1) % STAGES, PART, K, BM, PARTS)
+        async_copy.commit_group()
+        slot = i % STAGES
+        x = x_smem.index(slot).permute((1, 0))
+        acc = warpgroup_mma(w_smem.index(slot * HALVES), x, acc, is_async=True)
+        if GATED != "":
+            up = warpgroup_mma(w_smem.index(slot * HALVES + 1), x, up, is_async=True)
+            acc, up = warpgroup_mma_wait(0, [acc, up])
+        else:
+            acc = warpgroup_mma_wait(0, [acc])
+
+    y = _of_parts(acc, BM, PARTS, layout) * w_scale * x_scale + bias
+    if GATED != "":
+        y = gated(y, _of_parts(up, BM, PARTS, layout) * up_scale * x_scale + up_bias, GATED)
+    at = tokens[None, :].to(gl.int64) * outputs + rows[:, None]
+    mask = (tokens < num_tokens)[None, :] & (rows < outputs)[:, None]
+    gl.store(y_ptr + at, (y * out_step).to(y_ptr.dtype.element_ty), mask=mask)
