@@ -182,10 +182,9 @@ class LinearLaunches(RowLaunches):
                 return fmt  # cuBLASLt wants multiples of 16
             case "fp8" if fmt.group_size == FP8_BLOCK and "x_scale" in node.inputs and k % FP8_BLOCK == 0:
                 return fmt
-            case "int8" if k % (fmt.group_size or k) == 0 and (fmt.group_size or 64) % 64 == 0 and not fmt.has_zero:
+            case "int8" if k % (fmt.group_size or k) == 0 and (fmt.group_size or 32) % 32 == 0 and not fmt.has_zero:
                 return fmt
-            # Groups of 32 have a kernel, which was wrong on a GPU once and has not been run there since it was mended.
-            case "int4" if fmt.group_size in (64, 128) and k % fmt.group_size == 0:
+            case "int4" if fmt.group_size in (32, 64, 128) and k % fmt.group_size == 0:
                 return fmt
         return LinearFormat("bfloat16")
 
