@@ -21,7 +21,8 @@ from trtllm_cli.mapping import Rank
 from trtllm_cli.model_config import ModelConfig
 from trtllm_cli.tensor_file import TensorFile
 
-FORMAT_VERSION = 3  # 2: tree_sha256; 3: a cuda plan has copies, exchange memory and what samples specially
+# 2: tree_sha256; 3: a cuda plan has copies, exchange memory and what samples specially; 4: and launches of decode steps
+FORMAT_VERSION = 4
 TOKENIZER = "tokenizer"
 KERNELS = "kernels.so"  # the tensor that is a rank's machine code
 

@@ -16,15 +16,19 @@ _COPIED_AT_ONCE = 16  # bytes
 _COPY_BLOCK = 4096  # words of four bytes that a program copies
 _WIDENED = 8  # tokens of which a program widens four heads
 _FEW = 64  # tokens up to which a program appends few heads of one token, so that there are programs enough
+_FEW_ROWS = 1024  # tokens of a step up to which a program of prefill attention takes 128 rows, of more it takes 256
 # By how many sequences there are: programs that share one's cache, warps of a program, tokens that it takes at once.
 # Few sequences want to be spread over the machine; many want small programs, so that many wait for memory at once
 # (measured on an H200 with benchmarks/h200/attention.py).
 _DECODE = ((1, 16, 2, 64), (2, 16, 2, 64), (4, 16, 2, 64), (8, 8, 2, 64), (16, 4, 2, 64), (32, 2, 2, 64),
            (64, 1, 2, 64), (None, 1, 1, 32))  # fmt: skip
+# Up to so many sequences, rotary positions, append and attention of a decode step are one kernel: how many programs
+# there are to be, and tiles of the cache under way beside the first one. More of either leave less room for weights.
+_AS_ONE = {1: (64, 3), 2: (128, 3), 4: (128, 2), 8: (256, 2)}
 
 
 class AttentionLaunches(CudaLowering):
-    """Launches of kernels/triton/{rope_append,decode_attention,prefill_attention}.py."""
+    """Launches of kernels/triton/{rope_append,rope_attention,decode_attention,prefill_attention}.py."""
 
     def add_copies(self) -> None:
         """The plan's part that copies blocks of the cache, in all layers at once."""
@@ -42,17 +46,9 @@ class AttentionLaunches(CudaLowering):
     def _rope_append(self, node: Node) -> None:
         a = node.attrs
         heads, kv_heads, dim = a["num_heads"], a["num_kv_heads"], a["head_dim"]
-        table, spec = self.add_rope_table(a["rope"]) if "rope" in a else (None, None)
-        norms = {
-            f"{role}_ptr": self.vector(node.inputs[role]) if role in node.inputs else ("*bf16", None)
-            for role in ("q_norm", "k_norm")
-        }
-        args = {
-            "qkv_ptr": (self.type_of(node.inputs["qkv"]), self.ref(node.inputs["qkv"])),
-            **norms,
-            "table_ptr": ("*fp32", table), "positions_ptr": ("*i32", "i:positions"),
+        spec = self.add_rope_table(a["rope"])[1] if "rope" in a else None
+        args = self._rotated(node) | {
             "q_ptr": (self.type_of(node.output), self.ref(node.output)), **self._caches(node), **self._appended(),
-            "eps": ("fp32", float(a.get("eps", 0.0))),
         }  # fmt: skip
         constants: dict[str, Any] = {
             "NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, "HEAD_DIM": dim,
@@ -61,15 +57,42 @@ class AttentionLaunches(CudaLowering):
             "KV_QUANT": self._is_quantized(node),
         }  # fmt: skip
 
-        def way(tokens: int, some: int) -> list[Launch]:
+        def way(tokens: int, some: int, when: str = "") -> list[Launch]:
             grid: list[Dim] = [[NUM_TOKENS, tokens], -(-heads // some) + 2 * -(-kv_heads // some)]
             return [
                 self.launch(
-                    "rope_append", "rope_append", grid, args, TOKENS=tokens, HEADS=some, **constants
+                    "rope_append", "rope_append", grid, args, TOKENS=tokens, HEADS=some, when=when, **constants
                 )
             ]  # fmt: skip
 
-        self.ways(node.op, NUM_TOKENS, [(_FEW, way(1, 4)), (None, way(4, 4))])
+        ways: list[tuple[int | None, list[Launch]]] = [(_FEW, way(1, 4)), (None, way(4, 4))]
+        readers = self.consumers.get(node.output, [])
+        if len(readers) == 1 and self._joined(readers[0]) is node:
+            ways.insert(0, (max(_AS_ONE), way(1, 4, "mixed")))
+        self.ways(node.op, NUM_TOKENS, ways)
+
+    def _rotated(self, node: Node) -> dict[str, tuple[str, Any]]:
+        """What q and k are normed and rotated by, and what of."""
+        norms = {
+            f"{role}_ptr": self.vector(node.inputs[role]) if role in node.inputs else ("*bf16", None)
+            for role in ("q_norm", "k_norm")
+        }
+        table = self.add_rope_table(node.attrs["rope"])[0] if "rope" in node.attrs else None
+        return {
+            "qkv_ptr": (self.type_of(node.inputs["qkv"]), self.ref(node.inputs["qkv"])), **norms,
+            "table_ptr": ("*fp32", table), "positions_ptr": ("*i32", "i:positions"),
+            "eps": ("fp32", float(node.attrs.get("eps", 0.0))),
+        }  # fmt: skip
+
+    def _joined(self, node: Node) -> Node | None:
+        """The rotary positions and append that this attention may do itself: of whole heads, in halves."""
+        maker = self.producers.get(node.inputs.get("q", ""))
+        if node.op != "paged_attention" or maker is None or maker.op != "rope_append" or "rope" not in maker.attrs:
+            return None
+        dim, spec = maker.attrs["head_dim"], self.add_rope_table(maker.attrs["rope"])[1]
+        whole = spec.layout == "neox" and spec.dim == dim == v_head_dim(node.attrs) and dim in (32, 64, 128, 256)
+        few = node.attrs["num_heads"] <= 16 * node.attrs["num_kv_heads"]
+        return maker if whole and few and self.consumers[maker.output] == [node] else None
 
     def _attention(self, node: Node) -> None:
         a = node.attrs
@@ -95,68 +118,102 @@ class AttentionLaunches(CudaLowering):
 
     def _paged_attention(self, node: Node) -> None:
         self._count_cache(node)
-        prefill = self._prefill(node)
-        ways = [(most, [self._decode(node, most, *tiles), *prefill]) for most, *tiles in _DECODE]
+        rope = self._joined(node)
+        ways: list[tuple[int | None, list[Launch]]] = []
+        for most, splits, warps, block_n in _DECODE:
+            if rope is not None and most is not None and most in _AS_ONE:
+                mixed = self._decode(node, most, splits, warps, block_n, when="mixed")
+                ways.append((most, [self._rope_decode(node, rope, most, *_AS_ONE[most]), mixed]))
+            else:
+                ways.append((most, [self._decode(node, most, splits, warps, block_n)]))
         self.ways(node.op, NUM_SEQS, ways)
+        self._prefill(node)
 
-    def _decode(self, node: Node, most: int | None, splits: int, warps: int, block_n: int) -> Launch:
+    def _decode(
+        self, node: Node, most: int | None, splits: int, warps: int, block_n: int, when: str = ""
+    ) -> Launch:  # fmt: skip
         a = node.attrs
-        kv_heads, group = a["num_kv_heads"], a["num_heads"] // a["num_kv_heads"]
-        seqs = most or self.build_config.max_batch_size
-        block_g = 16 if group <= 16 else 32 if group <= 32 else 64
-        tiles = kv_heads * -(-group // block_g)
+        block_g, tiles = self._tiles_of_heads(node)
         under_way = 4 if self._is_quantized(node) and block_n == 64 else 3  # tiles; of bytes they are half as large
-        partial = lse = None
-        if splits > 1:
-            rows = seqs * a["num_heads"] * splits
-            partial = self.room("attention partial", rows * v_head_dim(a) * 8)
-            lse = self.room("attention lse", rows * 8)
         if self._width(node) > 256 or block_g > 16:  # wide heads, many of them: their tiles take many registers
             warps = 8 if block_g * v_head_dim(a) > 64 * 256 else 4
             block_n = 64 if self._width(node) <= 320 else 32
         tile = self._tile_bytes(node, block_n)
         stages = self.stages(max(2, min(under_way, (112 << 10) // tile)), tile)
-        args = self._common(node) | {
-            "partial_ptr": ("*i64", partial), "lse_ptr": ("*i64", lse), "step_ptr": ("*i32", "i:step"),
-            "calls": ("i32", self._num_attentions), "call": ("i32", a["layer"]),
-        }  # fmt: skip
         return self.launch(
-            "decode_attention", "decode_attention", [splits, [NUM_SEQS, 1], tiles], args,
-            num_warps=warps, num_stages=stages, BLOCK_G=block_g, BLOCK_N=block_n, NUM_SPLITS=splits, PUSH=True,
-            PULL=True, **self._options(node),
+            "decode_attention", "decode_attention", [splits, [NUM_SEQS, 1], tiles],
+            self._common(node) | self._shared_out(node, most, splits), num_warps=warps, num_stages=stages, when=when,
+            BLOCK_G=block_g, BLOCK_N=block_n, NUM_SPLITS=splits, PUSH=True, PULL=True, **self._options(node),
         )  # fmt: skip
+
+    def _rope_decode(self, node: Node, rope: Node, most: int, programs: int, under_way: int) -> Launch:
+        """Of decode steps of up to `most` sequences: rotary positions, append and attention."""
+        block_g, tiles = self._tiles_of_heads(node)
+        splits = max(4, min(16, 1 << max(programs // (most * tiles), 1).bit_length() - 1))
+        block_n = 64 if node.attrs["head_dim"] <= 128 else 32  # the first tile lies in registers
+        args = self._common(node) | self._shared_out(node, most, splits) | self._rotated(rope)
+        args["slot_mapping_ptr"] = self._appended()["slot_mapping_ptr"]
+        options = self._options(node)
+        del args["q_ptr"], options["V_HEAD_DIM"]
+        return self.launch(
+            "rope_attention", "rope_decode_attention", [splits, [NUM_SEQS, 1], tiles], args, num_warps=4,
+            num_stages=self.stages(under_way, self._tile_bytes(node, block_n)), when="decode", BLOCK_G=block_g,
+            BLOCK_N=block_n, NUM_SPLITS=splits, NORM="q_norm" in rope.inputs, PUSH=True, PULL=True, **options,
+        )  # fmt: skip
+
+    def _tiles_of_heads(self, node: Node) -> tuple[int, int]:
+        """How many query heads are in a tile, and tiles."""
+        kv_heads, group = node.attrs["num_kv_heads"], node.attrs["num_heads"] // node.attrs["num_kv_heads"]
+        block_g = 16 if group <= 16 else 32 if group <= 32 else 64
+        return block_g, kv_heads * -(-group // block_g)
+
+    def _shared_out(self, node: Node, most: int | None, splits: int) -> dict[str, tuple[str, Any]]:
+        """Where the programs that share a sequence's cache show each other what they found."""
+        partial = lse = None
+        if splits > 1:
+            rows = (most or self.build_config.max_batch_size) * node.attrs["num_heads"] * splits
+            partial = self.room("attention partial", rows * v_head_dim(node.attrs) * 8)
+            lse = self.room("attention lse", rows * 8)
+        return {
+            "partial_ptr": ("*i64", partial), "lse_ptr": ("*i64", lse), "step_ptr": ("*i32", "i:step"),
+            "calls": ("i32", self._num_attentions), "call": ("i32", node.attrs["layer"]),
+        }  # fmt: skip
 
     @property
     def _num_attentions(self) -> int:
         """Layers that call attention in a step."""
         return sum(node.op in ("attention", "paged_attention") for node in self.graph.nodes)
 
-    def _prefill(self, node: Node) -> list[Launch]:
+    def _prefill(self, node: Node) -> None:
         a = node.attrs
         group, width = a["num_heads"] // a["num_kv_heads"], self._width(node)
         pack = max(p for p in (1, 2, 4, 8) if group % p == 0)
-        rows = 128 if v_head_dim(a) <= 256 else 64  # what registers have room for
         block_n, most = (64, 3) if width <= 256 else (64, 2) if width <= 320 else (32, 2) if width <= 512 else (16, 2)
-        launches: list[Launch] = []
+        widened: list[Launch] = []
         new: tuple[str | None, str | None] = None, None
         stride = 0
         if self._is_quantized(node) and width <= 512:  # wider ones are MLA's latents, which have one head
             stride = self.build_config.max_num_tokens + block_n
             new, widen = self._widen(node, stride)
-            launches.append(widen)
+            widened.append(widen)
         stages = self.stages(most, block_n * width * 2 if stride else self._tile_bytes(node, block_n))
         args = self._common(node) | {
             "num_seqs": ("i32", f"n:{NUM_SEQS}"), "k_new_ptr": ("*bf16", new[0]), "v_new_ptr": ("*bf16", new[1])
         }  # fmt: skip
-        launches.append(
-            self.launch(
-                "prefill_attention", "prefill_attention",
-                [a["num_heads"] // pack, [NUM_TOKENS, rows // pack, NUM_SEQS]], args, num_warps=8, num_stages=stages,
-                when="mixed", NEW_STRIDE=stride, SKIP_DECODES=True, PACK=pack, BLOCK_Q=rows // pack, BLOCK_N=block_n,
+
+        def way(rows: int, warps: int) -> list[Launch]:
+            grid: list[Dim] = [a["num_heads"] // pack, [NUM_TOKENS, rows // pack, NUM_SEQS]]
+            prefill = self.launch(
+                "prefill_attention", "prefill_attention", grid, args, num_warps=warps, num_stages=stages, when="mixed",
+                NEW_STRIDE=stride, SKIP_DECODES=True, PACK=pack, BLOCK_Q=rows // pack, BLOCK_N=block_n,
                 **self._options(node),
-            )
-        )  # fmt: skip
-        return launches
+            )  # fmt: skip
+            return [*widened, prefill]
+
+        ways: list[tuple[int | None, list[Launch]]] = [(None, way(128 if v_head_dim(a) <= 256 else 64, 8))]
+        if width <= 256:
+            ways = [(_FEW_ROWS, ways[0][1]), (None, way(256, 16))]
+        self.ways("prefill_attention", NUM_TOKENS, ways)
 
     def _widen(self, node: Node, stride: int) -> tuple[tuple[str, str], Launch]:
         """Where the step's keys and values lie in bfloat16, `stride` rows a head, and what puts them there."""

@@ -12,7 +12,8 @@ A plan is JSON:
     peers     references to what they write to; every rank of the group has as many, in the same order; the scratch
               "deltas" says how far the others' is, int64 [peers, ranks]
     steps     {"op", "by", "ways": [[most, launches], ...]}: the first way whose `most` (None: any) is at least the
-              symbol `by`; a launch with "when": "mixed" is left out of steps in which every sequence has one token;
+              symbol `by`; a launch with "when": "mixed" is left out of steps in which every sequence has one token, one
+              with "decode" of the others;
               "without_peers": the launches where ranks do not see each other's memory; "others": of each of the first
               ways what may take the place of its launches, which the first load on a GPU settles
     sampling  such steps by name, which follow where they are asked for: penalties, bans, plain, filtered, logprobs
@@ -55,7 +56,11 @@ TYPES = {
     "int16": "*i16", "int32": "*i32",
 }  # fmt: skip
 _BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "int32": 4}
-_JOINED = {("linear", "gated_act"), ("all_reduce", "add_rms_norm")}
+# Pairs of ops that may be one kernel: which input of the one that of the other comes from, and what it reads itself.
+_JOINED = {
+    ("linear", "gated_act"): ("x", "x"), ("all_reduce", "add_rms_norm"): ("x", "x"),
+    ("rope_append", "paged_attention"): ("q", "qkv"),
+}  # fmt: skip
 RESIDUAL = "float32"  # the sum over the layers is kept in
 
 
@@ -216,16 +221,18 @@ class CudaLowering(Lowering):
 
 
 def _held(graph: Graph) -> Graph:
-    """The graph in which a gated activation also reads what the linear before it reads, a norm what the all-reduce
-    before it reads.
+    """The graph in which the second of each joined pair also reads what the first one reads.
 
     Both may be one kernel, whose output must not lie where its input is.
     """
     producers = graph.producers()
     nodes = []
     for node in graph.nodes:
-        maker = producers.get(node.inputs.get("x", ""))
-        held = {"held": maker.inputs["x"]} if maker is not None and (maker.op, node.op) in _JOINED else {}
+        held = {}
+        for (first, second), (passed, read) in _JOINED.items():
+            maker = producers.get(node.inputs.get(passed, ""))
+            if node.op == second and maker is not None and maker.op == first:
+                held["held"] = maker.inputs[read]
         nodes.append(replace(node, inputs={**node.inputs, **held}))
     return graph.with_nodes(nodes)
 

@@ -292,27 +292,54 @@ def decode_attention(
             NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
             in_words(v_cache_ptr.dtype.element_ty, BLOCK_G, V_HEAD_DIM), True,
         )  # fmt: skip
-        cols = tl.arange(0, V_BLOCK)
-        mask = real[:, None] & (cols < V_HEAD_DIM)[None, :]
-        if num_splits == 1:
-            if SINKS:
-                sinks = tl.load(sinks_ptr + heads, mask=real, other=0.0).to(tl.float32)
-                total += tl.exp2(sinks * LOG2E - top)
-            y = acc * (v_scale / (total * out_step))[:, None]
-            store(out_ptr + (q_rows * V_HEAD_DIM)[:, None] + cols[None, :], y, mask)
-        else:
-            rows = (seq_row + heads) * NUM_SPLITS + split
-            found = flagged(acc / total[:, None], flag)
-            tl.store(partial_ptr + (rows * V_HEAD_DIM)[:, None] + cols[None, :], found, mask=mask)
-            tl.store(lse_ptr + rows, flagged(top + tl.log2(total), flag), mask=real)
+        push(
+            acc, top, total, real, heads, q_rows, sinks_ptr, out_ptr, partial_ptr, lse_ptr, seq_row + heads, split,
+            num_splits, flag, v_scale, out_step, V_HEAD_DIM, NUM_SPLITS, SINKS,
+        )  # fmt: skip
     if PULL and NUM_SPLITS > 1:
-        if num_splits > 1:
-            for member in range(split, tl.minimum(GROUP - first_member, BLOCK_G), num_splits):
-                head = kv_head * GROUP + first_member + member
-                _combine(
-                    partial_ptr, lse_ptr, sinks_ptr, out_ptr, seq_row + head, token.to(tl.int64) * NUM_HEADS + head,
-                    head, flag, num_splits, v_scale / out_step, V_HEAD_DIM, NUM_SPLITS, SINKS,
-                )  # fmt: skip
+        pull(
+            partial_ptr, lse_ptr, sinks_ptr, out_ptr, seq_row, token.to(tl.int64) * NUM_HEADS,
+            kv_head * GROUP + first_member, tl.minimum(GROUP - first_member, BLOCK_G), split, flag, num_splits,
+            v_scale / out_step, V_HEAD_DIM, NUM_SPLITS, SINKS,
+        )  # fmt: skip
+
+
+@triton.jit
+def push(
+    acc, top, total, real, heads, out_rows, sinks_ptr, out_ptr, partial_ptr, lse_ptr, partial_rows, split, num_splits,
+    flag, v_scale, out_step,
+    V_HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """What `attend` found, as output where it is all, else for the other splits to `pull`."""
+    cols = tl.arange(0, acc.shape[1])
+    mask = real[:, None] & (cols < V_HEAD_DIM)[None, :]
+    if num_splits == 1:
+        if SINKS:
+            sinks = tl.load(sinks_ptr + heads, mask=real, other=0.0).to(tl.float32)
+            total += tl.exp2(sinks * LOG2E - top)
+        y = acc * (v_scale / (total * out_step))[:, None]
+        store(out_ptr + (out_rows * V_HEAD_DIM)[:, None] + cols[None, :], y, mask)
+    else:
+        rows = partial_rows * NUM_SPLITS + split
+        found = flagged(acc / total[:, None], flag)
+        tl.store(partial_ptr + (rows * V_HEAD_DIM)[:, None] + cols[None, :], found, mask=mask)
+        tl.store(lse_ptr + rows, flagged(top + tl.log2(total), flag), mask=real)
+
+
+@triton.jit
+def pull(
+    partial_ptr, lse_ptr, sinks_ptr, out_ptr, partial_row, out_row, first_head, num_heads, split, flag, num_splits,
+    factor,
+    V_HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """The outputs of some heads of a tile's, which its splits share out."""
+    if num_splits > 1:
+        for member in range(split, num_heads, num_splits):
+            head = first_head + member
+            _combine(
+                partial_ptr, lse_ptr, sinks_ptr, out_ptr, partial_row + head, out_row + head, head, flag, num_splits,
+                factor, V_HEAD_DIM, NUM_SPLITS, SINKS,
+            )  # fmt: skip
 
 
 @triton.jit

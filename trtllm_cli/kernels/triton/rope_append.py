@@ -8,7 +8,7 @@ from trtllm_cli.kernels.triton.device import store
 
 
 @triton.jit
-def _cache_offsets(slots, heads, WIDTH: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def cache_offsets(slots, heads, WIDTH: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Where each (slot, head) begins in a cache [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, WIDTH]; int64."""
     blocks = (slots // BLOCK_SIZE).to(tl.int64)
     return ((blocks * NUM_KV_HEADS + heads) * BLOCK_SIZE + slots % BLOCK_SIZE) * WIDTH
@@ -138,7 +138,7 @@ def rope_append(
         heads = (group - Q_GROUPS) % KV_GROUPS * HEADS + rows % HEADS
         slots = tl.load(slot_mapping_ptr + tokens, mask=live, other=-1)
         live = live & (heads < NUM_KV_HEADS) & (slots >= 0)
-        out_starts = _cache_offsets(slots, heads, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+        out_starts = cache_offsets(slots, heads, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
         if group < Q_GROUPS + KV_GROUPS:
             positions = tl.load(positions_ptr + tokens, mask=live, other=0)
             _norm_rope_rows(
@@ -176,10 +176,10 @@ def append(
     live = (heads < NUM_KV_HEADS) & (slots >= 0)
     source = tokens.to(tl.int64) * NUM_KV_HEADS + heads
     if group < GROUPS:
-        out_starts = _cache_offsets(slots, heads, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+        out_starts = cache_offsets(slots, heads, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
         _copy_rows(k_ptr, source * HEAD_DIM, live, k_cache_ptr, out_starts, kv_scale_ptr, HEAD_DIM, KV_QUANT, PDL)
     else:
-        out_starts = _cache_offsets(slots, heads, V_HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+        out_starts = cache_offsets(slots, heads, V_HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
         _copy_rows(
             v_ptr, source * V_HEAD_DIM, live, v_cache_ptr, out_starts, kv_scale_ptr + 1, V_HEAD_DIM, KV_QUANT, PDL
         )
@@ -207,8 +207,8 @@ def widen(
     live = (heads < NUM_KV_HEADS) & (slots >= 0)
     out_rows = heads.to(tl.int64) * NEW_STRIDE + tokens
     if group < GROUPS:
-        starts = _cache_offsets(slots, heads, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+        starts = cache_offsets(slots, heads, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
         _copy_rows(k_cache_ptr, starts, live, k_new_ptr, out_rows * HEAD_DIM, k_new_ptr, HEAD_DIM, False, PDL)
     else:
-        starts = _cache_offsets(slots, heads, V_HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+        starts = cache_offsets(slots, heads, V_HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
         _copy_rows(v_cache_ptr, starts, live, v_new_ptr, out_rows * V_HEAD_DIM, v_new_ptr, V_HEAD_DIM, False, PDL)

@@ -29,7 +29,7 @@ class Program:
         self._parts: list[_Kernel | _Product | _Collective] = []
         for step, way in zip(steps, key, strict=True):
             for launch in step["ways"][way][1]:
-                if launch.get("when") == "mixed" and not mixed:
+                if launch.get("when") == ("decode" if mixed else "mixed"):
                     continue
                 if "kernel" in launch:
                     self._parts.append(_Kernel(device, kernels, launch, address))

@@ -1,0 +1,94 @@
+"""Rotary positions, append and attention as one kernel, against the kernels that do them one after another."""
+
+import pytest
+import torch
+
+from trtllm_cli.kernels.triton import decode_attention, rope_append, rope_attention
+
+KV_HEADS = 2
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [
+        ([1, 40, 17], {}),
+        ([90], {"splits": 8}),  # most splits take one tile
+        ([90, 33], {"splits": 2}),  # and here three
+        ([50, 7], {"norm": True, "group": 3}),
+        ([64, 65, 1], {"window": 20, "softcap": 30.0}),
+        ([70, 2], {"cache": torch.float8_e4m3fn}),
+        ([100, 31], {"cache": torch.float8_e4m3fn, "splits": 2, "head_dim": 64}),
+        ([30, 60], {"cache": torch.int8, "sinks": True}),
+        ([45, 45], {"out": torch.float8_e4m3fn, "splits": 1}),
+        ([33, 80], {"group": 20}),  # two tiles of heads
+    ],
+)
+def test_as_one_after_another(launch, lengths, options):
+    torch.manual_seed(len(lengths) + sum(lengths))
+    d, o = launch.device, {"group": 2, "head_dim": 32, "splits": 4, "cache": torch.bfloat16, **options}
+    dim, splits, size, padding = o["head_dim"], o["splits"], 16, 1
+    heads, seqs = KV_HEADS * o["group"], len(lengths)
+    quantized = o["cache"] != torch.bfloat16
+    pages = [-(-n // size) for n in lengths]
+    table = torch.full((seqs + padding, max(pages) + 1), 10**6, dtype=torch.int32)
+    for row, ids in zip(table, torch.randperm(sum(pages)).int().split(pages), strict=False):
+        row[: len(ids)] = ids
+    last = torch.tensor([n - 1 for n in lengths])
+    slots = (table[torch.arange(seqs), last // size] * size + last % size).int()
+    starts = torch.tensor([*range(seqs + 1), *[seqs] * padding], dtype=torch.int32, device=d)
+    lens = torch.tensor([*lengths, *[0] * padding], dtype=torch.int32, device=d)
+    positions, slots, table = last.int().to(d), slots.to(d), table.to(d)
+    qkv = torch.randn(seqs, (heads + 2 * KV_HEADS) * dim, device=d).bfloat16()
+    norms = [torch.rand(dim, device=d).bfloat16() + 0.5 for _ in range(2)]
+    angles = torch.randn(max(lengths), dim // 2, device=d)
+    angles = torch.cat([angles.cos(), angles.sin()], 1)
+    sinks, kv_scale, out_scale = torch.randn(heads, device=d), torch.tensor([0.02, 0.03], device=d), torch.ones(1) / 64
+    caches = [torch.randn(sum(pages), KV_HEADS, size, dim, device=d) * (40 if quantized else 1) for _ in range(2)]
+    caches = [c.clamp(-127, 127).to(o["cache"]) for c in caches]
+    for cache in caches:  # the new token's rows are not to be read
+        cache.view(torch.uint8 if quantized else torch.int16).transpose(1, 2).flatten(0, 1)[slots.long()] = 0x7F
+    window, softcap, norm = o.get("window", 0), o.get("softcap", 0.0), o.get("norm", False)
+    out_type, partial = o.get("out", torch.bfloat16), (seqs + padding) * heads * splits
+
+    def outputs():
+        out = torch.zeros(seqs, heads * dim, device=d).to(out_type)
+        scratch = torch.zeros(partial * dim, dtype=torch.int64, device=d), torch.zeros(partial, dtype=torch.int64).to(d)
+        return [c.clone() for c in caches], out, scratch
+
+    common = {
+        "NUM_KV_HEADS": KV_HEADS, "HEAD_DIM": dim, "BLOCK_SIZE": size, "KV_QUANT": quantized,
+    }  # fmt: skip
+    attention = common | {
+        "GROUP": o["group"], "WINDOW": window, "SOFTCAP": softcap > 0, "SINKS": "sinks" in o, "BLOCK_G": 16,
+        "BLOCK_N": 16, "NUM_SPLITS": splits,
+    }  # fmt: skip
+    step, grid = (
+        torch.full((1,), 3, dtype=torch.int32, device=d),
+        (splits, seqs + padding, KV_HEADS * -(-o["group"] // 16)),
+    )
+    batch, scales = (table, starts, lens, sinks, kv_scale, out_scale.to(d)), (table.shape[1], dim**-0.5, softcap)
+    phases = [(True, True)] if splits == 1 or d == "cuda" else [(True, False), (False, True)]
+
+    (k, v), expected, scratch = outputs()
+    q = torch.zeros(seqs, heads * dim, device=d).bfloat16()
+    launch(
+        rope_append.rope_append, (seqs, heads + 2 * KV_HEADS), qkv, *norms, angles, positions, slots, kv_scale, q, k, v,
+        seqs, 1e-5, NUM_HEADS=heads, DIM=dim, NEOX=True, NORM=norm, TOKENS=1, HEADS=1, **common,
+    )  # fmt: skip
+    for push, pull in phases:
+        launch(
+            decode_attention.decode_attention, grid, q, k, v, *batch, expected, *scratch, step, 5, 2, *scales,
+            V_HEAD_DIM=dim, PUSH=push, PULL=pull, **attention,
+        )  # fmt: skip
+    (new_k, new_v), found, scratch = outputs()
+    for push, pull in phases:
+        launch(
+            rope_attention.rope_decode_attention, grid, qkv, *norms, angles, positions, slots, new_k, new_v, *batch,
+            found, *scratch, step, 5, 2, *scales, 1e-5, NORM=norm, PUSH=push, PULL=pull, **attention,
+        )  # fmt: skip
+    for one, other in ((new_k, k), (new_v, v)):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    assert expected.float().isfinite().all()
+    assert expected.float().norm() > 1
+    error = (found.float() - expected.float()).norm() / expected.float().norm()
+    assert error.item() < (0.03 if out_type == torch.float8_e4m3fn else 4e-3)

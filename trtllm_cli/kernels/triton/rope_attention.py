@@ -1,0 +1,179 @@
+"""Rotary positions, the cache's append and attention of one new token a sequence in one kernel: for few sequences.
+
+rope_append.rope_append and decode_attention.decode_attention compute the same, one after another. Here the cache is on
+its way before the linear in front has ended, as the new token's key and value come from that linear's output.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from trtllm_cli.kernels.triton.decode_attention import (
+    LOWEST,
+    attend,
+    dot_dtype,
+    in_log2,
+    in_words,
+    load_kv,
+    page_rows,
+    pull,
+    push,
+)
+from trtllm_cli.kernels.triton.device import as_stored
+from trtllm_cli.kernels.triton.rope_append import cache_offsets
+
+
+@triton.jit
+def _halves(ptr, norm_ptr, eps, cos, sin, mask, HALF: tl.constexpr, NORM: tl.constexpr):
+    """Of heads at `ptr` [., 1], normed and rotated, the first and the second HALF columns; float32."""
+    columns = tl.arange(0, HALF)[None, :]
+    a = tl.load(ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(ptr + HALF + columns, mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / (2 * HALF) + eps)
+        a *= factor * tl.load(norm_ptr + columns).to(tl.float32)
+        b *= factor * tl.load(norm_ptr + HALF + columns).to(tl.float32)
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def _for_dot(x, WIDE: tl.constexpr, DTYPE: tl.constexpr):
+    """What tiles are multiplied in of float32 `x`, which is first rounded to WIDE, as a q in memory is."""
+    x = x.to(WIDE)
+    if DTYPE == tl.float16:
+        x = tl.clamp(x.to(tl.float32), -65504.0, 65504.0)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def rope_decode_attention(
+    qkv_ptr, q_norm_ptr, k_norm_ptr, table_ptr, positions_ptr, slot_mapping_ptr, k_cache_ptr, v_cache_ptr,
+    block_tables_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, kv_scale_ptr, out_scale_ptr, out_ptr, partial_ptr,
+    lse_ptr, step_ptr, calls, call, max_blocks, scale, softcap, eps,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_QUANT: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, PUSH: tl.constexpr, PULL: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Every sequence has one token in this step, or is padded.
+
+    Grid and arguments as in decode_attention, but for q: qkv [num_seqs, (NUM_KV_HEADS * (GROUP + 2)) * HEAD_DIM], and
+    what rope_append makes q and the cache's new rows of: q_norm, k_norm [HEAD_DIM], read with NORM; table float32
+    [max_position, HEAD_DIM], cosines, then sines, of halves; positions, slot_mapping int32 [num_seqs]. HEAD_DIM is a
+    power of two. The cache's row of the new token is written, and not read; the first split has its key and value.
+    """
+    split, seq = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
+    length = tl.load(seq_lens_ptr + seq)
+    token = tl.load(query_start_ptr + seq)
+    if length <= 0:
+        if PDL:
+            gdc_wait()  # else this kernel could end before the one in front, and the next one take that for ended too
+        return
+    old = length - 1  # tokens in the cache
+    lowest = 0
+    if WINDOW > 0:
+        lowest = tl.maximum(length - WINDOW, 0)
+    first_tile = lowest // BLOCK_N
+    num_tiles = tl.maximum(tl.cdiv(old, BLOCK_N) - first_tile, 1)
+    share = tl.cdiv(num_tiles, NUM_SPLITS)
+    num_splits = tl.cdiv(num_tiles, share)
+    if split >= num_splits:
+        return
+    first = (first_tile + split * share) * BLOCK_N
+    last = tl.minimum(first + share * BLOCK_N, old)
+
+    HALF: tl.constexpr = HEAD_DIM // 2
+    TILES_G: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    WIDE: tl.constexpr = qkv_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = dot_dtype(WIDE, KV_QUANT)
+    STORED: tl.constexpr = k_cache_ptr.dtype.element_ty
+    kv_head = tl.program_id(2) // TILES_G
+    first_member = tl.program_id(2) % TILES_G * BLOCK_G
+    members = first_member + tl.arange(0, BLOCK_G)
+    real = members < GROUP
+    heads = kv_head * GROUP + members
+    tiles_ptr, num_blocks = block_tables_ptr + seq.to(tl.int64) * max_blocks, tl.cdiv(length, BLOCK_SIZE)
+    columns = tl.arange(0, HEAD_DIM)
+    half = tl.arange(0, HALF)[None, :]
+    angles = table_ptr + tl.load(positions_ptr + token).to(tl.int64) * HEAD_DIM
+    cos, sin = tl.load(angles + half), tl.load(angles + HALF + half)
+    slot = tl.load(slot_mapping_ptr + token)
+    k_scale, v_scale = 1.0, 1.0
+    if KV_QUANT:
+        k_scale = tl.load(kv_scale_ptr)
+        v_scale = tl.load(kv_scale_ptr + 1)
+    out_step = 1.0
+    if out_ptr.dtype.element_ty == tl.float8e4nv:
+        out_step = tl.load(out_scale_ptr)
+    flag = tl.load(step_ptr) * calls + call
+    seq_row = seq.to(tl.int64) * NUM_HEADS
+    if PUSH:
+        tokens = first + tl.arange(0, BLOCK_N)
+        live = tokens < old
+        base = page_rows(tiles_ptr, first, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
+        next_base = page_rows(tiles_ptr, first + BLOCK_N, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
+        k = load_kv(k_cache_ptr, base, live, 0, HEAD_DIM, HEAD_DIM, BLOCK_N, False)
+        v = load_kv(v_cache_ptr, base, live, 0, HEAD_DIM, HEAD_DIM, BLOCK_N, True)
+        if PDL:
+            gdc_wait()
+        row = qkv_ptr + token.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
+        q_a, q_b = _halves(
+            row + heads[:, None] * HEAD_DIM, q_norm_ptr, eps, cos, sin, real[:, None] & (half < HALF), HALF, NORM
+        )
+        q_a, q_b = _for_dot(q_a, WIDE, DTYPE), _for_dot(q_b, WIDE, DTYPE)
+        q = tl.reshape(tl.permute(tl.join(q_a, q_b), (0, 2, 1)), [BLOCK_G, HEAD_DIM])
+
+        # The first tile. Rows that are no head see no token.
+        top, total = tl.where(real, LOWEST, 0.0), tl.where(real, 0.0, 1.0)
+        bounds, lows = tl.where(real, old, 0), tl.full([BLOCK_G], lowest, tl.int32)
+        scores = in_log2(tl.dot(q, k.to(DTYPE).T, input_precision="ieee"), scale * k_scale, softcap, SOFTCAP)
+        seen = (tokens[None, :] < bounds[:, None]) & (tokens[None, :] >= lows[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_top[:, None])
+        total = total * tl.exp2(top - new_top) + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(DTYPE), v.to(DTYPE), input_precision="ieee")
+        top = new_top
+        if split == 0:
+            k_row = row + (NUM_HEADS + kv_head) * HEAD_DIM + tl.zeros([1, 1], tl.int32)
+            k_a, k_b = _halves(k_row, k_norm_ptr, eps, cos, sin, half < HALF, HALF, NORM)
+            new_v = tl.load(row + (NUM_HEADS + NUM_KV_HEADS + kv_head) * HEAD_DIM + columns).to(tl.float32)
+            if KV_QUANT:
+                k_a, k_b, new_v = tl.div_rn(k_a, k_scale), tl.div_rn(k_b, k_scale), tl.div_rn(new_v, v_scale)
+            k_a, k_b, new_v = as_stored(k_a, STORED), as_stored(k_b, STORED), as_stored(new_v, STORED)
+            if (first_member == 0) & (slot >= 0):
+                at = cache_offsets(slot, kv_head, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+                tl.store(k_cache_ptr + at + half, k_a)
+                tl.store(k_cache_ptr + at + HALF + half, k_b)
+                tl.store(v_cache_ptr + at + columns, new_v)
+            products = q_a.to(tl.float32) * k_a.to(tl.float32) + q_b.to(tl.float32) * k_b.to(tl.float32)
+            score = in_log2(tl.sum(products, axis=1), scale * k_scale, softcap, SOFTCAP)
+            score = tl.where(real, score, float("-inf"))
+            new_top = tl.maximum(top, score)
+            weight, shrink = tl.exp2(score - new_top), tl.exp2(top - new_top)
+            total = total * shrink + weight
+            acc = acc * shrink[:, None] + weight[:, None] * new_v.to(tl.float32)[None, :]
+            top = new_top
+        if first + BLOCK_N < last:
+            more, new_top, total = attend(
+                tl.zeros([BLOCK_G, HEAD_DIM], tl.float32), top, total, q, q, k_cache_ptr, v_cache_ptr, tiles_ptr,
+                next_base, first + BLOCK_N, last, bounds, lows, num_blocks, old, kv_head, scale * k_scale, softcap,
+                NUM_KV_HEADS, HEAD_DIM, HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
+                in_words(STORED, BLOCK_G, HEAD_DIM), True,
+            )  # fmt: skip
+            acc = acc * tl.exp2(top - new_top)[:, None] + more
+            top = new_top
+        q_rows = token.to(tl.int64) * NUM_HEADS + heads
+        push(
+            acc, top, total, real, heads, q_rows, sinks_ptr, out_ptr, partial_ptr, lse_ptr, (seq_row + heads),
+            split, num_splits, flag, v_scale, out_step, HEAD_DIM, NUM_SPLITS, SINKS,
+        )  # fmt: skip
+    if PULL:
+        pull(
+            partial_ptr, lse_ptr, sinks_ptr, out_ptr, seq_row, token.to(tl.int64) * NUM_HEADS,
+            kv_head * GROUP + first_member, tl.minimum(GROUP - first_member, BLOCK_G), split, flag, num_splits,
+            v_scale / out_step, HEAD_DIM, NUM_SPLITS, SINKS,
+        )  # fmt: skip
