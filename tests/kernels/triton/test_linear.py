@@ -389,3 +389,39 @@ def test_weight_only_compiles_with_groups_of(compile_kernel, form, group, gated)
         assert "0x43004300" in kernel.ptx.upper().replace("0X", "0x") or "1124090624" in kernel.ptx
         assert ("// side by side" in kernel.ptx) == (group != 32)
         assert kernel.spills == 0
+
+
+@pytest.mark.parametrize(
+    ("form", "linear_name", "tiles", "asked"),
+    [
+        ("bf16", "dense", (1, 8, 4, 4), 4 * 4),
+        ("fp8", "qkv", (1, 8, 2, 4), 2 * 4),
+        ("fp8", "gate_up", (1, 8, 3, 4), 2 * 3 * 4),
+        ("bf16", "proj", (8, 4, 4, 4), 4 * 4),
+        ("int4", "dense", (2, 8), 8 * 2),
+        ("int4", "gate_up", (2, 4), 2 * 4 * 2),
+    ],
+)
+def test_streamed_weights_are_asked_for_ahead_of_the_kernel_in_front(
+    compile_kernel, form, linear_name, tiles, asked
+):  # fmt: skip
+    """The first stages' copies, 16 bytes each, of which a thread has so many; then nothing is left but the products."""
+    n, k, gated = LLAMA[linear_name]
+    x_type, group = ("*fp8e4nv" if form == "fp8" else "*bf16"), (128 if form == "int4" else 0)
+    scale = "one" if form == "fp8" else "none"
+    shape = LinearShape(form, n, k, group=group, w_scale=scale, x_scale=scale, gated=gated, x_type=x_type)
+    source = cuda_linears.launch_of(shape, Tactic("words" if form == "int4" else "stream", tiles)).source
+    function = stream_words.stream_words if form == "int4" else stream_linear.stream_linear
+    kernel = compile_kernel(function, dict(source.args), dict(source.constants), num_warps=4, num_stages=1)
+    ahead, after = kernel.ptx.split("griddepcontrol.wait")
+    scales = len(re.findall(r"cp\.async\.c[ag]\.shared\.global", ahead)) - asked
+    assert scales == (0 if form != "int4" else 2 if gated else 1)
+    assert not re.search(r"ld\.global.*v4", ahead)  # of weights, which would take registers
+    assert kernel.spills == 0
+    assert kernel.registers <= 128
+    assert "wgmma.mma_async" in after
+    if form == "int4":
+        loop = after[after.index("wgmma.mma_async") :]
+        assert not re.search(r"st\.shared|shfl", loop[: loop.rindex("wgmma.mma_async")])
+    elif form == "fp8":
+        assert "e4m3.e4m3" in after  # nothing is converted

@@ -92,3 +92,24 @@ def test_as_one_after_another(launch, lengths, options):
     assert expected.float().norm() > 1
     error = (found.float() - expected.float()).norm() / expected.float().norm()
     assert error.item() < (0.03 if out_type == torch.float8_e4m3fn else 4e-3)
+
+
+@pytest.mark.parametrize("cache", ["*bf16", "*fp8e4nv"])
+def test_the_cache_is_read_ahead_of_the_linear_in_front(compile_kernel, cache):
+    types = {
+        "qkv_ptr": "*bf16", "q_norm_ptr": "*bf16", "k_norm_ptr": "*bf16", "table_ptr": "*fp32", "positions_ptr": "*i32",
+        "slot_mapping_ptr": "*i32", "k_cache_ptr": cache, "v_cache_ptr": cache, "block_tables_ptr": "*i32",
+        "query_start_ptr": "*i32", "seq_lens_ptr": "*i32", "sinks_ptr": "*bf16", "kv_scale_ptr": "*fp32",
+        "out_scale_ptr": "*fp32", "out_ptr": "*bf16", "partial_ptr": "*i64", "lse_ptr": "*i64", "step_ptr": "*i32",
+        "calls": "i32", "call": "i32", "max_blocks": "i32", "scale": "fp32", "softcap": "fp32", "eps": "fp32",
+    }  # fmt: skip
+    constants = {
+        "NUM_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "BLOCK_SIZE": 64, "WINDOW": 0, "SOFTCAP": False, "SINKS": False,
+        "KV_QUANT": cache != "*bf16", "NORM": False, "BLOCK_G": 16, "BLOCK_N": 64, "NUM_SPLITS": 8, "PUSH": True,
+        "PULL": True, "PDL": True,
+    }  # fmt: skip
+    kernel = compile_kernel(rope_attention.rope_decode_attention, types, constants, num_warps=4, num_stages=3)
+    assert kernel.spills == 0
+    waits = kernel.ptx.split("griddepcontrol.wait")
+    tile = 2 * 64 * 128 * (2 if cache == "*bf16" else 1)  # keys and values
+    assert sum(part.count("ld.global.v4") for part in waits[:-1]) >= tile / (4 * 32 * 16)
