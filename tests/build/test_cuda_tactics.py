@@ -136,6 +136,20 @@ def test_stream_is_for_hopper(arch):
     assert {way.source.function for _, way in LinearTactics(arch).few_tokens(uneven)} >= {"vector_linear"}
 
 
+@pytest.mark.parametrize(
+    ("form", "n", "k", "tiles"),
+    [
+        ("fp8", 4096, 4096, (1, 8, 4, 4)), ("fp8", 3584, 3584, (2, 4, 4, 4)), ("bf16", 2048, 2048, (1, 8, 4, 4)),
+        ("bf16", 1024, 1024, (1, 8, 2, 4)), ("bf16", 1024, 512, (2, 4, 2, 4)), ("bf16", 1024, 256, None),
+        ("bf16", 960, 576, None), ("fp8", 4096, 1000, None), ("bf16", 4100, 4096, None),
+    ],
+)  # fmt: skip
+def test_stream_takes_rows_of_whole_pieces(form, n, k, tiles):
+    shape = LinearShape(form, n, k, x_type="*fp8e4nv" if form == "fp8" else "*bf16")
+    found = cuda_linears.adapted(shape, Tactic("stream", (1, 8, 4, 4)))
+    assert found == (None if tiles is None else Tactic("stream", tiles))
+
+
 # Timing.
 
 

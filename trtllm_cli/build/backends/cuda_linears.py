@@ -186,9 +186,11 @@ def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
         return None
     if tactic.kernel == "stream":
         bm, parts, stages, warps = tactic.tiles
-        pieces = shape.k * _itemsize(shape) // (128 * parts)
-        fits = _streams(shape, parts, warps) and pieces > 1
-        return Tactic("stream", (bm, parts, min(stages, pieces), warps)) if fits else None
+        if not _streams(shape, parts, warps):
+            bm, parts = 2 * bm, parts // 2  # as wide a product, of rows that are no whole pieces for so many parts
+        if not _streams(shape, parts, warps):
+            return None
+        return Tactic("stream", (bm, parts, min(stages, _pieces(shape) // parts), warps))
     if tactic.kernel == "words":
         bm, stages = tactic.tiles
         return (
@@ -312,14 +314,23 @@ def dequantized(shape: LinearShape) -> LinearLaunch:
     return LinearLaunch(source, (-(-shape.n // 16), -(-shape.k // (64 * u))), roles)
 
 
-def _itemsize(shape: LinearShape) -> int:
-    return 1 if shape.form == "fp8" else 2
+def _pieces(shape: LinearShape) -> int:
+    """Of 128 bytes in a row of bf16 or fp8 weights; 0 where they are no whole ones."""
+    pieces, rest = divmod(shape.k * (1 if shape.form == "fp8" else 2), 128)
+    return 0 if rest else pieces
 
 
 def _streams(shape: LinearShape, parts: int, warps: int) -> bool:
-    """Whether rows are whole pieces of 128 bytes for each of the parts that stream_linear sees them in."""
+    """Whether stream_linear computes the shape with rows in so many parts, each of two pieces at least."""
     alike = shape.x_type == {"bf16": "*bf16", "fp8": "*fp8e4nv"}.get(shape.form) and not is_grouped(shape)
-    return alike and shape.k * _itemsize(shape) % (128 * parts) == 0 and _outputs(shape) * parts % (16 * warps) == 0
+    pieces = _pieces(shape)
+    return (
+        alike
+        and parts > 0
+        and pieces >= 2 * parts
+        and pieces % parts == 0
+        and _outputs(shape) * parts % (16 * warps) == 0
+    )
 
 
 def _words_fit(shape: LinearShape, bm: int, stages: int) -> bool:
