@@ -168,8 +168,8 @@ def engine_dir(tmp_path, data=b"abc", **fields):
 @pytest.mark.parametrize(
     ("fields", "data", "message"),
     [
-        ({"format_version": 99}, b"abc", r"engine format version 99 .*reads version 3\n.*\n.*trtllm build"),
-        ({"format_version": 1}, b"abc", r"format version 1 .built by trtllm 0.1.0.; .*version 3\n.*\n.*--force"),
+        ({"format_version": 99}, b"abc", r"engine format version 99 .*reads version 4\n.*\n.*trtllm build"),
+        ({"format_version": 1}, b"abc", r"format version 1 .built by trtllm 0.1.0.; .*version 4\n.*\n.*--force"),
         ({"backend": "abacus"}, b"abc", r"backend 'abacus'; this trtllm runs cpu, cuda\n.*\n.*trtllm build"),
         ({}, b"ab", r"rank0.engine is damaged: 2 B .*built with 3 bytes"),
         ({"rank_files": []}, b"abc", "lists 0 rank files for 1 ranks"),

@@ -36,16 +36,6 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 InterpreterBuilder.create_dot = _dot
 
-_binary_op = InterpreterBuilder.binary_op
-
-
-def _quiet_binary_op(self, lhs, rhs, op):
-    with np.errstate(over="ignore"):  # of rows that are padding, which hold anything
-        return _binary_op(self, lhs, rhs, op)
-
-
-InterpreterBuilder.binary_op = _quiet_binary_op
-
 _patch_tensor = interpreter._patch_lang_tensor
 
 

@@ -141,6 +141,7 @@ def test_stream_is_for_hopper(arch):
     [
         ("fp8", 4096, 4096, (1, 8, 4, 4)), ("fp8", 3584, 3584, (2, 4, 4, 4)), ("bf16", 2048, 2048, (1, 8, 4, 4)),
         ("bf16", 1024, 1024, (1, 8, 2, 4)), ("bf16", 1024, 512, (2, 4, 2, 4)), ("bf16", 1024, 256, None),
+        ("bf16", 512, 1024, (1, 8, 2, 4)), ("bf16", 504, 1024, None), ("bf16", 512, 512, None),
         ("bf16", 960, 576, None), ("fp8", 4096, 1000, None), ("bf16", 4100, 4096, None),
     ],
 )  # fmt: skip
@@ -369,7 +370,7 @@ def linear_kernels(engine):
 
 def test_a_build_takes_what_was_the_fastest(tiny, timer, tmp_path):
     shipped = build(tiny, "shipped", arch="sm_100a")
-    assert linear_kernels(shipped) > {"fragment_linear"}
+    assert "fragment_linear" not in linear_kernels(shipped)
     out = tmp_path / "cache.json"
     timed = build(tiny, "timed", output_timing_cache=out)
     assert linear_kernels(timed) == {"fragment_linear"}

@@ -120,7 +120,7 @@ def test_stream(tiles, form, gated, has_bias):
         form, n, k, w_scale="row" if form == "fp8" else "none", x_scale="row" if form == "fp8" else "none",
         has_bias=has_bias, gated=gated, x_type="*fp8e4nv" if form == "fp8" else "*bf16",
     )  # fmt: skip
-    way = cuda_linears.launch_of(shape, cuda_linears.adapted(shape, Tactic("stream", tiles)))
+    way = cuda_linears.launch_of(shape, Tactic("stream", tiles))
     kind = torch.float8_e4m3fn if form == "fp8" else torch.bfloat16
     for m in (1, tiles[0], tiles[0] + 1):
         x, w = torch.randn(m, k, device="cuda").to(kind), torch.randn(n, k, device="cuda").to(kind)
@@ -146,7 +146,7 @@ def test_stream_words(tiles, group, gated, has_bias):
     launch, n, k = Gpu(), 512, 5120
     shape, packed, plain = weight_only("int4", n, k, group, False)
     shape = replace(shape, has_bias=has_bias, gated=gated)
-    way = cuda_linears.launch_of(shape, cuda_linears.adapted(shape, Tactic("words", tiles)))
+    way = cuda_linears.launch_of(shape, Tactic("words", tiles))
     for m in (1, tiles[0], tiles[0] + 1):
         x, bias = torch.randn(m, k, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
         roles = {"x": x, "bias": bias, **{role: tensor.cuda() for role, tensor in packed.items()}}
@@ -340,7 +340,7 @@ def test_few_tokens_takes_what_was_measured():
                 if group and way.source.function == "fragment_linear":
                     assert group % (64 * constants["U"]) == 0 or constants["U"] == 1
         measured = shipped(LinearShape(form, 4096, 4096, group=group))
-        assert measured[0][0] == (1 if form in ("bf16", "fp8") else 8)
+        assert measured[0][0] == (1 if form in ("bf16", "fp8") else 2 if form == "int4" else 8)
 
 
 def test_no_kernel_where_none_takes_the_shape():

@@ -25,6 +25,7 @@ STREAMED = ("stream", "words")
 KERNELS = (*STREAMED, "vector", "skinny", "fragment")
 MOST_TOKENS = 64  # that any of the kernels here is for
 COUNTERS = 8192  # kernels/triton/linear.py's
+_FEWEST_PROGRAMS = 64  # that are worth streaming weights for: fewer leave most multiprocessors without any
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ _SHIPPED: dict[str, dict[tuple[int, int, bool], list[tuple[int, str, tuple[int, 
 }  # fmt: skip
 
 
-def shipped_tactics(shape: LinearShape) -> list[tuple[int, Tactic]]:
+def shipped_tactics(shape: LinearShape, arch: str = STREAMS) -> list[tuple[int, Tactic]]:
     """(most tokens, tactic), ascending: of the nearest shape that ships; beyond the last one cuBLASLt is faster."""
     outputs, gated = _outputs(shape), bool(shape.gated)
 
@@ -163,21 +164,22 @@ def shipped_tactics(shape: LinearShape) -> list[tuple[int, Tactic]]:
         return abs(log2(measured[0] / outputs)) + abs(log2(measured[1] / shape.k)) + 100 * (measured[2] != gated)
 
     table = _SHIPPED["int4" if weight_only(shape) else "fp8 group" if is_grouped(shape) else shape.form]
-    nearest = [(most, Tactic(kernel, tiles)) for most, kernel, tiles in table[min(table, key=distance)]]
-    ways = [(most, adapted(shape, tactic) or adapted(shape, _plain(tactic))) for most, tactic in nearest]
-    return [(most, tactic) for most, tactic in ways if tactic is not None]
+    ways: list[tuple[int, Tactic]] = []
+    for most, kernel, tiles in table[min(table, key=distance)]:
+        tactic = adapted(shape, Tactic(kernel, tiles)) if kernel not in STREAMED or arch == STREAMS else None
+        if tactic is None and kernel == "stream":
+            plain = _without_streams(shape, most)
+            tactic = plain and adapted(shape, plain)
+        if tactic is not None:
+            ways = [*(way for way in ways if way[1] != tactic), (most, tactic)]
+    return ways
 
 
-def _plain(tactic: Tactic) -> Tactic:
-    """What takes the place of stream_linear or stream_words where a shape or an architecture does not allow it."""
-    if tactic.kernel not in STREAMED:
-        return tactic
-    tokens = tactic.tiles[0]
-    if tactic.kernel == "words":
-        return Tactic("fragment", (8, 1, 2, 4, 1, 8))
-    if tokens <= 4:
-        return Tactic("vector", (tokens, 2, 2048, 4, 2) if tokens <= 2 else (4, 4, 1024, 4, 2))
-    return Tactic("skinny", (16, 64, 128, 1, 5, 4))
+def _without_streams(shape: LinearShape, tokens: int) -> Tactic | None:
+    """What takes the place of stream_linear where the shape or the architecture does not allow it."""
+    if tokens <= 2:
+        return Tactic("vector", (tokens, 2, 2048, 4, 2))
+    return Tactic("fragment", (8, 1, 1, 4, 1, 8)) if shape.form == "fp8" and tokens <= 8 else None
 
 
 def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
@@ -213,9 +215,7 @@ def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
 
 
 def fitted(shape: LinearShape, tactic: Tactic, arch: str) -> Tactic:
-    """The tactic as the architecture allows it, with no more stages than its shared memory has room for."""
-    if tactic.kernel in STREAMED and arch != STREAMS:
-        tactic = adapted(shape, _plain(tactic)) or Tactic("skinny", (16, 64, 128, 1, 5, 4))
+    """The tactic with no more stages than the architecture's shared memory has room for."""
     if tactic.kernel != "skinny":
         return tactic
     bm, bn, bk, split, stages, warps = tactic.tiles
@@ -321,16 +321,11 @@ def _pieces(shape: LinearShape) -> int:
 
 
 def _streams(shape: LinearShape, parts: int, warps: int) -> bool:
-    """Whether stream_linear computes the shape with rows in so many parts, each of two pieces at least."""
-    alike = shape.x_type == {"bf16": "*bf16", "fp8": "*fp8e4nv"}.get(shape.form) and not is_grouped(shape)
-    pieces = _pieces(shape)
-    return (
-        alike
-        and parts > 0
-        and pieces >= 2 * parts
-        and pieces % parts == 0
-        and _outputs(shape) * parts % (16 * warps) == 0
-    )
+    """Whether stream_linear takes the shape with rows in so many parts, each of two pieces at least."""
+    if is_grouped(shape) or shape.x_type != {"bf16": "*bf16", "fp8": "*fp8e4nv"}.get(shape.form) or parts == 0:
+        return False
+    pieces, programs = _pieces(shape), _outputs(shape) * parts / (16 * warps)
+    return pieces >= 2 * parts and pieces % parts == 0 and programs >= _FEWEST_PROGRAMS and programs % 1 == 0
 
 
 def _words_fit(shape: LinearShape, bm: int, stages: int) -> bool:
@@ -341,7 +336,9 @@ def _words_fit(shape: LinearShape, bm: int, stages: int) -> bool:
     scales = halves * 256 * (1 << max(groups - 1, 0).bit_length())
     room = stages * halves * 32 * shape.group + scales + 2 * bm * shape.k
     fits = stages_that_fit(STREAMS, 1 << 30, 1 << 10) << 10 >= room
-    return fits and groups > 1 and shape.k % (4 * shape.group) == 0 and _outputs(shape) % 16 == 0
+    programs = _outputs(shape) / 16
+    enough = programs >= _FEWEST_PROGRAMS and programs % 1 == 0
+    return fits and enough and groups > 1 and shape.k % (4 * shape.group) == 0
 
 
 def _up(n: int, multiple: int) -> int:

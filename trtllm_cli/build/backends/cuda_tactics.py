@@ -110,13 +110,13 @@ class LinearTactics:
                 source: Source = "timed here" if shape in timed else "timing cache"
                 self.chosen[shape] = Choice(source, fastest(shape.linear, times))
             else:
-                self.chosen[shape] = Choice("shipped table", shipped_tactics(shape.linear))
+                self.chosen[shape] = Choice("shipped table", shipped_tactics(shape.linear, self.arch))
         self._note_shipped(new)
 
     def few_tokens(self, shape: LinearShape) -> list[tuple[int, LinearLaunch]]:
         """(most tokens, launch), ascending; beyond the last one cuBLASLt is as fast."""
         choice = self.chosen.get(TimedShape.of(shape))
-        tactics = choice.tactics if choice else shipped_tactics(shape)
+        tactics = choice.tactics if choice else shipped_tactics(shape, self.arch)
         return [(most, launch_of(shape, fitted(shape, tactic, self.arch))) for most, tactic in tactics]
 
     def others(self, shape: LinearShape, most: int) -> list[LinearLaunch] | None:

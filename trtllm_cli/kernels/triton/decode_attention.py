@@ -207,6 +207,27 @@ def attend(
 
 
 @triton.jit
+def share_of(split, first_tile, num_tiles, stop, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr):
+    """A split's first token and the end of its last one, at most `stop`; how many splits have any."""
+    share = tl.cdiv(num_tiles, NUM_SPLITS)
+    first = (first_tile + split * share) * BLOCK_N
+    return first, tl.minimum(first + share * BLOCK_N, stop), tl.cdiv(num_tiles, share)
+
+
+@triton.jit
+def read_steps(kv_scale_ptr, out_scale_ptr, out_ptr, KV_QUANT: tl.constexpr):
+    """The steps of keys, values and output; 1 of what is not quantized."""
+    k_scale, v_scale = 1.0, 1.0
+    if KV_QUANT:
+        k_scale = tl.load(kv_scale_ptr)
+        v_scale = tl.load(kv_scale_ptr + 1)
+    out_step = 1.0
+    if out_ptr.dtype.element_ty == tl.float8e4nv:
+        out_step = tl.load(out_scale_ptr)
+    return k_scale, v_scale, out_step
+
+
+@triton.jit
 def decode_attention(
     q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, kv_scale_ptr,
     out_scale_ptr, out_ptr, partial_ptr, lse_ptr, step_ptr, calls, call, max_blocks, scale, softcap,
@@ -247,14 +268,11 @@ def decode_attention(
         lowest = tl.maximum(length - WINDOW, 0)
     first_tile = lowest // BLOCK_N
     num_tiles = tl.cdiv(length, BLOCK_N) - first_tile
-    share = tl.cdiv(num_tiles, NUM_SPLITS)
-    num_splits = tl.cdiv(num_tiles, share)
+    first, last, num_splits = share_of(split, first_tile, num_tiles, length, BLOCK_N, NUM_SPLITS)
     if NUM_SPLITS == 1:
         num_splits = tl.constexpr(1)  # nothing of the scratch is compiled
     if split >= num_splits:
         return
-    first = (first_tile + split * share) * BLOCK_N
-    last = tl.minimum(first + share * BLOCK_N, length)
 
     V_BLOCK: tl.constexpr = max(16, triton.next_power_of_2(V_HEAD_DIM))
     DTYPE: tl.constexpr = dot_dtype(q_ptr.dtype.element_ty, KV_QUANT)
@@ -267,13 +285,7 @@ def decode_attention(
     heads = kv_head * GROUP + members
     table_ptr, num_blocks = block_tables_ptr + seq.to(tl.int64) * max_blocks, tl.cdiv(length, BLOCK_SIZE)
     base = page_rows(table_ptr, first, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
-    k_scale, v_scale = 1.0, 1.0
-    if KV_QUANT:
-        k_scale = tl.load(kv_scale_ptr)
-        v_scale = tl.load(kv_scale_ptr + 1)
-    out_step = 1.0
-    if out_ptr.dtype.element_ty == tl.float8e4nv:
-        out_step = tl.load(out_scale_ptr)
+    k_scale, v_scale, out_step = read_steps(kv_scale_ptr, out_scale_ptr, out_ptr, KV_QUANT)
     flag = 0
     if NUM_SPLITS > 1:
         flag = tl.load(step_ptr) * calls + call

@@ -18,6 +18,8 @@ from trtllm_cli.kernels.triton.decode_attention import (
     page_rows,
     pull,
     push,
+    read_steps,
+    share_of,
 )
 from trtllm_cli.kernels.triton.device import as_stored
 from trtllm_cli.kernels.triton.rope_append import cache_offsets
@@ -77,12 +79,9 @@ def rope_decode_attention(
         lowest = tl.maximum(length - WINDOW, 0)
     first_tile = lowest // BLOCK_N
     num_tiles = tl.maximum(tl.cdiv(old, BLOCK_N) - first_tile, 1)
-    share = tl.cdiv(num_tiles, NUM_SPLITS)
-    num_splits = tl.cdiv(num_tiles, share)
+    first, last, num_splits = share_of(split, first_tile, num_tiles, old, BLOCK_N, NUM_SPLITS)
     if split >= num_splits:
         return
-    first = (first_tile + split * share) * BLOCK_N
-    last = tl.minimum(first + share * BLOCK_N, old)
 
     HALF: tl.constexpr = HEAD_DIM // 2
     TILES_G: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
@@ -101,13 +100,7 @@ def rope_decode_attention(
     angles = table_ptr + tl.load(positions_ptr + token).to(tl.int64) * HEAD_DIM
     cos, sin = tl.load(angles + half), tl.load(angles + HALF + half)
     slot = tl.load(slot_mapping_ptr + token)
-    k_scale, v_scale = 1.0, 1.0
-    if KV_QUANT:
-        k_scale = tl.load(kv_scale_ptr)
-        v_scale = tl.load(kv_scale_ptr + 1)
-    out_step = 1.0
-    if out_ptr.dtype.element_ty == tl.float8e4nv:
-        out_step = tl.load(out_scale_ptr)
+    k_scale, v_scale, out_step = read_steps(kv_scale_ptr, out_scale_ptr, out_ptr, KV_QUANT)
     flag = tl.load(step_ptr) * calls + call
     seq_row = seq.to(tl.int64) * NUM_HEADS
     if PUSH:

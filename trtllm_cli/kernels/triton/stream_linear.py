@@ -73,6 +73,34 @@ def _of_parts(acc, BM: gl.constexpr, PARTS: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def read_biases(bias_ptr, rows, outputs: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr):
+    """[rows, 1] of these outputs, and of the second half's; zeros where there are none."""
+    bias, up_bias = 0.0, 0.0
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + rows).to(gl.float32)[:, None]
+        if GATED != "":
+            up_bias = gl.load(bias_ptr + outputs + rows).to(gl.float32)[:, None]
+    return bias, up_bias
+
+
+@gluon.jit
+def read_in_one(y_ptr, out_scale_ptr):
+    """1 / the step of an E4M3 output, else 1."""
+    in_one = 1.0
+    if y_ptr.dtype.element_ty == gl.float8e4nv:
+        in_one = 1.0 / gl.load(out_scale_ptr)
+    return in_one
+
+
+@gluon.jit
+def store_outputs(y_ptr, y, rows, tokens, num_tokens, outputs: gl.constexpr):
+    """y [rows, tokens], in the pointer's type."""
+    at = tokens[None, :].to(gl.int64) * outputs + rows[:, None]
+    mask = (tokens < num_tokens)[None, :] & (rows < outputs)[:, None]
+    gl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
 def stream_linear(
     x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, num_tokens,
     N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
@@ -109,7 +137,9 @@ def stream_linear(
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [0, 1])
     rows = first + gl.arange(0, ROWS // PARTS, gl.SliceLayout(1, layout))
     tokens = token + gl.arange(0, BM, gl.SliceLayout(0, layout))
-    w_scale, up_scale, x_scale, bias, up_bias, out_step = 1.0, 1.0, 1.0, 0.0, 0.0, 1.0
+    bias, up_bias = read_biases(bias_ptr, rows, outputs, HAS_BIAS, GATED)
+    in_one = read_in_one(y_ptr, out_scale_ptr)
+    w_scale, up_scale, x_scale = 1.0, 1.0, 1.0
     if W_SCALE == "one":
         w_scale = gl.load(w_scale_ptr)
         up_scale = w_scale
@@ -117,12 +147,6 @@ def stream_linear(
         w_scale = gl.load(w_scale_ptr + rows)[:, None]
         if GATED != "":
             up_scale = gl.load(w_scale_ptr + outputs + rows)[:, None]
-    if HAS_BIAS:
-        bias = gl.load(bias_ptr + rows).to(gl.float32)[:, None]
-        if GATED != "":
-            up_bias = gl.load(bias_ptr + outputs + rows).to(gl.float32)[:, None]
-    if y_ptr.dtype.element_ty == gl.float8e4nv:
-        out_step = 1.0 / gl.load(out_scale_ptr)
     if X_SCALE == "one":
         x_scale = gl.load(x_scale_ptr)
 
@@ -161,6 +185,4 @@ def stream_linear(
     y = _of_parts(acc, BM, PARTS, layout) * w_scale * x_scale + bias
     if GATED != "":
         y = gated(y, _of_parts(up, BM, PARTS, layout) * up_scale * x_scale + up_bias, GATED)
-    at = tokens[None, :].to(gl.int64) * outputs + rows[:, None]
-    mask = (tokens < num_tokens)[None, :] & (rows < outputs)[:, None]
-    gl.store(y_ptr + at, (y * out_step).to(y_ptr.dtype.element_ty), mask=mask)
+    store_outputs(y_ptr, y * in_one, rows, tokens, num_tokens, outputs)

@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_cli.kernels.triton.device import gated
 from trtllm_cli.kernels.triton.linear import pairs_of_word
+from trtllm_cli.kernels.triton.stream_linear import read_biases, read_in_one, store_outputs
 
 
 @gluon.constexpr_function
@@ -167,13 +168,8 @@ def stream_words(
     layout: gl.constexpr = gl.SliceLayout(0, of_parts)
     rows = block * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
     tokens = token + gl.arange(0, BM, gl.SliceLayout(0, layout))
-    bias, up_bias, out_step = 0.0, 0.0, 1.0
-    if HAS_BIAS:
-        bias = gl.load(bias_ptr + rows).to(gl.float32)[:, None]
-        if GATED != "":
-            up_bias = gl.load(bias_ptr + outputs + rows).to(gl.float32)[:, None]
-    if y_ptr.dtype.element_ty == gl.float8e4nv:
-        out_step = 1.0 / gl.load(out_scale_ptr)
+    bias, up_bias = read_biases(bias_ptr, rows, outputs, HAS_BIAS, GATED)
+    in_one = read_in_one(y_ptr, out_scale_ptr)
 
     if PDL:
         gdc_wait()
@@ -208,6 +204,4 @@ def stream_words(
     y = _of_parts(acc, BM, of_parts) + bias
     if GATED != "":
         y = gated(y, _of_parts(up, BM, of_parts) + up_bias, GATED)
-    at = tokens[None, :].to(gl.int64) * outputs + rows[:, None]
-    mask = (tokens < num_tokens)[None, :] & (rows < outputs)[:, None]
-    gl.store(y_ptr + at, (y * out_step).to(y_ptr.dtype.element_ty), mask=mask)
+    store_outputs(y_ptr, y * in_one, rows, tokens, num_tokens, outputs)
