@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.h200 import attention, floors, real_model, results, serving, startup, ttft
+from benchmarks.h200 import attention, floors, real_model, results, serving, startup, step_sweep, synthetic, ttft
 from tests.fake_runner import FakeSamplingRunner, expected_tokens
 from tests.run.tiny import fake_runners as fake_runners
 from tests.run.tiny import write_engine
@@ -356,3 +356,31 @@ def test_no_results_is_said(tmp_path, monkeypatch, capsys):
 def test_start_up_says_what_a_command_said_that_failed(tmp_path):
     with pytest.raises(RuntimeError, match="no such engine directory"):
         startup.run_once(tmp_path / "none")
+
+
+def test_tactics_are_chosen_by_whole_steps():
+    """One linear after another: what makes the step shorter stays, and the next one is tried beside it."""
+    shapes = synthetic.linears_of("1b", "bf16", max_batch_size=8, max_num_tokens=64, max_seq_len=128)
+    assert [(s.n, s.k, s.gated) for s in shapes] == [
+        (3072, 2048, ""), (2048, 2048, ""), (16384, 2048, "silu"), (2048, 8192, ""), (128256, 2048, ""),
+    ]  # fmt: skip
+    one, two = shapes[:2]
+    options = {shape: step_sweep.candidates(shape, 1) for shape in (one, two)}
+    start, slow = step_sweep.first_way(two, 1), 5.0
+    tried = []
+
+    def milliseconds(taken):
+        tried.append(taken)
+        ms = slow - (taken.get(one) == options[one][2]) - (taken == {one: options[one][2], two: options[two][1]})
+        return ms + 0.5 * (taken.get(one) == options[one][0]) - 1e-4 * len(tried)  # and a drift that means nothing
+
+    taken, best = step_sweep.descend({two: start}, options, milliseconds)
+    assert taken == {one: options[one][2], two: options[two][1]}
+    assert 2.9 < best < 3.0
+    assert all(len(t) >= 1 for t in tried)
+
+    tactics = step_sweep.Tried("sm_90a", tokens=1, taken=taken)
+    tactics.prepare(shapes)
+    assert tactics.few_tokens(one)[0][1] == step_sweep.launch_of(one, options[one][2])
+    assert tactics.few_tokens(one)[1:] == step_sweep.LinearTactics("sm_90a").few_tokens(one)[1:]
+    assert tactics.others(two, 1) is None

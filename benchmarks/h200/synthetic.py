@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trtllm_cli.build.backends.cuda import lower
+from trtllm_cli.build.backends.cuda import CudaGraphLowering, lower
+from trtllm_cli.build.backends.cuda_linears import LinearShape
+from trtllm_cli.build.backends.cuda_tactics import LinearTactics
 from trtllm_cli.build.builder import BuildOptions, resolve
 from trtllm_cli.build.lowered import Lowered
 from trtllm_cli.build.passes import CUDA_PASSES, run_passes
@@ -91,16 +93,29 @@ def graph_of(config: ModelConfig, rank: int, build_config: BuildConfig) -> Graph
 
 
 def plan_of(
-    shape: str, fmt: str, *, layers: int | None = None, arch: str = "sm_90a", tp: int = 1, rank: int = 0, **options
-) -> tuple[Lowered, BuildConfig]:
+    shape: str, fmt: str, *, layers: int | None = None, arch: str = "sm_90a", tp: int = 1, rank: int = 0,
+    tactics: LinearTactics | None = None, **options,
+) -> tuple[Lowered, BuildConfig]:  # fmt: skip
     """A rank's lowered plan, its kernels compiled."""
     config = config_of(shape, fmt, layers, tp)
     build_config = resolve(config, BuildOptions(backend="cuda", **options), [])
     graph = graph_of(config, rank, build_config)
-    return lower(graph, config, build_config, arch, rank=rank), build_config
+    return lower(graph, config, build_config, arch, rank=rank, tactics=tactics), build_config
 
 
-def runner_of(shape: str, fmt: str, *, num_blocks: int, layers: int | None = None, comm=None, **options):
+def linears_of(shape: str, fmt: str, **options) -> list[LinearShape]:
+    """The distinct linears of a model, in the order of a layer, as kernels for few tokens compute them."""
+    config = config_of(shape, fmt, layers=1)
+    build_config = resolve(config, BuildOptions(backend="cuda", **options), [])
+    lowering = CudaGraphLowering(graph_of(config, 0, build_config), build_config, vocab_size=config.vocab_size)
+    lowering.prepare()
+    return list(dict.fromkeys(lowering.linear_shapes()))
+
+
+def runner_of(
+    shape: str, fmt: str, *, num_blocks: int, layers: int | None = None, comm=None,
+    tactics: LinearTactics | None = None, **options,
+):  # fmt: skip
     """A runner with random weights on this machine's GPU, or this rank's on its own."""
     import json
 
@@ -109,7 +124,9 @@ def runner_of(shape: str, fmt: str, *, num_blocks: int, layers: int | None = Non
 
     comm = comm or SingleRank()
     rank = config_of(shape, fmt, layers, comm.world_size).mapping.ranks[comm.rank]
-    lowered, build_config = plan_of(shape, fmt, layers=layers, tp=comm.world_size, rank=comm.rank, **options)
+    lowered, build_config = plan_of(
+        shape, fmt, layers=layers, tp=comm.world_size, rank=comm.rank, tactics=tactics, **options
+    )
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "rank0.engine")
         with TensorFileWriter(
