@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,22 +93,24 @@ def graph_of(config: ModelConfig, rank: int, build_config: BuildConfig) -> Graph
     return run_passes(quantize_kv_cache(traced, kv), CUDA_PASSES)
 
 
+def _traced(config: ModelConfig, rank: int, options: dict[str, Any]) -> tuple[ModelConfig, BuildConfig, Graph]:
+    build_config = resolve(config, BuildOptions(backend="cuda", **options), [])
+    return config, build_config, graph_of(config, rank, build_config)
+
+
 def plan_of(
     shape: str, fmt: str, *, layers: int | None = None, arch: str = "sm_90a", tp: int = 1, rank: int = 0,
     tactics: LinearTactics | None = None, **options,
 ) -> tuple[Lowered, BuildConfig]:  # fmt: skip
     """A rank's lowered plan, its kernels compiled."""
-    config = config_of(shape, fmt, layers, tp)
-    build_config = resolve(config, BuildOptions(backend="cuda", **options), [])
-    graph = graph_of(config, rank, build_config)
+    config, build_config, graph = _traced(config_of(shape, fmt, layers, tp), rank, options)
     return lower(graph, config, build_config, arch, rank=rank, tactics=tactics), build_config
 
 
 def linears_of(shape: str, fmt: str, **options) -> list[LinearShape]:
     """The distinct linears of a model, in the order of a layer, as kernels for few tokens compute them."""
-    config = config_of(shape, fmt, layers=1)
-    build_config = resolve(config, BuildOptions(backend="cuda", **options), [])
-    lowering = CudaGraphLowering(graph_of(config, 0, build_config), build_config, vocab_size=config.vocab_size)
+    config, build_config, graph = _traced(config_of(shape, fmt, layers=1), 0, options)
+    lowering = CudaGraphLowering(graph, build_config, vocab_size=config.vocab_size)
     lowering.prepare()
     return list(dict.fromkeys(lowering.linear_shapes()))
 

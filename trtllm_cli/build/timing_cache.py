@@ -26,7 +26,9 @@ from trtllm_cli.kernels.compile_cache import cache_dir, keep
 
 FORMAT_VERSION: Final = 1
 _MOST_BYTES = 64 << 20  # of a file: thousands of shapes
-_TACTIC = rf"^({'|'.join(KERNELS)})( [1-9]\d{{0,4}}){{2,6}}$"
+_NUMBER = r"( [1-9]\d{0,4})"
+_TILES = dict.fromkeys(KERNELS, "{5,6}") | {"stream": "{4}", "words": "{2}"}  # how many
+_TACTIC = f"^({'|'.join(kernel + _NUMBER + count for kernel, count in _TILES.items())})$"
 
 Microseconds = Annotated[float, Field(gt=0, le=1e9)]  # so no NaN, which is not greater
 TacticName = Annotated[str, StringConstraints(pattern=_TACTIC)]

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from trtllm_cli.kernels.cuda.kernel import Constant, KernelSource, stages_that_fit
+from trtllm_cli.kernels.cuda.kernel import Constant, KernelSource, room_for_tiles, stages_that_fit
 
 Form = Literal["bf16", "fp8", "int8", "int4"]
 PerWhat = Literal["none", "one", "row", "group"]
@@ -195,9 +195,9 @@ def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
         return Tactic("stream", (bm, parts, min(stages, _pieces(shape) // parts), warps))
     if tactic.kernel == "words":
         bm, stages = tactic.tiles
-        return (
-            Tactic("words", (bm, min(stages, shape.k // (4 * shape.group)))) if _words_fit(shape, bm, stages) else None
-        )
+        if not _words_fit(shape, bm, stages):
+            return None
+        return Tactic("words", (bm, min(stages, shape.k // (4 * shape.group))))
     if tactic.kernel == "vector":
         bm, bn, bk, *rest = tactic.tiles
         while shape.k % bk and bk > 64:
@@ -324,8 +324,8 @@ def _streams(shape: LinearShape, parts: int, warps: int) -> bool:
     """Whether stream_linear takes the shape with rows in so many parts, each of two pieces at least."""
     if is_grouped(shape) or shape.x_type != {"bf16": "*bf16", "fp8": "*fp8e4nv"}.get(shape.form) or parts == 0:
         return False
-    pieces, programs = _pieces(shape), _outputs(shape) * parts / (16 * warps)
-    return pieces >= 2 * parts and pieces % parts == 0 and programs >= _FEWEST_PROGRAMS and programs % 1 == 0
+    pieces = _pieces(shape)
+    return pieces >= 2 * parts and pieces % parts == 0 and _has_programs(shape, 16 * warps // parts)
 
 
 def _words_fit(shape: LinearShape, bm: int, stages: int) -> bool:
@@ -335,10 +335,14 @@ def _words_fit(shape: LinearShape, bm: int, stages: int) -> bool:
     groups, halves = shape.k // (4 * shape.group), 2 if shape.gated else 1
     scales = halves * 256 * (1 << max(groups - 1, 0).bit_length())
     room = stages * halves * 32 * shape.group + scales + 2 * bm * shape.k
-    fits = stages_that_fit(STREAMS, 1 << 30, 1 << 10) << 10 >= room
-    programs = _outputs(shape) / 16
-    enough = programs >= _FEWEST_PROGRAMS and programs % 1 == 0
-    return fits and enough and groups > 1 and shape.k % (4 * shape.group) == 0
+    fits = room <= room_for_tiles(STREAMS) and shape.k % (4 * shape.group) == 0
+    return fits and groups > 1 and _has_programs(shape, 16)
+
+
+def _has_programs(shape: LinearShape, outputs: int) -> bool:
+    """Whether the shape gives programs of so many outputs enough to do."""
+    programs, rest = divmod(_outputs(shape), outputs)
+    return rest == 0 and programs >= _FEWEST_PROGRAMS
 
 
 def _up(n: int, multiple: int) -> int:

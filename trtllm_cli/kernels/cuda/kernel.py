@@ -17,9 +17,14 @@ Constant = int | float | bool | str | None
 _NOT_TILES = 3 << 10  # bytes of shared memory that a kernel takes for other things than its tiles
 
 
+def room_for_tiles(arch: str) -> int:
+    """Bytes of shared memory for the tiles of a program."""
+    return SHARED_MEMORY[arch] - _NOT_TILES
+
+
 def stages_that_fit(arch: str, most: int, tiles: int) -> int:
     """Of a kernel's pipeline, at most `most`: as many as shared memory has room for, each of `tiles` bytes."""
-    return max(1, min(most, (SHARED_MEMORY[arch] - _NOT_TILES) // tiles))
+    return max(1, min(most, room_for_tiles(arch) // tiles))
 
 
 # An argument's type as Triton's signatures have it, "*bf16" or "i32"; ":16" behind an integer: it is a multiple of 16.

@@ -30,14 +30,19 @@ def dot_dtype(q_dtype, kv_quant):
 
 
 @triton.jit
+def for_dot(x, DTYPE: tl.constexpr):
+    """Queries as what tiles are multiplied in."""
+    if DTYPE == tl.float16:
+        x = tl.clamp(x.to(tl.float32), -65504.0, 65504.0)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def _load_q(q_ptr, rows, live, FIRST: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
     """Columns FIRST .. FIRST + BLOCK of the heads of q (seen as [., HEAD_DIM]) at `rows`, zeros past HEAD_DIM."""
     cols = FIRST + tl.arange(0, BLOCK)
     mask = live[:, None] & (cols < HEAD_DIM)[None, :]
-    x = tl.load(q_ptr + (rows * HEAD_DIM)[:, None] + cols[None, :], mask=mask, other=0.0)
-    if DTYPE == tl.float16:
-        x = tl.clamp(x.to(tl.float32), -65504.0, 65504.0)
-    return x.to(DTYPE)
+    return for_dot(tl.load(q_ptr + (rows * HEAD_DIM)[:, None] + cols[None, :], mask=mask, other=0.0), DTYPE)
 
 
 @triton.jit
@@ -138,6 +143,15 @@ def in_log2(products, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def weighed(scores, top, total):
+    """A tile's weights; what sums before it are times; the largest score and the sum of weights with it."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    return weights, shrink, new_top, total * shrink + tl.sum(weights, axis=1)
+
+
+@triton.jit
 def _added(acc, shrink, weights, v):
     return tl.dot(weights, v, acc=acc * shrink[:, None], input_precision="ieee")
 
@@ -185,10 +199,7 @@ def attend(
             if WINDOW > 0:
                 seen = seen & (tokens[None, :] >= lowest[:, None])
             scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, axis=1)
+        weights, shrink, new_top, total = weighed(scores, top, total)
         weights = weights.to(DTYPE)
         if IN_WORDS:
             words_ptr = v_cache_ptr.to(tl.pointer_type(tl.int32))
@@ -212,6 +223,16 @@ def share_of(split, first_tile, num_tiles, stop, BLOCK_N: tl.constexpr, NUM_SPLI
     share = tl.cdiv(num_tiles, NUM_SPLITS)
     first = (first_tile + split * share) * BLOCK_N
     return first, tl.minimum(first + share * BLOCK_N, stop), tl.cdiv(num_tiles, share)
+
+
+@triton.jit
+def heads_of(tile, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
+    """A tile of heads: their KV head, the first one's place in its group, the heads, and which of these there are."""
+    TILES_G: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
+    kv_head = tile // TILES_G
+    first_member = tile % TILES_G * BLOCK_G
+    members = first_member + tl.arange(0, BLOCK_G)
+    return kv_head, first_member, kv_head * GROUP + members, members < GROUP
 
 
 @triton.jit
@@ -276,13 +297,8 @@ def decode_attention(
 
     V_BLOCK: tl.constexpr = max(16, triton.next_power_of_2(V_HEAD_DIM))
     DTYPE: tl.constexpr = dot_dtype(q_ptr.dtype.element_ty, KV_QUANT)
-    TILES_G: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    kv_head = tl.program_id(2) // TILES_G
-    first_member = tl.program_id(2) % TILES_G * BLOCK_G
-    members = first_member + tl.arange(0, BLOCK_G)
-    real = members < GROUP
-    heads = kv_head * GROUP + members
+    kv_head, first_member, heads, real = heads_of(tl.program_id(2), GROUP, BLOCK_G)
     table_ptr, num_blocks = block_tables_ptr + seq.to(tl.int64) * max_blocks, tl.cdiv(length, BLOCK_SIZE)
     base = page_rows(table_ptr, first, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
     k_scale, v_scale, out_step = read_steps(kv_scale_ptr, out_scale_ptr, out_ptr, KV_QUANT)

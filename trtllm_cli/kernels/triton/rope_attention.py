@@ -12,6 +12,8 @@ from trtllm_cli.kernels.triton.decode_attention import (
     LOWEST,
     attend,
     dot_dtype,
+    for_dot,
+    heads_of,
     in_log2,
     in_words,
     load_kv,
@@ -20,6 +22,7 @@ from trtllm_cli.kernels.triton.decode_attention import (
     push,
     read_steps,
     share_of,
+    weighed,
 )
 from trtllm_cli.kernels.triton.device import as_stored
 from trtllm_cli.kernels.triton.rope_append import cache_offsets
@@ -36,15 +39,6 @@ def _halves(ptr, norm_ptr, eps, cos, sin, mask, HALF: tl.constexpr, NORM: tl.con
         a *= factor * tl.load(norm_ptr + columns).to(tl.float32)
         b *= factor * tl.load(norm_ptr + HALF + columns).to(tl.float32)
     return a * cos - b * sin, b * cos + a * sin
-
-
-@triton.jit
-def _for_dot(x, WIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """What tiles are multiplied in of float32 `x`, which is first rounded to WIDE, as a q in memory is."""
-    x = x.to(WIDE)
-    if DTYPE == tl.float16:
-        x = tl.clamp(x.to(tl.float32), -65504.0, 65504.0)
-    return x.to(DTYPE)
 
 
 @triton.jit
@@ -84,16 +78,11 @@ def rope_decode_attention(
         return
 
     HALF: tl.constexpr = HEAD_DIM // 2
-    TILES_G: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     WIDE: tl.constexpr = qkv_ptr.dtype.element_ty
     DTYPE: tl.constexpr = dot_dtype(WIDE, KV_QUANT)
     STORED: tl.constexpr = k_cache_ptr.dtype.element_ty
-    kv_head = tl.program_id(2) // TILES_G
-    first_member = tl.program_id(2) % TILES_G * BLOCK_G
-    members = first_member + tl.arange(0, BLOCK_G)
-    real = members < GROUP
-    heads = kv_head * GROUP + members
+    kv_head, first_member, heads, real = heads_of(tl.program_id(2), GROUP, BLOCK_G)
     tiles_ptr, num_blocks = block_tables_ptr + seq.to(tl.int64) * max_blocks, tl.cdiv(length, BLOCK_SIZE)
     columns = tl.arange(0, HEAD_DIM)
     half = tl.arange(0, HALF)[None, :]
@@ -116,7 +105,7 @@ def rope_decode_attention(
         q_a, q_b = _halves(
             row + heads[:, None] * HEAD_DIM, q_norm_ptr, eps, cos, sin, real[:, None] & (half < HALF), HALF, NORM
         )
-        q_a, q_b = _for_dot(q_a, WIDE, DTYPE), _for_dot(q_b, WIDE, DTYPE)
+        q_a, q_b = for_dot(q_a.to(WIDE), DTYPE), for_dot(q_b.to(WIDE), DTYPE)  # rounded as a q in memory is
         q = tl.reshape(tl.permute(tl.join(q_a, q_b), (0, 2, 1)), [BLOCK_G, HEAD_DIM])
 
         # The first tile. Rows that are no head see no token.
@@ -125,11 +114,8 @@ def rope_decode_attention(
         scores = in_log2(tl.dot(q, k.to(DTYPE).T, input_precision="ieee"), scale * k_scale, softcap, SOFTCAP)
         seen = (tokens[None, :] < bounds[:, None]) & (tokens[None, :] >= lows[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_top[:, None])
-        total = total * tl.exp2(top - new_top) + tl.sum(weights, axis=1)
+        weights, _, top, total = weighed(scores, top, total)
         acc = tl.dot(weights.to(DTYPE), v.to(DTYPE), input_precision="ieee")
-        top = new_top
         if split == 0:
             k_row = row + (NUM_HEADS + kv_head) * HEAD_DIM + tl.zeros([1, 1], tl.int32)
             k_a, k_b = _halves(k_row, k_norm_ptr, eps, cos, sin, half < HALF, HALF, NORM)

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.device import gated
+from trtllm_cli.kernels.triton.device import gated, steps_in_one
 
 
 @gluon.constexpr_function
@@ -86,10 +86,7 @@ def read_biases(bias_ptr, rows, outputs: gl.constexpr, HAS_BIAS: gl.constexpr, G
 @gluon.jit
 def read_in_one(y_ptr, out_scale_ptr):
     """1 / the step of an E4M3 output, else 1."""
-    in_one = 1.0
-    if y_ptr.dtype.element_ty == gl.float8e4nv:
-        in_one = 1.0 / gl.load(out_scale_ptr)
-    return in_one
+    return steps_in_one(out_scale_ptr, "static" if y_ptr.dtype.element_ty == gl.float8e4nv else "none")
 
 
 @gluon.jit

@@ -5,6 +5,7 @@ stream_linear's sibling, in Gluon as well. Weights are linear.py's words, whose 
 
 from __future__ import annotations
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,12 +19,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from trtllm_cli.kernels.triton.device import gated
 from trtllm_cli.kernels.triton.linear import pairs_of_word
 from trtllm_cli.kernels.triton.stream_linear import read_biases, read_in_one, store_outputs
-
-
-@gluon.constexpr_function
-def _power(n):
-    """The first power of two that is not less."""
-    return 1 << (n - 1).bit_length()
 
 
 @gluon.constexpr_function
@@ -51,8 +46,8 @@ def _copy_words(w_smem, w_ptr, block, group, slot, blocks: gl.constexpr, K: gl.c
 def _copy_scales(smem, ptr, block, blocks: gl.constexpr, GROUPS: gl.constexpr):
     """Asks for scales of a block's parts: [power of two, 64] of each half; past GROUPS, the last again."""
     e = gl.arange(0, smem.shape[0], gl.BlockedLayout([4], [32], [4], [0]))
-    group = e // 16 % 4 * GROUPS + gl.minimum(e // 64 % _power(GROUPS), GROUPS - 1)
-    at = e // (_power(GROUPS) * 64) * (blocks * 64 * GROUPS) + group * 16 + e % 16
+    group = e // 16 % 4 * GROUPS + gl.minimum(e // 64 % triton.next_power_of_2(GROUPS), GROUPS - 1)
+    at = e // (triton.next_power_of_2(GROUPS) * 64) * (blocks * 64 * GROUPS) + group * 16 + e % 16
     async_copy.async_copy_global_to_shared(smem, ptr + block.to(gl.int64) * (64 * GROUPS) + at)
 
 
@@ -154,7 +149,7 @@ def stream_words(
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     C: gl.constexpr = _pieces_at_once(groups * U, 4 * BM)
     x_smem = gl.allocate_shared_memory(gl.bfloat16, [groups * U // C, C * 4 * BM, 64], swizzled)
-    s_smem = gl.allocate_shared_memory(gl.float32, [HALVES * _power(groups) * 64], flat)
+    s_smem = gl.allocate_shared_memory(gl.float32, [HALVES * triton.next_power_of_2(groups) * 64], flat)
     block = gl.program_id(0)
     token = gl.program_id(1) * BM
     x_ptr += token.to(gl.int64) * K
@@ -182,7 +177,7 @@ def stream_words(
     up = gl.zeros([64, 4 * BM], gl.float32, mma)
     none = gl.zeros([64, 4 * BM], gl.float32, mma)
     words = w_smem._reinterpret(gl.int32, [STAGES * HALVES, 4, U * 128], plain)
-    up_first: gl.constexpr = _power(groups)
+    up_first: gl.constexpr = triton.next_power_of_2(groups)
     scales = s_smem._reinterpret(gl.float32, [HALVES * up_first, 64], flat)
     for g in range(groups):
         async_copy.wait_group(STAGES - 2)
