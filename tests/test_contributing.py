@@ -1,6 +1,9 @@
-"""CONTRIBUTING.md's walk through a model family is true to the code: its files exist, and its lines stand in them."""
+"""CONTRIBUTING.md's walk through a model family is true to the code: its files exist, and its lines stand in them. And
+`make test` runs all tests that there are.
+"""
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -26,3 +29,11 @@ def test_its_files_exist():
     missing = [n for n in names if n not in theirs and not any(f"/{file}".endswith(f"/{n}") for file in files)]
     assert names
     assert missing == []
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig):
+    """pytest leaves out some names of folders, `build` among them unless told otherwise."""
+    left_out = pytestconfig.getini("norecursedirs")
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    assert ROOT / "tests" / "build" in folders
+    assert [f for f in folders if any(fnmatch(part, p) for part in f.relative_to(ROOT).parts for p in left_out)] == []
