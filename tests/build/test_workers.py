@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -58,11 +59,12 @@ def test_progress_is_one(checkpoint, tmp_path, workers):
 class Reads:
     """Stands in for `read_weight`. In rank 1's first `fails` is called; `later` counts the others from then on.
 
-    With `together`, ranks that run beside rank 1 wait for that.
+    With `together`, ranks that run beside rank 1 wait for that. Each read takes `seconds`.
     """
 
-    def __init__(self, monkeypatch, fails, *, together=True):
+    def __init__(self, monkeypatch, fails, *, together=True, seconds=0.05):
         self.fails, self.together, self.failed, self.later = fails, together, threading.Event(), 0
+        self.seconds = seconds
         self.real = write_ranks.read_weight
         monkeypatch.setattr(write_ranks, "read_weight", self)
 
@@ -73,7 +75,7 @@ class Reads:
         if self.together:
             self.failed.wait(10)
         self.later += self.failed.is_set()
-        time.sleep(0.05)
+        time.sleep(self.seconds)
         return self.real(source, info)
 
 
@@ -104,12 +106,41 @@ def test_the_first_ranks_error_is_raised(checkpoint, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_ends_them_all(checkpoint, tmp_path, monkeypatch):
-    reads = Reads(monkeypatch, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))
+    interrupt = partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGINT)
+    reads = Reads(monkeypatch, interrupt, seconds=0.2)  # the main thread may be slow to notice
     with pytest.raises(KeyboardInterrupt):
         build(checkpoint, tmp_path / "engine", BuildOptions(kernels="torch", workers=4))
     assert list(tmp_path.iterdir()) == []
-    assert reads.later <= 8
+    lowered = plan_build(checkpoint, BuildOptions(kernels="torch")).lowered
+    assert reads.later < sum(len(rank.packings) for rank in lowered) / 2
     assert not [t for t in threading.enumerate() if t.name.startswith("trtllm-build")]
+
+
+def test_an_interrupt_while_threads_start_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    """`Thread.start` waits for its thread: interrupted there, the pool does not know of one that runs."""
+    start, started, reads = threading.Thread.start, [], []
+
+    def interrupted(thread):
+        start(thread)
+        started.append(thread)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+
+    def read(source, info):
+        reads.append(info)
+        time.sleep(0.05)
+        return read_weight(source, info)
+
+    read_weight = write_ranks.read_weight
+    monkeypatch.setattr(write_ranks, "read_weight", read)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(checkpoint, tmp_path / "engine", BuildOptions(kernels="torch", workers=4))
+    for thread in started:
+        thread.join(10)
+    assert len(started) == 2
+    assert reads == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("workers", [0, -2])

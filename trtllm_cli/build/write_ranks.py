@@ -55,9 +55,11 @@ def write_ranks(
             for rank, graph, lowered in ranks:
                 path = directory / f"rank{rank.rank}.engine"
                 futures.append(pool.submit(_write_rank, checkpoint, rank, graph, lowered, path, hashers, shared))
+            shared.begun.set()
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             shared.halted.set()
+            shared.begun.set()
             pool.shutdown(wait=True, cancel_futures=True)
     errors = [e for future in futures if not future.cancelled() and (e := future.exception()) is not None]
     for error in errors:
@@ -77,6 +79,8 @@ class _Shared:
         self._progress, self._total, self._done = progress, total, 0
         self._lock = threading.Lock()
         self.halted = threading.Event()
+        # An interrupt while the pool starts a thread leaves one that it does not wait for: none writes before.
+        self.begun = threading.Event()
 
     def add(self, nbytes: int) -> None:
         """Another `nbytes` are written."""
@@ -90,6 +94,9 @@ def _write_rank(
     checkpoint: Checkpoint, rank: Rank, graph: Graph, lowered: Lowered, path: Path, hashers: int, shared: _Shared
 ) -> RankFile:
     """A rank's file, in a thread of its own; its digest in `hashers` more."""
+    shared.begun.wait()
+    if shared.halted.is_set():
+        raise _HaltedError
     try:
         _pack(checkpoint, rank, graph, lowered, path, shared)
         return _rank_file(path, hashers, shared)

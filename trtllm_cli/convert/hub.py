@@ -278,8 +278,10 @@ class _Downloader:
                 return transfer.run()
 
         with concurrent.futures.ThreadPoolExecutor(self.options.workers, "download") as pool:
-            futures = {pool.submit(fetch, f): f for f in sorted(wanted, key=lambda f: -f.size)}
+            futures: dict[concurrent.futures.Future[FileEntry], RemoteFile] = {}
             try:
+                for file in sorted(wanted, key=lambda f: -f.size):
+                    futures[pool.submit(fetch, file)] = file
                 for future in concurrent.futures.as_completed(futures):
                     future.result()
             finally:

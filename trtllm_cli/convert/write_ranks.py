@@ -100,18 +100,18 @@ def _run(
     """
     halt = _Halt()
     with ThreadPoolExecutor(workers, thread_name_prefix="trtllm-convert") as pool:
-        futures: dict[Future[None], int] = {
-            pool.submit(run_job, job, reader, decided.config, decided.quantized, writers, partial(halt.stops, i)): i
-            for i, job in enumerate(jobs)
-        }
+        futures: dict[Future[None], int] = {}
         try:
+            for i, job in enumerate(jobs):
+                stops = partial(halt.stops, i)
+                futures[pool.submit(run_job, job, reader, decided.config, decided.quantized, writers, stops)] = i
             for future in as_completed(futures):
                 if future.exception() is not None:
                     halt.first = min(halt.first, futures[future])
                 elif halt.first == math.inf:
                     yield jobs[futures[future]]
         finally:
-            halt.first = halt.first if all(future.done() for future in futures) else -1
+            halt.first = -1
             pool.shutdown(wait=True, cancel_futures=True)
     for future in futures:
         if (error := future.exception()) is not None:
