@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import tests.triton_interpreter  # noqa: F401 - mends the interpreter
+from tests import gluon_interpreter
 from tests.thread_ranks import ThreadRank
 from trtllm_cli.kernels.cuda.compiler import PACKAGE
 from trtllm_cli.kernels.cuda.kernel import CompiledKernel, KernelSource
@@ -170,7 +170,7 @@ class _Launch:
         self.device, self.kernel, self.grid, self.values = device, kernel, list(grid), list(values)
         source = kernel["source"]
         self.function = _function(source["module"], source["function"])
-        self.constants = dict(source["constants"]) | {"PDL": False}
+        self.num_warps, self.constants = source["num_warps"], dict(source["constants"]) | {"PDL": False}
         self.types = dict(source["args"])
 
     def resize(self, grid, values):
@@ -198,7 +198,7 @@ class _Launch:
     def _run(self, grid, args, constants):
         # Rows that are padding hold anything, and a device computes them without a word.
         with self.device.one_at_a_time, np.errstate(over="ignore", invalid="ignore"):
-            self.function[tuple(grid)](*args, **constants)
+            gluon_interpreter.launch(self.function, tuple(grid), *args, num_warps=self.num_warps, **constants)
 
 
 def source_of(kernel: dict[str, Any]) -> KernelSource:

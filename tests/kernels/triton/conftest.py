@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-import tests.triton_interpreter  # noqa: F401 - mends it
+from tests import gluon_interpreter
 from trtllm_cli.kernels.cuda.compiler import PACKAGE, compile_kernels
 from trtllm_cli.kernels.cuda.kernel import CompiledKernel, KernelSource
 
@@ -33,7 +33,7 @@ class Interpreter:
 
     def __call__(self, kernel: Any, grid: tuple, *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any):
         constants = {"PDL": False, **constants} if "PDL" in kernel.arg_names else constants
-        kernel[grid](*args, **constants)
+        gluon_interpreter.launch(kernel, grid, *args, num_warps=num_warps, **constants)
 
 
 class Gpu:

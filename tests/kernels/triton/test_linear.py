@@ -4,7 +4,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.triton.conftest import Gpu
 from trtllm_cli.build.backends import cuda_linears
 from trtllm_cli.build.backends.cuda_linears import LinearShape, Tactic
 from trtllm_cli.kernels import reference
@@ -104,60 +103,56 @@ def test_plain_forms(launch, kernel, form, gated, has_bias):
     assert error(y, ref) < 6e-3
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU; Gluon has no interpreter")
 @pytest.mark.parametrize(
     "tiles",
     [(1, 8, 2, 4), (1, 8, 4, 8), (2, 4, 3, 4), (8, 2, 4, 4), (8, 1, 2, 4), (16, 4, 2, 4), (32, 1, 3, 8)],
 )
 @pytest.mark.parametrize("form", ["bf16", "fp8"])
 @pytest.mark.parametrize(("gated", "has_bias"), [("", False), ("", True), ("silu", True)])
-def test_stream(tiles, form, gated, has_bias):
-    """Against vector_linear's and skinny_linear's sums, whose slow twin torch is above."""
+def test_stream(launch, tiles, form, gated, has_bias):
     torch.manual_seed(7)
-    launch, n, k = Gpu(), 512, 5120
+    _, parts, _, warps = tiles
+    d, n, k = launch.device, 512 if launch.device == "cuda" else 32 * warps // parts, 5120
+    scale, kind = ("row", torch.float8_e4m3fn) if form == "fp8" else ("none", torch.bfloat16)
     shape = LinearShape(
-        form, n, k, w_scale="row" if form == "fp8" else "none", x_scale="row" if form == "fp8" else "none",
-        has_bias=has_bias, gated=gated, x_type="*fp8e4nv" if form == "fp8" else "*bf16",
+        form, n, k, w_scale=scale, x_scale=scale, has_bias=has_bias, gated=gated,
+        x_type="*fp8e4nv" if form == "fp8" else "*bf16",
     )  # fmt: skip
     way = cuda_linears.launch_of(shape, Tactic("stream", tiles))
-    kind = torch.float8_e4m3fn if form == "fp8" else torch.bfloat16
-    for m in (1, tiles[0], tiles[0] + 1):
-        x, w = torch.randn(m, k, device="cuda").to(kind), torch.randn(n, k, device="cuda").to(kind)
-        scales = torch.rand(n, device="cuda") + 0.5, torch.rand(m, device="cuda") + 0.5
-        outputs = n // 2 if gated else n
-        roles = {
-            "x": x, "w": w, "w_scale": scales[0], "x_scale": scales[1], "bias": torch.randn(n, device="cuda").bfloat16()
-        }  # fmt: skip
-        found, twin = (torch.full((m, outputs), torch.nan, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        run(launch, way, m, y=found, **roles)
-        run(launch, cuda_linears.skinny(shape, 16, 32, 64, 1, 3, 4), m, y=twin, **roles)
-        assert error(found, twin.float()) < 6e-3
+    for m in (1, tiles[0] + 1):
+        x, w = torch.randn(m, k, device=d).to(kind), torch.randn(n, k, device=d).to(kind)
+        w_scale, x_scale = torch.rand(n, device=d) + 0.5, torch.rand(m, device=d) + 0.5
+        bias = torch.randn(n, device=d).bfloat16()
+        ref = x.float() @ w.float().T
+        if form == "fp8":
+            ref = ref * w_scale * x_scale[:, None]
+        check_stream(launch, way, ref, has_bias, gated, x=x, w=w, w_scale=w_scale, x_scale=x_scale, bias=bias)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU; Gluon has no interpreter")
 @pytest.mark.parametrize("tiles", [(2, 2), (2, 3), (2, 8), (4, 4), (8, 2)])
-@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize(("group", "k"), [(64, 2560), (128, 5120), (64, 4096)])
 @pytest.mark.parametrize(("gated", "has_bias"), [("", False), ("", True), ("silu", True)])
-def test_stream_words(tiles, group, gated, has_bias):
-    """Against torch, and fragment_linear, its slow twin."""
+def test_stream_words(launch, tiles, group, k, gated, has_bias):
     torch.manual_seed(8)
-    launch, n, k = Gpu(), 512, 5120
+    d, n = launch.device, 512 if launch.device == "cuda" else 32
     shape, packed, plain = weight_only("int4", n, k, group, False)
-    shape = replace(shape, has_bias=has_bias, gated=gated)
-    way = cuda_linears.launch_of(shape, Tactic("words", tiles))
-    for m in (1, tiles[0], tiles[0] + 1):
-        x, bias = torch.randn(m, k, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
-        roles = {"x": x, "bias": bias, **{role: tensor.cuda() for role, tensor in packed.items()}}
-        ref = x.float() @ plain.cuda().T + (bias.float() if has_bias else 0)
-        if gated:
-            ref = reference.activate(ref[:, : n // 2], gated) * ref[:, n // 2 :]
-        found, twin = (torch.full(ref.shape, torch.nan, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        run(launch, way, m, y=found, **roles)
-        run(launch, cuda_linears.fragment(shape, 8, 1, 1, 2, 1, 4), m, y=twin, **roles)
-        assert error(found, ref) < 6e-3
-        assert error(found, twin.float()) < 6e-3
+    way = cuda_linears.launch_of(replace(shape, has_bias=has_bias, gated=gated), Tactic("words", tiles))
+    for m in (1, tiles[0] + 1):
+        x, bias = torch.randn(m, k, device=d).bfloat16(), torch.randn(n, device=d).bfloat16()
+        weights = {role: tensor.to(d) for role, tensor in packed.items()}
+        check_stream(launch, way, x.float() @ plain.to(d).T, has_bias, gated, x=x, bias=bias, **weights)
+
+
+def check_stream(launch, way, ref, has_bias, gated, **roles):
+    """Against torch's product, as the slow twins in linear.py are."""
+    if has_bias:
+        ref = ref + roles["bias"].float()
+    if gated:
+        half = ref.shape[1] // 2
+        ref = reference.activate(ref[:, :half], gated) * ref[:, half:]
+    y = torch.full(ref.shape, torch.nan, dtype=torch.bfloat16, device=launch.device)
+    run(launch, way, len(y), y=y, **roles)
+    assert error(y, ref) < 6e-3
 
 
 @pytest.mark.parametrize("split", [1, 2])

@@ -1,0 +1,294 @@
+"""An interpreter of the project's Gluon kernels, on Triton's: their source, with a `gl` of Triton's language.
+
+Layouts say which thread has what, which changes no result: they are ignored, but for where shared memory puts things.
+What threads must wait for is checked: asynchronous copies land when they are waited for and not before, as do products;
+memory that others wrote is read behind a barrier, by tensor cores behind a fence as well; and nothing is overwritten
+that was read since the last barrier, or that a product under way reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+import tests.triton_interpreter as mended
+from trtllm_cli.kernels.cuda.compiler import PACKAGE
+
+_GLUON = "triton.experimental.gluon"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
+    """Runs a kernel, of Gluon's or Triton's, in the interpreter."""
+    if type(kernel).__name__ == "GluonJITFunction":
+        kernel = getattr(_interpreted(kernel.fn.__module__), kernel.fn.__name__)
+    _program.__init__(num_warps)  # type: ignore[misc]
+    kernel[grid](*args, **constants)
+    assert not _program.products, "a product was never waited for"
+
+
+@functools.cache
+def _interpreted(name: str) -> ModuleType:
+    """A module of kernels in Gluon, for the interpreter."""
+    source = importlib.util.find_spec(name)
+    assert source is not None
+    assert source.origin is not None
+    return load(name, Path(source.origin))
+
+
+def load(name: str, path: Path) -> ModuleType:
+    """A module of kernels in Gluon as `path` has it."""
+    needed = {other: _interpreted(other) for other in _USES.get(name, ())}
+    spec = importlib.util.spec_from_file_location(f"interpreted.{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    module.tl = tl  # where the interpreter looks for what it is to patch
+    with mock.patch.dict(sys.modules, {**_LANGUAGE, **needed, spec.name: module}):
+        spec.loader.exec_module(module)
+    return module
+
+
+_USES = {f"{PACKAGE}.stream_words": (f"{PACKAGE}.stream_linear",)}  # of those in Gluon
+
+
+@dataclass
+class _Program:
+    """What is under way in the program that runs."""
+
+    num_warps: int = 0
+    index: Any = None
+    asked: list[_Copy] = field(default_factory=list)  # copies, not in a group yet
+    groups: list[list[_Copy]] = field(default_factory=list)
+    products: list[tuple[Callable[[], None], list[_Memory]]] = field(default_factory=list)
+    buffers: list[_Buffer] = field(default_factory=list)
+
+
+_program = _Program()
+
+
+@dataclass
+class _Copy:
+    memory: _Memory
+    values: np.ndarray
+
+
+class _Buffer:
+    """Shared memory, an element of it at a time."""
+
+    def __init__(self, size: int, dtype: Any) -> None:
+        self.values = np.zeros(size, interpreter._get_np_dtype(dtype))
+        self.there = np.zeros(size, bool)
+        self.behind_barrier = np.zeros(size, bool)
+        self.behind_fence = np.zeros(size, bool)
+        self.read = np.zeros(size, bool)  # since the last barrier
+
+
+class _Memory:
+    """A view of shared memory: where each of its elements lies."""
+
+    def __init__(self, buffer: _Buffer, dtype: Any, places: np.ndarray) -> None:
+        self.buffer, self.dtype, self.places = buffer, dtype, places
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.places.shape)
+
+    def index(self, i: Any) -> _Memory:
+        i = int(i)
+        assert 0 <= i < len(self.places), f"slot {i} of {len(self.places)}"
+        return _Memory(self.buffer, self.dtype, self.places[i])
+
+    def permute(self, order: Any) -> _Memory:
+        return _Memory(self.buffer, self.dtype, self.places.transpose([int(i) for i in order]))
+
+    def _reinterpret(self, dtype: Any, shape: Any, layout: Any) -> _Memory:
+        assert dtype == self.dtype
+        assert self.places.size == len(self.buffer.values), "only memory as a whole is seen as another shape"
+        return _Memory(self.buffer, dtype, _places(shape, layout))
+
+    def load(self, layout: Any = None) -> tl.tensor:
+        assert self.buffer.there[self.places].all(), "what is read has not landed"
+        assert self.buffer.behind_barrier[self.places].all(), "no barrier between a write and a read"
+        self.buffer.read[self.places] = True
+        return _tensor(self.buffer.values[self.places], self.dtype)
+
+    def store(self, value: tl.tensor) -> None:
+        assert value.dtype == self.dtype
+        self.overwrite()
+        self.land(value.handle.data)
+
+    def for_tensor_cores(self) -> TensorHandle:
+        """The operand, which was to be behind a fence; until the product is waited for it is being read."""
+        operand = self.load().handle
+        assert self.buffer.behind_fence[self.places].all(), "no fence between a write and a product"
+        return operand
+
+    def overwrite(self) -> None:
+        assert not self.buffer.read[self.places].any(), "no barrier between a read and a write"
+        for _, operands in _program.products:
+            for operand in operands:
+                shared = operand.buffer is self.buffer and np.isin(operand.places, self.places).any()
+                assert not shared, "a product under way reads what is overwritten"
+        for state in (self.buffer.there, self.buffer.behind_barrier, self.buffer.behind_fence):
+            state[self.places] = False
+
+    def land(self, values: np.ndarray) -> None:
+        self.buffer.values[self.places] = values
+        self.buffer.there[self.places] = True
+
+
+def _tensor(values: np.ndarray, dtype: Any) -> tl.tensor:
+    return tl.tensor(TensorHandle(values, dtype), tl.block_type(dtype, list(values.shape)))
+
+
+def _allocate(dtype: Any, shape: Any, layout: Any) -> _Memory:
+    index = interpreter.interpreter_builder.grid_idx
+    if _program.index is not index:  # another program
+        assert not _program.products, "a product was never waited for"
+        _program.__init__(_program.num_warps, index)  # type: ignore[misc]
+    places = _places(shape, layout)
+    _program.buffers.append(_Buffer(places.size, dtype))
+    return _Memory(_program.buffers[-1], dtype, places)
+
+
+def _places(shape: Any, layout: Any) -> np.ndarray:
+    """Where each element lies; swizzled rows of 128 bytes lie below each other, panel by panel."""
+    shape = [int(n) for n in shape]
+    if layout.panel is None:
+        return np.arange(np.prod(shape)).reshape(shape)
+    *leading, rows, columns = shape
+    assert rows % 8 == 0
+    assert columns % layout.panel == 0
+    places = np.arange(np.prod(shape)).reshape([*leading, columns // layout.panel, rows, layout.panel])
+    return np.moveaxis(places, -3, -2).reshape(shape)
+
+
+def _copy(memory: _Memory, pointer: tl.tensor) -> None:
+    assert list(pointer.shape) == memory.shape, f"{pointer.shape} copied to {memory.shape}"
+    memory.overwrite()
+    _program.asked.append(_Copy(memory, tl.load(pointer).handle.data))
+
+
+def _commit_group() -> None:
+    _program.groups.append(_program.asked)
+    _program.asked = []
+
+
+def _wait_group(most: Any) -> None:
+    while len(_program.groups) > int(most):
+        for copy in _program.groups.pop(0):
+            copy.memory.land(copy.values)
+
+
+def _barrier() -> None:
+    for buffer in _program.buffers:
+        buffer.behind_barrier |= buffer.there
+        buffer.read[:] = False
+
+
+def _fence() -> None:
+    for buffer in _program.buffers:
+        buffer.behind_fence |= buffer.there
+
+
+def _mma(a: Any, b: Any, acc: tl.tensor, *, use_acc: bool = True, is_async: bool = False) -> tl.tensor:
+    """a [m, k] times b [k, n], which is shared memory; NaN until it is waited for."""
+    operands = [x for x in (a, b) if isinstance(x, _Memory)]
+    left, right = (x.for_tensor_cores() if isinstance(x, _Memory) else x.handle for x in (a, b))
+    found = np.full((left.data.shape[0], right.data.shape[1]), np.nan, np.float32)
+
+    def multiply() -> None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            product = mended._widened(left).astype(np.float32) @ mended._widened(right)
+        found[:] = product + acc.handle.data if use_acc else product
+
+    _program.products.append((multiply, operands))
+    if not is_async:
+        _mma_wait(0, [])
+    return _tensor(found, tl.float32)
+
+
+def _mma_wait(most: Any, values: Any) -> Any:
+    while len(_program.products) > int(most):
+        _program.products.pop(0)[0]()
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _assembly(text: str, constraints: str, args: Any, *, dtype: Any, is_pure: bool, pack: int) -> tl.tensor:
+    """PTX of shifts and of (a & b) | c, on words whose `pack` copies lie side by side: a word's numbers, as float32.
+
+    float32, as the interpreter cannot compute with bfloat16; they are numbers of bfloat16.
+    """
+    (words,) = args
+    lanes = words.handle.data.view(np.uint32).reshape(-1, pack)
+    assert (lanes == lanes[:, :1]).all(), "an operand that is not a word beside itself"
+    count = constraints.count("=")
+    values = {f"${count + i}": lanes[:, i] for i in range(pack)}
+    for op, operands in re.findall(r"^ *([a-z][\w.]*) ([^;]+);", text, re.MULTILINE):
+        to, *sources = operands.split(", ")
+        given = [values[s] if s in values else np.uint32(int(s, 0)) for s in sources]
+        if op == "shr.u32":
+            values[to] = given[0] >> given[1]
+        else:
+            assert op == "lop3.b32"
+            assert given[3] == 0xEA
+            values[to] = given[0] & given[1] | given[2]
+    pairs = np.stack([values[f"${i}"] for i in range(count)], 1)
+    assert dtype == tl.bfloat16
+    numbers = pairs.astype(np.uint32).view(np.uint16).astype(np.uint32) << 16
+    return _tensor(numbers.view(np.float32).reshape(words.shape), tl.float32)
+
+
+def _jit(fn: Callable[..., Any]) -> Any:
+    function = triton.jit(fn)
+    rewritten = function.rewrite()
+    rewritten.__annotations__ = {name: kind.replace("gl.", "tl.") for name, kind in rewritten.__annotations__.items()}
+    return function
+
+
+def _layout(*args: Any, **_: Any) -> SimpleNamespace:
+    return SimpleNamespace(panel=None)
+
+
+def _modules() -> dict[str, ModuleType]:
+    """What the kernels import, by name."""
+    names = ["", ".language", ".language.nvidia", ".language.nvidia.hopper"]
+    modules = {f"{_GLUON}{name}": ModuleType(f"{_GLUON}{name}") for name in names}
+    modules["triton.experimental"] = ModuleType("triton.experimental")
+    gluon, gl, _, hopper, experimental = modules.values()
+    experimental.gluon = gluon
+    gluon.jit, gluon.constexpr_function, gluon.language = _jit, triton.constexpr_function, gl
+    gl.__getattr__ = functools.partial(getattr, tl)  # when it is called, for the interpreter patches tl
+    for name in ("BlockedLayout", "SliceLayout", "DotOperandLayout", "DistributedLinearLayout",
+                 "NVMMADistributedLayout", "SwizzledSharedLayout"):  # fmt: skip
+        setattr(gl, name, _layout)
+    gl.NVMMASharedLayout = lambda swizzle, bits, rank: SimpleNamespace(panel=swizzle * 8 // bits)
+    gl.arange = lambda start, end, layout=None: tl.arange(start, end)
+    gl.zeros = lambda shape, dtype, layout=None: tl.zeros(shape, dtype)
+    gl.full = lambda shape, value, dtype, layout=None: tl.full(shape, value, tl.float32).to(dtype)
+    gl.convert_layout = lambda x, layout, assert_trivial=False: x
+    gl.num_warps = lambda: _program.num_warps
+    gl.allocate_shared_memory, gl.thread_barrier, gl.inline_asm_elementwise = _allocate, _barrier, _assembly
+    hopper.async_copy = SimpleNamespace(
+        async_copy_global_to_shared=_copy, commit_group=_commit_group, wait_group=_wait_group
+    )
+    hopper.fence_async_shared, hopper.warpgroup_mma, hopper.warpgroup_mma_wait = _fence, _mma, _mma_wait
+    return modules
+
+
+_LANGUAGE = _modules()
+tl.block_type.layout = None

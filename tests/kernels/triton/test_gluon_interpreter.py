@@ -1,0 +1,46 @@
+"""What the interpreter of Gluon kernels sees: each thing that a kernel must wait for, left out of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from triton.runtime.errors import InterpreterError
+
+from tests import gluon_interpreter
+from trtllm_cli.kernels.triton import stream_linear
+
+CHANGES = [
+    ("gl.thread_barrier()", "pass", "no barrier between a write and a read"),
+    ("        fence_async_shared()", "        pass", "no fence between a write and a product"),
+    ("async_copy.wait_group(STAGES - 2)", "async_copy.wait_group(STAGES - 1)", "what is read has not landed"),
+    ("async_copy.wait_group(0)", "pass", "what is read has not landed"),
+    ("acc = warpgroup_mma_wait(0, [acc])", "pass", "a product under way reads what is overwritten"),
+    ("(i - 1) % STAGES, PART, outputs", "i % STAGES, PART, outputs", "what is read has not landed"),
+]
+
+
+def compute(module):
+    m, n, k, warps, stages = 1, 32, 512, 4, 3
+    x, w = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
+    y = torch.full((m, n), torch.nan, dtype=torch.bfloat16)
+    none = torch.zeros(1)
+    gluon_interpreter.launch(
+        module.stream_linear, (n * 2 // (16 * warps), 1), x, w, none, none, none, none, y, m, num_warps=warps,
+        N=n, K=k, BM=4, PARTS=2, STAGES=stages, W_SCALE="none", X_SCALE="none", HAS_BIAS=False, GATED="", PDL=False,
+    )  # fmt: skip
+    return y, x.float() @ w.float().T
+
+
+@pytest.mark.parametrize(("line", "instead", "says"), CHANGES)
+def test_what_is_not_waited_for_is_seen(tmp_path, line, instead, says):
+    source = Path(stream_linear.__file__).read_text()
+    assert source.count(line) == 1
+    changed = tmp_path / "kernel.py"
+    changed.write_text(source.replace(line, instead))
+    with pytest.raises(InterpreterError, match=says):
+        compute(gluon_interpreter.load(stream_linear.__name__, changed))
+
+
+def test_what_is_waited_for_is_computed():
+    y, ref = compute(gluon_interpreter.load(stream_linear.__name__, Path(stream_linear.__file__)))
+    assert (y.float() - ref).norm() < 6e-3 * ref.norm()
