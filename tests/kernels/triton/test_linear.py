@@ -129,8 +129,11 @@ def test_stream(launch, tiles, form, gated, has_bias):
         check_stream(launch, way, ref, has_bias, gated, x=x, w=w, w_scale=w_scale, x_scale=x_scale, bias=bias)
 
 
-@pytest.mark.parametrize("tiles", [(2, 2), (2, 3), (2, 8), (4, 4), (8, 2)])
-@pytest.mark.parametrize(("group", "k"), [(64, 2560), (128, 5120), (64, 4096)])
+@pytest.mark.parametrize(
+    "tiles",
+    [(2, 2, 1, 4), (2, 3, 1, 4), (2, 8, 1, 4), (4, 4, 1, 4), (8, 2, 1, 4), (2, 4, 2, 4), (1, 2, 2, 8), (1, 3, 1, 8)],
+)
+@pytest.mark.parametrize(("group", "k"), [(64, 3072), (128, 6144), (64, 4096)])
 @pytest.mark.parametrize(("gated", "has_bias"), [("", False), ("", True), ("silu", True)])
 def test_stream_words(launch, tiles, group, k, gated, has_bias):
     torch.manual_seed(8)

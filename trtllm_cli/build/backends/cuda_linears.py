@@ -128,18 +128,18 @@ _SHIPPED: dict[str, dict[tuple[int, int, bool], list[tuple[int, str, tuple[int, 
     },
     "int4": {
         (6144, 4096, False): [
-            (2, "words", (2, 8)), (8, "fragment", (8, 1, 2, 2, 1, 8)), (32, "fragment", (16, 1, 2, 4, 1, 4)),
+            (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 2, 1, 8)), (32, "fragment", (16, 1, 2, 4, 1, 4)),
         ],
         (4096, 4096, False): [
-            (2, "words", (2, 8)), (8, "fragment", (8, 1, 2, 4, 1, 8)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
+            (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 4, 1, 8)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
             (32, "fragment", (32, 1, 1, 4, 1, 8)),
         ],
         (14336, 4096, True): [
-            (2, "words", (2, 4)), (8, "fragment", (8, 1, 2, 2, 1, 2)), (16, "fragment", (16, 1, 1, 2, 1, 4)),
+            (2, "words", (2, 4, 1, 4)), (8, "fragment", (8, 1, 2, 2, 1, 2)), (16, "fragment", (16, 1, 1, 2, 1, 4)),
             (64, "fragment", (32, 2, 1, 1, 1, 4)),
         ],
         (4096, 14336, False): [
-            (2, "words", (2, 8)), (8, "fragment", (8, 1, 2, 4, 1, 8)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
+            (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 4, 1, 8)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
             (64, "fragment", (32, 2, 1, 2, 1, 8)),
         ],
     },
@@ -194,10 +194,10 @@ def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
             return None
         return Tactic("stream", (bm, parts, min(stages, _pieces(shape) // parts), warps))
     if tactic.kernel == "words":
-        bm, stages = tactic.tiles
-        if not _words_fit(shape, bm, stages):
-            return None
-        return Tactic("words", (bm, min(stages, shape.k // (4 * shape.group))))
+        bm, stages, groups, warps = tactic.tiles
+        rounds = _word_groups(shape, warps) // groups
+        tiles = (bm, min(stages, rounds), groups, warps)
+        return Tactic("words", tiles) if _words_fit(shape, *tiles) else None
     if tactic.kernel == "vector":
         bm, bn, bk, *rest = tactic.tiles
         while shape.k % bk and bk > 64:
@@ -328,15 +328,21 @@ def _streams(shape: LinearShape, parts: int, warps: int) -> bool:
     return pieces >= 2 * parts and pieces % parts == 0 and _has_programs(shape, 16 * warps // parts)
 
 
-def _words_fit(shape: LinearShape, bm: int, stages: int) -> bool:
-    """Whether stream_words computes the shape, and all of x has room beside the weights."""
+def _word_groups(shape: LinearShape, warps: int) -> int:
+    """Groups of inputs that each warp has of int4 weights; 0 where stream_words does not take them."""
     if shape.form != "int4" or shape.has_zero or shape.group not in (64, 128) or shape.x_type != "*bf16":
-        return False
-    groups, halves = shape.k // (4 * shape.group), 2 if shape.gated else 1
-    scales = halves * 256 * (1 << max(groups - 1, 0).bit_length())
-    room = stages * halves * 32 * shape.group + scales + 2 * bm * shape.k
-    fits = room <= room_for_tiles(STREAMS) and shape.k % (4 * shape.group) == 0
-    return fits and groups > 1 and _has_programs(shape, 16)
+        return 0
+    groups, rest = divmod(shape.k, warps * shape.group)
+    return 0 if rest else groups
+
+
+def _words_fit(shape: LinearShape, bm: int, stages: int, groups: int, warps: int) -> bool:
+    """Whether stream_words computes the shape, and all of x has room beside the weights."""
+    of_warp, halves = _word_groups(shape, warps), 2 if shape.gated else 1
+    scales = halves * 64 * warps * (1 << max(of_warp - 1, 0).bit_length())
+    room = stages * groups * halves * 8 * warps * shape.group + scales + 2 * bm * shape.k
+    fits = room <= room_for_tiles(STREAMS) and of_warp % groups == 0
+    return fits and stages > 1 and _has_programs(shape, 16)
 
 
 def _has_programs(shape: LinearShape, outputs: int) -> bool:
@@ -403,13 +409,17 @@ def stream(shape: LinearShape, bm: int, parts: int, stages: int, warps: int) -> 
     return LinearLaunch(source, (_outputs(shape) * parts // (16 * warps), ("num_tokens", bm)), roles)
 
 
-def words(shape: LinearShape, bm: int, stages: int) -> LinearLaunch:
-    """Tiles [16 outputs, bm tokens], int4, `stages` groups of each quarter of a row under way to shared memory."""
+def words(shape: LinearShape, bm: int, stages: int, groups: int, warps: int) -> LinearLaunch:
+    """Tiles [16 outputs, bm tokens], int4, a part of the inputs a warp.
+
+    Of each part `stages` times so many `groups` are under way to shared memory.
+    """
     roles = ("x", "w", "w_scale", "bias", "out_scale", "y", "num_tokens")
     unused = ("W_SCALE", "X_SCALE")
     source = KernelSource.of(
-        "stream_words", "stream_words", _args(shape, roles), num_warps=4, num_stages=1, BM=bm, STAGES=stages,
-        GROUP=shape.group, **{name: value for name, value in _common(shape).items() if name not in unused},
+        "stream_words", "stream_words", _args(shape, roles), num_warps=warps, num_stages=1, BM=bm, STAGES=stages,
+        ROUND=groups, GROUP=shape.group,
+        **{name: value for name, value in _common(shape).items() if name not in unused},
     )  # fmt: skip
     return LinearLaunch(source, (_outputs(shape) // 16, ("num_tokens", bm)), roles)
 

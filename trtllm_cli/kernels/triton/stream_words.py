@@ -22,33 +22,38 @@ from trtllm_cli.kernels.triton.stream_linear import read_biases, read_in_one, st
 
 
 @gluon.constexpr_function
-def _as_words(parts, pieces):
+def _as_words(parts, pieces, warps):
     """The layout of [parts, words] in which a lane has the words that are its own of each piece, and copies them."""
-    registers = [[0, 1], [0, 2], *([0, 128 * i] for i in range(1, pieces)), *([i, 0] for i in range(4, parts, 4))]
+    of_pieces = [[0, 128 << i] for i in range(pieces.bit_length() - 1)]
+    registers = [[0, 1], [0, 2], *of_pieces, *([i, 0] for i in range(warps, parts, warps))]
     lanes = [[0, 4 << i] for i in range(5)]
-    return gl.DistributedLinearLayout(registers, lanes, [[1, 0], [2, 0]], [], [parts, 128 * pieces])
+    return gl.DistributedLinearLayout(
+        registers, lanes, [[1 << i, 0] for i in range(warps.bit_length() - 1)], [], [parts, 128 * pieces]
+    )
 
 
 @gluon.jit
 def _copy_words(w_smem, w_ptr, block, group, slot, blocks: gl.constexpr, K: gl.constexpr):
-    """Asks for a group's pieces of each part of a block; of gate's and up's where there are 8 parts."""
-    PARTS: gl.constexpr = w_smem.shape[1]
+    """Asks for a group's pieces of each part of a block; of gate's and up's where there are twice as many parts."""
+    PARTS: gl.constexpr = gl.num_warps()
     WORDS: gl.constexpr = w_smem.shape[2]
-    layout: gl.constexpr = _as_words(PARTS, WORDS // 128)
-    parts = gl.arange(0, PARTS, gl.SliceLayout(1, layout))
+    layout: gl.constexpr = _as_words(w_smem.shape[1], WORDS // 128, PARTS)
+    parts = gl.arange(0, w_smem.shape[1], gl.SliceLayout(1, layout))
     words = gl.arange(0, WORDS, gl.SliceLayout(0, layout))
-    at = parts // 4 * (blocks * 2 * K) + parts % 4 * (K // 2)
+    at = parts // PARTS * (blocks * 2 * K) + parts % PARTS * (2 * K // PARTS)
     w_ptr += block.to(gl.int64) * (2 * K) + group * WORDS
     async_copy.async_copy_global_to_shared(w_smem.index(slot), w_ptr + (at[:, None] + words[None, :]))
 
 
 @gluon.jit
 def _copy_scales(smem, ptr, block, blocks: gl.constexpr, GROUPS: gl.constexpr):
-    """Asks for scales of a block's parts: [power of two, 64] of each half; past GROUPS, the last again."""
-    e = gl.arange(0, smem.shape[0], gl.BlockedLayout([4], [32], [4], [0]))
-    group = e // 16 % 4 * GROUPS + gl.minimum(e // 64 % triton.next_power_of_2(GROUPS), GROUPS - 1)
-    at = e // (triton.next_power_of_2(GROUPS) * 64) * (blocks * 64 * GROUPS) + group * 16 + e % 16
-    async_copy.async_copy_global_to_shared(smem, ptr + block.to(gl.int64) * (64 * GROUPS) + at)
+    """Asks for scales of a block's parts: [power of two, ROWS] of each half; past GROUPS, the last again."""
+    PARTS: gl.constexpr = gl.num_warps()
+    ROWS: gl.constexpr = 16 * PARTS
+    e = gl.arange(0, smem.shape[0], gl.BlockedLayout([4], [32], [PARTS], [0]))
+    group = e // 16 % PARTS * GROUPS + gl.minimum(e // ROWS % triton.next_power_of_2(GROUPS), GROUPS - 1)
+    at = e // (triton.next_power_of_2(GROUPS) * ROWS) * (blocks * ROWS * GROUPS) + group * 16 + e % 16
+    async_copy.async_copy_global_to_shared(smem, ptr + block.to(gl.int64) * (ROWS * GROUPS) + at)
 
 
 @gluon.constexpr_function
@@ -59,21 +64,23 @@ def _pieces_at_once(pieces, rows):
 
 @gluon.jit
 def _inputs(x_ptr, num_tokens, piece, C: gl.constexpr, K: gl.constexpr, BM: gl.constexpr):
-    """x of C pieces, in the words' order, of each of the parts: [C * 4 * BM, 64]; past the last token copies of it."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    rows = gl.arange(0, C * 4 * BM, gl.SliceLayout(1, layout))
+    """x of C pieces, in the words' order, of each of the parts: [C * PARTS * BM, 64]; past the last token copies."""
+    PARTS: gl.constexpr = gl.num_warps()
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [PARTS, 1], [1, 0])
+    rows = gl.arange(0, C * PARTS * BM, gl.SliceLayout(1, layout))
     columns = gl.arange(0, 64, gl.SliceLayout(0, layout))
-    at = gl.minimum(rows % BM, num_tokens - 1) * K + rows // BM % 4 * (K // 4) + (piece + rows // (4 * BM)) * 64
+    of_part = rows // BM % PARTS * (K // PARTS) + (piece + rows // (PARTS * BM)) * 64
+    at = gl.minimum(rows % BM, num_tokens - 1) * K + of_part
     x = gl.load(x_ptr + (at[:, None] + columns[None, :]))
     # inputs as [h, j, b, k, m]
-    x = gl.permute(gl.reshape(x, [C * 4 * BM, 2, 4, 2, 2, 2]), [0, 1, 4, 3, 2, 5])
-    return gl.reshape(x, [C * 4 * BM, 64])
+    x = gl.permute(gl.reshape(x, [C * PARTS * BM, 2, 4, 2, 2, 2]), [0, 1, 4, 3, 2, 5])
+    return gl.reshape(x, [C * PARTS * BM, 64])
 
 
 @gluon.jit
 def _store_inputs(x_smem, x_ptr, num_tokens, K: gl.constexpr, BM: gl.constexpr):
-    """All of x to [chunks, pieces * 4 * BM, 64]; a few chunks are asked for before the first of them is stored."""
-    C: gl.constexpr = x_smem.shape[1] // (4 * BM)
+    """All of x to [chunks, pieces * PARTS * BM, 64]; a few chunks are asked for before the first one is stored."""
+    C: gl.constexpr = x_smem.shape[1] // (gl.num_warps() * BM)
     chunks: gl.constexpr = x_smem.shape[0]
     few: gl.constexpr = max(64 // (C * BM), 1)
     for first in gl.static_range(0, chunks, few):
@@ -86,80 +93,110 @@ def _store_inputs(x_smem, x_ptr, num_tokens, K: gl.constexpr, BM: gl.constexpr):
 
 @gluon.jit
 def _weights(words, GROUP: gl.constexpr, mma: gl.constexpr):
-    """bf16 of words as the operand [64, GROUP]; they are in the right registers, so nothing moves."""
+    """bf16 of words as the operand [ROWS, GROUP]; they are in the right registers, so nothing moves."""
+    PARTS: gl.constexpr = gl.num_warps()
     U: gl.constexpr = GROUP // 64
-    w = gl.reshape(words, [U * 512])
+    w = gl.reshape(words, [PARTS * U * 128])
     w = gl.join(w, w)
     w = gl.join(w, w)
     w = gl.join(w, w)
-    w = gl.reshape(w, [U * 4096])  # a word beside itself, for the same register holds all of it
+    w = gl.reshape(w, [PARTS * U * 1024])  # a word beside itself, for the same register holds all of it
     w = gl.inline_asm_elementwise(
         pairs_of_word("int4", False), "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [w], dtype=gl.bfloat16, is_pure=True, pack=8
     )
     # words as [parts, pieces, i, j, h, k], what they hold as [l, b, m]
-    w = gl.permute(gl.reshape(w, [4, U, 8, 4, 2, 2, 2, 2, 2]), [0, 6, 2, 1, 4, 5, 7, 3, 8])
-    w = gl.convert_layout(gl.reshape(w, [64, GROUP]), gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
-    return w - gl.full([64, GROUP], 136.0, gl.bfloat16, w.type.layout)
+    w = gl.permute(gl.reshape(w, [PARTS, U, 8, 4, 2, 2, 2, 2, 2]), [0, 6, 2, 1, 4, 5, 7, 3, 8])
+    w = gl.convert_layout(gl.reshape(w, [16 * PARTS, GROUP]), gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+    return w - gl.full([16 * PARTS, GROUP], 136.0, gl.bfloat16, w.type.layout)
 
 
 @gluon.jit
 def _product(words, scales, x, slot, group, none):
-    """A slot's weights with x [inputs, rows], which is not waited for, and what it is times."""
+    """A group's weights with x [inputs, rows], which is not waited for, and what it is times."""
     mma: gl.constexpr = none.type.layout
     scale = scales.index(group).load(gl.SliceLayout(1, mma))
-    w = words.index(slot).load(_as_words(4, x.shape[0] // 64))
+    w = words.index(slot).load(_as_words(gl.num_warps(), x.shape[0] // 64, gl.num_warps()))
     w = _weights(w, x.shape[0], mma)
     return warpgroup_mma(w, x, none, use_acc=False, is_async=True), scale[:, None]
 
 
 @gluon.jit
+def _products(words, scales, x_smem, slot, group, UP_FIRST: gl.constexpr, GATED: gl.constexpr, none):
+    """A group's products and what they are times: one, or gate's and up's."""
+    HALVES: gl.constexpr = 1 if GATED == "" else 2
+    x = x_smem.index(group).permute((1, 0))
+    part, scale = _product(words, scales, x, slot * HALVES, group, none)
+    if GATED != "":
+        up, up_scale = _product(words, scales, x, slot * HALVES + 1, UP_FIRST + group, none)
+        return (part, up), (scale, up_scale)
+    else:  # noqa: RET505 - for the compiler, which reads on behind a return
+        return (part,), (scale,)
+
+
+@gluon.jit
+def _added(sums, products, scales, UNDER_WAY: gl.constexpr):
+    """The sums with a group's products, when no more than those of UNDER_WAY later groups are left to wait for."""
+    if len(products) == 2:
+        part, up = warpgroup_mma_wait(2 * UNDER_WAY, products)
+        return sums[0] + part * scales[0], sums[1] + up * scales[1]
+    else:  # noqa: RET505
+        part = warpgroup_mma_wait(UNDER_WAY, products)
+        return (sums[0] + part * scales[0],)
+
+
+@gluon.jit
 def _of_parts(acc, BM: gl.constexpr, layout: gl.constexpr):
-    """[16, BM] of products [64, 4 * BM] of each part of the weights' inputs with each part of x."""
-    of_weights = gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout)) // 16
-    of_inputs = gl.arange(0, 4 * BM, gl.SliceLayout(0, acc.type.layout)) // BM
+    """[16, BM] of products [ROWS, PARTS * BM] of each part of the weights' inputs with each part of x."""
+    PARTS: gl.constexpr = gl.num_warps()
+    of_weights = gl.arange(0, 16 * PARTS, gl.SliceLayout(1, acc.type.layout)) // 16
+    of_inputs = gl.arange(0, PARTS * BM, gl.SliceLayout(0, acc.type.layout)) // BM
     acc = gl.where(of_weights[:, None] == of_inputs[None, :], acc, 0.0)
-    acc = gl.sum(gl.reshape(acc, [4, 16, 4, BM]), 2)
+    acc = gl.sum(gl.reshape(acc, [PARTS, 16, PARTS, BM]), 2)
     return gl.sum(gl.convert_layout(acc, layout), 0)
 
 
 @gluon.jit
 def stream_words(
     x_ptr, w_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, num_tokens,
-    N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, ROUND: gl.constexpr, GROUP: gl.constexpr,
     HAS_BIAS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid (outputs / 16, num_tokens / BM).
 
-    A program has a block of 16 outputs, whose pieces lie side by side in memory. A warp has a quarter of their inputs,
-    so that the tensor cores see 64 rows; of the product with the 4 parts of x those of the same inputs count. Words of
-    STAGES groups of each part are on their way. A weight is 8 below its nibble, times the scale of its GROUP, 64 or
-    128; K is a multiple of 4 * GROUP, and BM at least 2.
+    A program has a block of 16 outputs, whose pieces lie side by side in memory. Each of its warps, 4 or 8, has a part
+    of their inputs, so that the tensor cores see ROWS, 16 a warp; of the product with the parts of x those of the same
+    inputs count. Words of STAGES times ROUND groups of each part are on their way. A weight is 8 below its nibble,
+    times the scale of its GROUP, 64 or 128; K is a multiple of the parts of ROUND groups, and parts * BM of 8.
     """
     outputs: gl.constexpr = N if GATED == "" else N // 2
     HALVES: gl.constexpr = 1 if GATED == "" else 2
+    PARTS: gl.constexpr = gl.num_warps()
+    ROWS: gl.constexpr = 16 * PARTS
     U: gl.constexpr = GROUP // 64
-    groups: gl.constexpr = K // (4 * GROUP)  # of a part
-    gl.static_assert(GROUP == 64 or GROUP == 128)
-    gl.static_assert(groups * GROUP * 4 == K and outputs % 16 == 0 and BM > 1 and 1 < STAGES and STAGES <= groups)
+    groups: gl.constexpr = K // (PARTS * GROUP)  # of a part
+    rounds: gl.constexpr = groups // ROUND
+    gl.static_assert((GROUP == 64 or GROUP == 128) and outputs % 16 == 0 and PARTS * BM % 8 == 0)
+    gl.static_assert(rounds * ROUND * GROUP * PARTS == K and (1 < STAGES or rounds == 1) and STAGES <= rounds)
     if PDL:
         gdc_launch_dependents()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    w_smem = gl.allocate_shared_memory(gl.int32, [STAGES, HALVES * 4, U * 128], plain)
+    w_smem = gl.allocate_shared_memory(gl.int32, [STAGES * ROUND, HALVES * PARTS, U * 128], plain)
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    C: gl.constexpr = _pieces_at_once(groups * U, 4 * BM)
-    x_smem = gl.allocate_shared_memory(gl.bfloat16, [groups * U // C, C * 4 * BM, 64], swizzled)
-    s_smem = gl.allocate_shared_memory(gl.float32, [HALVES * triton.next_power_of_2(groups) * 64], flat)
+    C: gl.constexpr = _pieces_at_once(groups * U, PARTS * BM)
+    x_smem = gl.allocate_shared_memory(gl.bfloat16, [groups * U // C, C * PARTS * BM, 64], swizzled)
+    s_smem = gl.allocate_shared_memory(gl.float32, [HALVES * triton.next_power_of_2(groups) * ROWS], flat)
     block = gl.program_id(0)
     token = gl.program_id(1) * BM
     x_ptr += token.to(gl.int64) * K
     _copy_scales(s_smem, w_scale_ptr, block, outputs // 16, groups)
     for s in gl.static_range(STAGES):
-        _copy_words(w_smem, w_ptr, block, s, s, outputs // 16, K)
+        for u in gl.static_range(s * ROUND, (s + 1) * ROUND):
+            _copy_words(w_smem, w_ptr, block, u, u, outputs // 16, K)
         async_copy.commit_group()
 
     # What is no output of the kernel in front is read here too: after the products it would have to be waited for.
-    of_parts: gl.constexpr = gl.BlockedLayout([4, 1, 1], [1, 16, 2], [1, 1, 4], [1, 2, 0])  # a thread has all 4
+    of_parts: gl.constexpr = gl.BlockedLayout([PARTS, 1, 1], [1, 16, 2], [1, 1, PARTS], [1, 2, 0])  # a thread has all
     layout: gl.constexpr = gl.SliceLayout(0, of_parts)
     rows = block * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
     tokens = token + gl.arange(0, BM, gl.SliceLayout(0, layout))
@@ -170,33 +207,36 @@ def stream_words(
         gdc_wait()
     _store_inputs(x_smem, x_ptr, num_tokens - token, K, BM)
     fence_async_shared()
-    x_smem = x_smem._reinterpret(gl.bfloat16, [groups, 4 * BM, GROUP], swizzled)  # where a group's pieces lie as well
+    # where a group's pieces lie as well
+    x_smem = x_smem._reinterpret(gl.bfloat16, [groups, PARTS * BM, GROUP], swizzled)
 
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 4 * BM, 16])
-    acc = gl.zeros([64, 4 * BM], gl.float32, mma)
-    up = gl.zeros([64, 4 * BM], gl.float32, mma)
-    none = gl.zeros([64, 4 * BM], gl.float32, mma)
-    words = w_smem._reinterpret(gl.int32, [STAGES * HALVES, 4, U * 128], plain)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [PARTS, 1], [16, PARTS * BM, 16])
+    none = gl.zeros([ROWS, PARTS * BM], gl.float32, mma)
+    sums = (none,) if GATED == "" else (none, none)
+    words = w_smem._reinterpret(gl.int32, [STAGES * ROUND * HALVES, PARTS, U * 128], plain)
     up_first: gl.constexpr = triton.next_power_of_2(groups)
-    scales = s_smem._reinterpret(gl.float32, [HALVES * up_first, 64], flat)
-    for g in range(groups):
-        async_copy.wait_group(STAGES - 2)
-        gl.thread_barrier()  # also of the reads before, of the slot that is filled next
-        ahead = g - 1 + STAGES
-        if (g > 0) & (ahead < groups):
-            _copy_words(w_smem, w_ptr, block, ahead, (g - 1) % STAGES, outputs // 16, K)
+    scales = s_smem._reinterpret(gl.float32, [HALVES * up_first, ROWS], flat)
+    for r in range(rounds):
+        async_copy.wait_group(max(STAGES - 2, 0))
+        gl.thread_barrier()  # also of the reads before, of the slots that are filled next
+        if STAGES < rounds:  # else all is on its way
+            ahead = r - 1 + STAGES
+            if (r > 0) & (ahead < rounds):
+                for u in gl.static_range(ROUND):
+                    slot = (r - 1) % STAGES * ROUND + u
+                    _copy_words(w_smem, w_ptr, block, ahead * ROUND + u, slot, outputs // 16, K)
         async_copy.commit_group()
-        x = x_smem.index(g).permute((1, 0))
-        part, scale = _product(words, scales, x, g % STAGES * HALVES, g, none)
-        if GATED != "":
-            up_part, up_scale = _product(words, scales, x, g % STAGES * HALVES + 1, up_first + g, none)
-            part, up_part = warpgroup_mma_wait(0, [part, up_part])
-            up += up_part * up_scale
-        else:
-            part = warpgroup_mma_wait(0, [part])
-        acc += part * scale
+        first_slot = r % STAGES * ROUND
+        products, times = _products(words, scales, x_smem, first_slot, r * ROUND, up_first, GATED, none)
+        for u in gl.static_range(1, ROUND):
+            later, later_times = _products(
+                words, scales, x_smem, first_slot + u, r * ROUND + u, up_first, GATED, none
+            )  # fmt: skip
+            sums = _added(sums, products, times, 1)
+            products, times = later, later_times
+        sums = _added(sums, products, times, 0)
 
-    y = _of_parts(acc, BM, of_parts) + bias
+    y = _of_parts(sums[0], BM, of_parts) + bias
     if GATED != "":
-        y = gated(y, _of_parts(up, BM, of_parts) + up_bias, GATED)
+        y = gated(y, _of_parts(sums[1], BM, of_parts) + up_bias, GATED)
     store_outputs(y_ptr, y * in_one, rows, tokens, num_tokens, outputs)
