@@ -60,7 +60,7 @@ def test_what_is_about_as_fast_waits_for_a_winner():
 
 
 def test_stream_wins_though_others_are_a_little_faster_by_themselves():
-    stream = Tactic("stream", (1, 8, 4, 4))
+    stream = Tactic("stream", (1, 8, 4, 1, 4))
     assert fastest(QKV, times(QKV, (1, 15, {VECTOR: 13, stream: 14}))) == [(1, stream)]
     assert fastest(QKV, times(QKV, (1, 15, {VECTOR: 12, stream: 14}))) == [(1, VECTOR)]
 
@@ -81,7 +81,7 @@ def test_what_does_not_run_is_not_chosen():
 
 
 def test_tactics_that_are_no_candidates_are_left_alone():
-    strange = {Tactic("vector", (7, 7, 7777, 7, 7)): 0.001, Tactic("skinny", (1, 1, 1, 1, 1)): 0.001}
+    strange = {Tactic("vector", (7, 7, 7777, 7, 7)): 0.001, Tactic("skinny", (1, 1, 1, 1, 1, 1)): 0.001}
     assert fastest(QKV, times(QKV, (1, 15, {VECTOR: 13, **strange}))) == [(1, VECTOR)]
 
 
@@ -139,16 +139,42 @@ def test_stream_is_for_hopper(arch):
 @pytest.mark.parametrize(
     ("form", "n", "k", "tiles"),
     [
-        ("fp8", 4096, 4096, (1, 8, 4, 4)), ("fp8", 3584, 3584, (2, 4, 4, 4)), ("bf16", 2048, 2048, (1, 8, 4, 4)),
-        ("bf16", 1024, 1024, (1, 8, 2, 4)), ("bf16", 1024, 512, (2, 4, 2, 4)), ("bf16", 1024, 256, None),
-        ("bf16", 512, 1024, (1, 8, 2, 4)), ("bf16", 504, 1024, None), ("bf16", 512, 512, None),
+        ("fp8", 4096, 4096, (1, 8, 4, 1, 4)), ("fp8", 3584, 3584, (2, 4, 4, 1, 4)),
+        ("bf16", 2048, 2048, (1, 8, 4, 1, 4)), ("bf16", 1024, 1024, (1, 8, 2, 1, 4)),
+        ("bf16", 1024, 512, (2, 4, 2, 1, 4)), ("bf16", 1024, 256, None), ("bf16", 512, 1024, (1, 8, 2, 1, 4)),
+        ("bf16", 504, 1024, None), ("bf16", 512, 512, None),
         ("bf16", 960, 576, None), ("fp8", 4096, 1000, None), ("bf16", 4100, 4096, None),
     ],
 )  # fmt: skip
 def test_stream_takes_rows_of_whole_pieces(form, n, k, tiles):
     shape = LinearShape(form, n, k, x_type="*fp8e4nv" if form == "fp8" else "*bf16")
-    found = cuda_linears.adapted(shape, Tactic("stream", (1, 8, 4, 4)))
+    found = cuda_linears.adapted(shape, Tactic("stream", (1, 8, 4, 1, 4)))
     assert found == (None if tiles is None else Tactic("stream", tiles))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "k", "gated", "found"),
+    [
+        ((1, 8, 1, 4, 4), 4096, "", (1, 8, 1, 4, 4)), ((1, 8, 1, 4, 4), 14336, "", None),
+        ((1, 8, 3, 2, 4), 4096, "", (1, 8, 2, 2, 4)), ((1, 8, 3, 4, 4), 14336, "", None),
+        ((1, 8, 4, 2, 4), 14336, "silu", (1, 8, 4, 2, 4)), ((1, 8, 7, 2, 4), 14336, "silu", None),
+    ],
+)  # fmt: skip
+def test_rounds_of_several_pieces_are_whole_and_have_room(tiles, k, gated, found):
+    shape = LinearShape("fp8", 8192, k, x_type="*fp8e4nv", gated=gated)
+    assert cuda_linears.adapted(shape, Tactic("stream", tiles)) == (found and Tactic("stream", found))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "k", "found"),
+    [
+        ((2, 8, 1, 4), 4096, (2, 8, 1, 4)), ((1, 7, 2, 8), 4096, (1, 2, 2, 8)), ((1, 7, 2, 8), 14336, (1, 7, 2, 8)),
+        ((1, 7, 2, 8), 2048, None), ((2, 4, 2, 4), 14336, (2, 4, 2, 4)), ((2, 4, 2, 4), 4608, None),
+    ],
+)  # fmt: skip
+def test_words_come_in_rounds_of_a_warps_groups(tiles, k, found):
+    shape = LinearShape("int4", 4096, k, group=128)
+    assert cuda_linears.adapted(shape, Tactic("words", tiles)) == (found and Tactic("words", found))
 
 
 # Timing.

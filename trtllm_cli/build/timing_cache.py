@@ -20,14 +20,14 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from trtllm_cli.artifact import human_bytes, os_errors, read_json, validate
-from trtllm_cli.build.backends.cuda_linears import KERNELS, STREAMED, Form, LinearShape, PerWhat
+from trtllm_cli.build.backends.cuda_linears import Form, LinearShape, PerWhat
 from trtllm_cli.errors import TimingCacheError
 from trtllm_cli.kernels.compile_cache import cache_dir, keep
 
 FORMAT_VERSION: Final = 1
 _MOST_BYTES = 64 << 20  # of a file: thousands of shapes
 _NUMBER = r"( [1-9]\d{0,4})"
-_TILES = dict.fromkeys(KERNELS, "{5,6}") | dict.fromkeys(STREAMED, "{4}")  # how many
+_TILES = {"stream": "{5}", "words": "{4}", "vector": "{5}", "skinny": "{6}", "fragment": "{6}"}  # how many
 _TACTIC = f"^({'|'.join(kernel + _NUMBER + count for kernel, count in _TILES.items())})$"
 
 Microseconds = Annotated[float, Field(gt=0, le=1e9)]  # so no NaN, which is not greater

@@ -74,56 +74,56 @@ class Tactic(NamedTuple):
 _SHIPPED: dict[str, dict[tuple[int, int, bool], list[tuple[int, str, tuple[int, ...]]]]] = {
     "bf16": {
         (6144, 4096, False): [
-            (1, "stream", (1, 8, 3, 4)), (2, "stream", (2, 4, 4, 4)),
-            (4, "stream", (4, 4, 6, 4)), (8, "stream", (8, 2, 6, 4)),
+            (1, "stream", (1, 8, 3, 1, 4)), (2, "stream", (2, 4, 4, 1, 4)),
+            (4, "stream", (4, 4, 6, 1, 4)), (8, "stream", (8, 2, 6, 1, 4)),
         ],
         (4096, 4096, False): [
-            (1, "stream", (1, 8, 4, 4)), (2, "stream", (2, 4, 4, 4)),
-            (4, "stream", (4, 4, 6, 4)), (8, "stream", (8, 2, 6, 4)),
+            (1, "stream", (1, 8, 4, 1, 4)), (2, "stream", (2, 4, 4, 1, 4)),
+            (4, "stream", (4, 4, 6, 1, 4)), (8, "stream", (8, 2, 6, 1, 4)),
             (16, "skinny", (16, 64, 128, 2, 5, 4)),
         ],
         (14336, 4096, True): [
-            (1, "stream", (1, 8, 6, 4)), (2, "stream", (2, 4, 6, 4)),
-            (4, "stream", (4, 4, 4, 4)), (8, "stream", (8, 4, 4, 4)),
+            (1, "stream", (1, 8, 6, 1, 4)), (2, "stream", (2, 4, 6, 1, 4)),
+            (4, "stream", (4, 4, 4, 1, 4)), (8, "stream", (8, 4, 4, 1, 4)),
             (16, "skinny", (16, 64, 128, 1, 5, 4)), (64, "skinny", (64, 64, 128, 1, 4, 4)),
         ],
         (4096, 14336, False): [
-            (1, "stream", (1, 8, 6, 4)), (2, "stream", (2, 4, 4, 4)),
-            (4, "stream", (4, 2, 6, 4)), (8, "stream", (8, 4, 4, 4)),
+            (1, "stream", (1, 8, 6, 1, 4)), (2, "stream", (2, 4, 4, 1, 4)),
+            (4, "stream", (4, 2, 6, 1, 4)), (8, "stream", (8, 4, 4, 1, 4)),
             (16, "skinny", (16, 64, 128, 2, 5, 4)), (64, "skinny", (64, 64, 128, 2, 4, 4)),
         ],
-        (128256, 4096, False): [(1, "stream", (1, 8, 2, 4)), (2, "vector", (2, 4, 1024, 4, 2))],
+        (128256, 4096, False): [(1, "stream", (1, 8, 2, 1, 4)), (2, "vector", (2, 4, 1024, 4, 2))],
         (8192, 2048, True): [
-            (1, "stream", (1, 8, 3, 4)), (2, "stream", (2, 4, 6, 4)),
-            (4, "stream", (4, 4, 4, 4)), (8, "stream", (8, 4, 4, 4)),
+            (1, "stream", (1, 8, 3, 1, 4)), (2, "stream", (2, 4, 6, 1, 4)),
+            (4, "stream", (4, 4, 4, 1, 4)), (8, "stream", (8, 4, 4, 1, 4)),
             (16, "skinny", (16, 64, 128, 1, 5, 4)), (64, "skinny", (64, 64, 128, 1, 4, 4)),
         ],
         (2048, 8192, False): [
-            (1, "stream", (1, 8, 8, 4)), (2, "stream", (2, 4, 4, 4)),
-            (4, "stream", (4, 2, 6, 4)), (8, "stream", (8, 4, 4, 4)),
+            (1, "stream", (1, 8, 8, 1, 4)), (2, "stream", (2, 4, 4, 1, 4)),
+            (4, "stream", (4, 2, 6, 1, 4)), (8, "stream", (8, 4, 4, 1, 4)),
             (16, "skinny", (16, 64, 128, 2, 5, 4)), (64, "skinny", (64, 64, 128, 2, 4, 4)),
         ],
     },
     "fp8": {
         (6144, 4096, False): [
-            (1, "stream", (1, 8, 2, 4)), (2, "stream", (2, 4, 6, 4)),
-            (4, "stream", (4, 4, 4, 4)), (8, "stream", (8, 4, 4, 4)),
-            (16, "stream", (16, 2, 6, 4)),
+            (1, "stream", (1, 8, 2, 1, 4)), (2, "stream", (2, 4, 6, 1, 4)),
+            (4, "stream", (4, 4, 4, 1, 4)), (8, "stream", (8, 4, 4, 1, 4)),
+            (16, "stream", (16, 2, 6, 1, 4)),
         ],
         (4096, 4096, False): [
-            (1, "stream", (1, 8, 4, 4)), (2, "stream", (2, 4, 6, 4)),
-            (4, "stream", (4, 4, 6, 4)), (8, "stream", (8, 2, 6, 4)),
-            (16, "stream", (16, 2, 6, 4)),
+            (1, "stream", (1, 8, 4, 1, 4)), (2, "stream", (2, 4, 6, 1, 4)),
+            (4, "stream", (4, 4, 6, 1, 4)), (8, "stream", (8, 2, 6, 1, 4)),
+            (16, "stream", (16, 2, 6, 1, 4)),
         ],
         (14336, 4096, True): [
-            (1, "stream", (1, 8, 3, 4)), (2, "stream", (2, 4, 3, 4)),
-            (4, "stream", (4, 4, 3, 4)), (8, "stream", (8, 2, 6, 4)),
-            (16, "stream", (16, 2, 4, 4)), (64, "skinny", (64, 64, 128, 1, 5, 4)),
+            (1, "stream", (1, 8, 3, 1, 4)), (2, "stream", (2, 4, 3, 1, 4)),
+            (4, "stream", (4, 4, 3, 1, 4)), (8, "stream", (8, 2, 6, 1, 4)),
+            (16, "stream", (16, 2, 4, 1, 4)), (64, "skinny", (64, 64, 128, 1, 5, 4)),
         ],
         (4096, 14336, False): [
-            (1, "stream", (1, 8, 6, 4)), (2, "stream", (2, 4, 4, 4)),
-            (4, "stream", (4, 2, 6, 4)), (8, "stream", (8, 4, 4, 4)),
-            (16, "stream", (16, 2, 6, 4)),
+            (1, "stream", (1, 8, 6, 1, 4)), (2, "stream", (2, 4, 4, 1, 4)),
+            (4, "stream", (4, 2, 6, 1, 4)), (8, "stream", (8, 4, 4, 1, 4)),
+            (16, "stream", (16, 2, 6, 1, 4)),
         ],
     },
     "int4": {
@@ -187,17 +187,18 @@ def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
     if is_grouped(shape) and (tactic.kernel != "skinny" or tactic.tiles[2] != shape.group):
         return None
     if tactic.kernel == "stream":
-        bm, parts, stages, warps = tactic.tiles
+        bm, parts, stages, pieces, warps = tactic.tiles
         if not _streams(shape, parts, warps):
             bm, parts = 2 * bm, parts // 2  # as wide a product, of rows that are no whole pieces for so many parts
         if not _streams(shape, parts, warps):
             return None
-        return Tactic("stream", (bm, parts, min(stages, _pieces(shape) // parts), warps))
+        stages = min(stages, _pieces(shape) // (parts * pieces))
+        tiles = (bm, parts, stages, pieces, warps)
+        return Tactic("stream", tiles) if _stream_fits(shape, *tiles) else None
     if tactic.kernel == "words":
         bm, stages, groups, warps = tactic.tiles
-        rounds = _word_groups(shape, warps) // groups
-        tiles = (bm, min(stages, rounds), groups, warps)
-        return Tactic("words", tiles) if _words_fit(shape, *tiles) else None
+        stages = min(stages, _word_groups(shape, warps) // groups)
+        return Tactic("words", (bm, stages, groups, warps)) if _words_fit(shape, bm, stages, groups, warps) else None
     if tactic.kernel == "vector":
         bm, bn, bk, *rest = tactic.tiles
         while shape.k % bk and bk > 64:
@@ -328,6 +329,14 @@ def _streams(shape: LinearShape, parts: int, warps: int) -> bool:
     return pieces >= 2 * parts and pieces % parts == 0 and _has_programs(shape, 16 * warps // parts)
 
 
+def _stream_fits(shape: LinearShape, bm: int, parts: int, stages: int, pieces: int, warps: int) -> bool:
+    """Whether rows are whole rounds, more than one if not all of them are under way, and what is has room."""
+    rounds, rest = divmod(_pieces(shape) // parts, pieces)
+    rows = 16 * warps * (2 if shape.gated else 1) + parts * bm
+    fits = 128 * rows * stages * pieces <= room_for_tiles(STREAMS)
+    return fits and rest == 0 and (stages > 1 or rounds == 1)
+
+
 def _word_groups(shape: LinearShape, warps: int) -> int:
     """Groups of inputs that each warp has of int4 weights; 0 where stream_words does not take them."""
     if shape.form != "int4" or shape.has_zero or shape.group not in (64, 128) or shape.x_type != "*bf16":
@@ -399,12 +408,15 @@ def _scratch(shape: LinearShape, outputs: int, tokens: int, split: int) -> int:
     return 4 * (COUNTERS + tiles * split * outputs * tokens * (2 if shape.gated else 1))
 
 
-def stream(shape: LinearShape, bm: int, parts: int, stages: int, warps: int) -> LinearLaunch:
-    """Tiles [16 warps / parts outputs, bm tokens], bf16 or fp8, `stages` pieces of rows under way to shared memory."""
+def stream(shape: LinearShape, bm: int, parts: int, stages: int, pieces: int, warps: int) -> LinearLaunch:
+    """Tiles [16 warps / parts outputs, bm tokens], bf16 or fp8.
+
+    Of each row's parts `stages` times so many `pieces` are under way to shared memory.
+    """
     roles = ("x", "w", "w_scale", "x_scale", "bias", "out_scale", "y", "num_tokens")
     source = KernelSource.of(
         "stream_linear", "stream_linear", _args(shape, roles), num_warps=warps, num_stages=1, BM=bm, PARTS=parts,
-        STAGES=stages, **_common(shape),
+        STAGES=stages, ROUND=pieces, **_common(shape),
     )  # fmt: skip
     return LinearLaunch(source, (_outputs(shape) * parts // (16 * warps), ("num_tokens", bm)), roles)
 

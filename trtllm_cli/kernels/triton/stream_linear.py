@@ -32,32 +32,35 @@ def _rows_of_pieces(dtype, warps):
 
 
 @gluon.jit
-def _copy_weights(w_smem, w_ptr, first, piece, slot, PART: gl.constexpr, outputs: gl.constexpr, K: gl.constexpr,
-                  HALVES: gl.constexpr):  # fmt: skip
-    """Asks for a piece of the program's rows, seen as ROWS of PART inputs; of gate's and up's with HALVES 2."""
+def _copy_weights(w_smem, w_ptr, first, r, slot, PART: gl.constexpr, outputs: gl.constexpr, K: gl.constexpr,
+                  ROUND: gl.constexpr, HALVES: gl.constexpr):  # fmt: skip
+    """Asks for a round's pieces of the program's rows, seen as ROWS of PART inputs; of gate's and up's with HALVES 2.
+
+    In one copy: between two of them the compiler puts a barrier.
+    """
     DTYPE: gl.constexpr = w_ptr.dtype.element_ty
-    layout: gl.constexpr = _rows_of_pieces(DTYPE, gl.num_warps())
+    ROWS: gl.constexpr = 16 * gl.num_warps()
     BK: gl.constexpr = 8 * _side_by_side(DTYPE)
-    rows = gl.arange(0, 16 * gl.num_warps(), gl.SliceLayout(1, layout))
+    layout: gl.constexpr = _rows_of_pieces(DTYPE, gl.num_warps())
+    rows = gl.arange(0, ROUND * HALVES * ROWS, gl.SliceLayout(1, layout))
     columns = gl.arange(0, BK, gl.SliceLayout(0, layout))
-    for h in gl.static_range(HALVES):
-        at = w_ptr + (first + h * outputs).to(gl.int64) * K + piece * BK
-        async_copy.async_copy_global_to_shared(
-            w_smem.index(slot * HALVES + h), at + (rows[:, None] * PART + columns[None, :])
-        )
+    at = rows % ROWS * PART + rows // ROWS % HALVES * (outputs * K) + rows // (HALVES * ROWS) * BK
+    w_ptr += first.to(gl.int64) * K + r * (ROUND * BK)
+    async_copy.async_copy_global_to_shared(w_smem.index(slot), w_ptr + (at[:, None] + columns[None, :]))
 
 
 @gluon.jit
-def _copy_inputs(x_smem, x_ptr, num_tokens, piece, slot, PART: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
-                 PARTS: gl.constexpr):  # fmt: skip
-    """Asks for a piece of x, seen as [PARTS * BM, PART]; tokens past the last one are copies of it."""
+def _copy_inputs(x_smem, x_ptr, num_tokens, r, slot, PART: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
+                 PARTS: gl.constexpr, ROUND: gl.constexpr):  # fmt: skip
+    """Asks for a round's pieces of x, seen as [PARTS * BM, PART]; tokens past the last one are copies of it."""
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
-    layout: gl.constexpr = _rows_of_pieces(DTYPE, gl.num_warps())
     BK: gl.constexpr = 8 * _side_by_side(DTYPE)
-    rows = gl.arange(0, PARTS * BM, gl.SliceLayout(1, layout))
+    layout: gl.constexpr = _rows_of_pieces(DTYPE, gl.num_warps())
+    rows = gl.arange(0, ROUND * PARTS * BM, gl.SliceLayout(1, layout))
     columns = gl.arange(0, BK, gl.SliceLayout(0, layout))
-    at = gl.minimum(rows % BM, num_tokens - 1) * K + rows // BM * PART
-    async_copy.async_copy_global_to_shared(x_smem.index(slot), x_ptr + piece * BK + (at[:, None] + columns[None, :]))
+    at = gl.minimum(rows % BM, num_tokens - 1) * K + rows // BM % PARTS * PART + rows // (PARTS * BM) * BK
+    x_ptr += r * (ROUND * BK)
+    async_copy.async_copy_global_to_shared(x_smem.index(slot), x_ptr + (at[:, None] + columns[None, :]))
 
 
 @gluon.jit
@@ -100,7 +103,7 @@ def store_outputs(y_ptr, y, rows, tokens, num_tokens, outputs: gl.constexpr):
 @gluon.jit
 def stream_linear(
     x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, num_tokens,
-    N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, ROUND: gl.constexpr,
     W_SCALE: gl.constexpr, X_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     GATED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -108,8 +111,8 @@ def stream_linear(
 
     A program has whole rows of weights, which lie side by side in memory: they are ROWS of K / PARTS inputs as well.
     Their product with the PARTS parts of x, of which those of the same inputs count, is one of the tensor cores'.
-    STAGES pieces of 128 bytes of each of them are on their way. K is a multiple of PARTS of them; PARTS * BM is 8, or
-    a multiple of it.
+    STAGES times ROUND pieces of 128 bytes of each of them are on their way. K is a multiple of PARTS times ROUND of
+    them; PARTS * BM is 8, or a multiple of it.
     """
     outputs: gl.constexpr = N if GATED == "" else N // 2
     HALVES: gl.constexpr = 1 if GATED == "" else 2
@@ -117,18 +120,19 @@ def stream_linear(
     BK: gl.constexpr = 8 * _side_by_side(DTYPE)
     ROWS: gl.constexpr = 16 * gl.num_warps()
     PART: gl.constexpr = K // PARTS
-    pieces: gl.constexpr = PART // BK
-    gl.static_assert(pieces * BK * PARTS == K and outputs % (ROWS // PARTS) == 0 and 1 < STAGES and STAGES <= pieces)
+    rounds: gl.constexpr = PART // (ROUND * BK)
+    gl.static_assert(rounds * ROUND * BK * PARTS == K and outputs % (ROWS // PARTS) == 0)
+    gl.static_assert(STAGES <= rounds and (1 < STAGES or rounds == 1) and (HALVES - 1) * outputs * K < 2**31)
     if PDL:
         gdc_launch_dependents()
     pieces_layout: gl.constexpr = gl.NVMMASharedLayout(128, DTYPE.primitive_bitwidth, 2)
-    w_smem = gl.allocate_shared_memory(DTYPE, [STAGES * HALVES, ROWS, BK], pieces_layout)
-    x_smem = gl.allocate_shared_memory(DTYPE, [STAGES, PARTS * BM, BK], pieces_layout)
+    w_smem = gl.allocate_shared_memory(DTYPE, [STAGES, ROUND * HALVES * ROWS, BK], pieces_layout)
+    x_smem = gl.allocate_shared_memory(DTYPE, [STAGES, ROUND * PARTS * BM, BK], pieces_layout)
     first = gl.program_id(0) * (ROWS // PARTS)
     token = gl.program_id(1) * BM
     x_ptr += token.to(gl.int64) * K
     for s in gl.static_range(STAGES):
-        _copy_weights(w_smem, w_ptr, first, s, s, PART, outputs, K, HALVES)
+        _copy_weights(w_smem, w_ptr, first, s, s, PART, outputs, K, ROUND, HALVES)
 
     # What is no output of the kernel in front is read here too: after the products it would have to be waited for.
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [0, 1])
@@ -150,9 +154,10 @@ def stream_linear(
     if PDL:
         gdc_wait()
     for s in gl.static_range(STAGES):
-        _copy_inputs(x_smem, x_ptr, num_tokens - token, s, s, PART, K, BM, PARTS)
+        _copy_inputs(x_smem, x_ptr, num_tokens - token, s, s, PART, K, BM, PARTS, ROUND)
     async_copy.commit_group()
-    async_copy.wait_group(0)
+    if STAGES > 2:  # else the first round waits for everything anyway
+        async_copy.wait_group(0)
     if X_SCALE == "row":
         x_scale = gl.load(x_scale_ptr + gl.minimum(tokens, num_tokens - 1))[None, :]
 
@@ -161,20 +166,25 @@ def stream_linear(
     )
     acc = gl.zeros([ROWS, PARTS * BM], gl.float32, mma)
     up = gl.zeros([ROWS, PARTS * BM], gl.float32, mma)
-    for i in range(pieces):
-        async_copy.wait_group(STAGES - 2)
+    w_pieces = w_smem._reinterpret(DTYPE, [STAGES * ROUND * HALVES, ROWS, BK], pieces_layout)
+    x_pieces = x_smem._reinterpret(DTYPE, [STAGES * ROUND, PARTS * BM, BK], pieces_layout)
+    for r in range(rounds):
+        async_copy.wait_group(max(STAGES - 2, 0))
         gl.thread_barrier()  # also of the products before, which read the slot that is filled next
         fence_async_shared()
-        ahead = i - 1 + STAGES
-        if (i > 0) & (ahead < pieces):
-            _copy_weights(w_smem, w_ptr, first, ahead, (i - 1) % STAGES, PART, outputs, K, HALVES)
-            _copy_inputs(x_smem, x_ptr, num_tokens - token, ahead, (i - 1) % STAGES, PART, K, BM, PARTS)
+        for u in gl.static_range(ROUND):
+            slot = r % STAGES * ROUND + u
+            x = x_pieces.index(slot).permute((1, 0))
+            acc = warpgroup_mma(w_pieces.index(slot * HALVES), x, acc, is_async=True)
+            if GATED != "":
+                up = warpgroup_mma(w_pieces.index(slot * HALVES + 1), x, up, is_async=True)
+        if STAGES < rounds:  # else all is on its way
+            ahead = r - 1 + STAGES
+            if (r > 0) & (ahead < rounds):
+                _copy_weights(w_smem, w_ptr, first, ahead, (r - 1) % STAGES, PART, outputs, K, ROUND, HALVES)
+                _copy_inputs(x_smem, x_ptr, num_tokens - token, ahead, (r - 1) % STAGES, PART, K, BM, PARTS, ROUND)
         async_copy.commit_group()
-        slot = i % STAGES
-        x = x_smem.index(slot).permute((1, 0))
-        acc = warpgroup_mma(w_smem.index(slot * HALVES), x, acc, is_async=True)
         if GATED != "":
-            up = warpgroup_mma(w_smem.index(slot * HALVES + 1), x, up, is_async=True)
             acc, up = warpgroup_mma_wait(0, [acc, up])
         else:
             acc = warpgroup_mma_wait(0, [acc])
