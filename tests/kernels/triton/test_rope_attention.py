@@ -113,3 +113,5 @@ def test_the_cache_is_read_ahead_of_the_linear_in_front(compile_kernel, cache):
     waits = kernel.ptx.split("griddepcontrol.wait")
     tile = 2 * 64 * 128 * (2 if cache == "*bf16" else 1)  # keys and values
     assert sum(part.count("ld.global.v4") for part in waits[:-1]) >= tile / (4 * 32 * 16)
+    (behind,) = (part for part in waits if "mma.sync" in part)
+    assert "ld.global" not in behind[behind.index("mma.sync") : behind.index("st.global")]  # the new token's were asked

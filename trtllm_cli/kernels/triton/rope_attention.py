@@ -29,11 +29,17 @@ from trtllm_cli.kernels.triton.rope_append import cache_offsets
 
 
 @triton.jit
-def _halves(ptr, norm_ptr, eps, cos, sin, mask, HALF: tl.constexpr, NORM: tl.constexpr):
-    """Of heads at `ptr` [., 1], normed and rotated, the first and the second HALF columns; float32."""
+def _halves(ptr, mask, HALF: tl.constexpr):
+    """Of heads at `ptr` [., 1], the first and the second HALF columns."""
     columns = tl.arange(0, HALF)[None, :]
-    a = tl.load(ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(ptr + HALF + columns, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(ptr + columns, mask=mask, other=0.0), tl.load(ptr + HALF + columns, mask=mask, other=0.0)
+
+
+@triton.jit
+def _rotated(a, b, norm_ptr, eps, cos, sin, HALF: tl.constexpr, NORM: tl.constexpr):
+    """Halves, normed and rotated; float32."""
+    columns = tl.arange(0, HALF)[None, :]
+    a, b = a.to(tl.float32), b.to(tl.float32)
     if NORM:
         factor = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / (2 * HALF) + eps)
         a *= factor * tl.load(norm_ptr + columns).to(tl.float32)
@@ -102,9 +108,14 @@ def rope_decode_attention(
         if PDL:
             gdc_wait()
         row = qkv_ptr + token.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
-        q_a, q_b = _halves(
-            row + heads[:, None] * HEAD_DIM, q_norm_ptr, eps, cos, sin, real[:, None] & (half < HALF), HALF, NORM
-        )
+        # The first split's: asked for here, as behind the tile's products it would have to be waited for.
+        is_first = split == 0
+        k_row = row + (NUM_HEADS + kv_head) * HEAD_DIM + tl.zeros([1, 1], tl.int32)
+        v_row = row + (NUM_HEADS + NUM_KV_HEADS + kv_head) * HEAD_DIM
+        q_a, q_b = _halves(row + heads[:, None] * HEAD_DIM, real[:, None] & (half < HALF), HALF)
+        k_a, k_b = _halves(k_row, is_first & (half < HALF), HALF)
+        new_v = tl.load(v_row + columns, mask=is_first & (columns < HEAD_DIM), other=0.0)
+        q_a, q_b = _rotated(q_a, q_b, q_norm_ptr, eps, cos, sin, HALF, NORM)
         q_a, q_b = for_dot(q_a.to(WIDE), DTYPE), for_dot(q_b.to(WIDE), DTYPE)  # rounded as a q in memory is
         q = tl.reshape(tl.permute(tl.join(q_a, q_b), (0, 2, 1)), [BLOCK_G, HEAD_DIM])
 
@@ -116,25 +127,24 @@ def rope_decode_attention(
         scores = tl.where(seen, scores, float("-inf"))
         weights, _, top, total = weighed(scores, top, total)
         acc = tl.dot(weights.to(DTYPE), v.to(DTYPE), input_precision="ieee")
-        if split == 0:
-            k_row = row + (NUM_HEADS + kv_head) * HEAD_DIM + tl.zeros([1, 1], tl.int32)
-            k_a, k_b = _halves(k_row, k_norm_ptr, eps, cos, sin, half < HALF, HALF, NORM)
-            new_v = tl.load(row + (NUM_HEADS + NUM_KV_HEADS + kv_head) * HEAD_DIM + columns).to(tl.float32)
+        if is_first:
+            key_a, key_b = _rotated(k_a, k_b, k_norm_ptr, eps, cos, sin, HALF, NORM)
+            value = new_v.to(tl.float32)
             if KV_QUANT:
-                k_a, k_b, new_v = tl.div_rn(k_a, k_scale), tl.div_rn(k_b, k_scale), tl.div_rn(new_v, v_scale)
-            k_a, k_b, new_v = as_stored(k_a, STORED), as_stored(k_b, STORED), as_stored(new_v, STORED)
+                key_a, key_b, value = tl.div_rn(key_a, k_scale), tl.div_rn(key_b, k_scale), tl.div_rn(value, v_scale)
+            key_a, key_b, value = as_stored(key_a, STORED), as_stored(key_b, STORED), as_stored(value, STORED)
             if (first_member == 0) & (slot >= 0):
                 at = cache_offsets(slot, kv_head, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
-                tl.store(k_cache_ptr + at + half, k_a)
-                tl.store(k_cache_ptr + at + HALF + half, k_b)
-                tl.store(v_cache_ptr + at + columns, new_v)
-            products = q_a.to(tl.float32) * k_a.to(tl.float32) + q_b.to(tl.float32) * k_b.to(tl.float32)
+                tl.store(k_cache_ptr + at + half, key_a)
+                tl.store(k_cache_ptr + at + HALF + half, key_b)
+                tl.store(v_cache_ptr + at + columns, value)
+            products = q_a.to(tl.float32) * key_a.to(tl.float32) + q_b.to(tl.float32) * key_b.to(tl.float32)
             score = in_log2(tl.sum(products, axis=1), scale * k_scale, softcap, SOFTCAP)
             score = tl.where(real, score, float("-inf"))
             new_top = tl.maximum(top, score)
             weight, shrink = tl.exp2(score - new_top), tl.exp2(top - new_top)
             total = total * shrink + weight
-            acc = acc * shrink[:, None] + weight[:, None] * new_v.to(tl.float32)[None, :]
+            acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
             top = new_top
         if first + BLOCK_N < last:
             more, new_top, total = attend(
