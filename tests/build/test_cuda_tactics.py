@@ -65,6 +65,16 @@ def test_stream_wins_though_others_are_a_little_faster_by_themselves():
     assert fastest(QKV, times(QKV, (1, 15, {VECTOR: 12, stream: 14}))) == [(1, VECTOR)]
 
 
+def test_what_made_whole_steps_the_shortest_wins_though_others_are_a_little_faster_by_themselves():
+    (_, by_steps), *_ = shipped_tactics(QKV)
+    other = Tactic("stream", (1, 8, 8, 1, 4))
+    assert by_steps.kernel == "stream"
+    assert fastest(QKV, times(QKV, (1, 15, {VECTOR: 12.9, other: 13, by_steps: 14}))) == [(1, by_steps)]
+    assert fastest(QKV, times(QKV, (1, 15, {VECTOR: 14, other: 12, by_steps: 14}))) == [(1, other)]
+    elsewhere = replace(QKV, n=6144 + 64)  # a shape that no step was measured with
+    assert fastest(elsewhere, times(elsewhere, (1, 15, {other: 13, by_steps: 14}))) == [(1, other)]
+
+
 def test_a_gated_activation_counts_for_cublas():
     gated = LinearShape("bf16", 28672, 4096, gated="silu")
     assert fastest(gated, times(gated, (1, 10, {VECTOR: 12.5}))) == [(1, VECTOR)]

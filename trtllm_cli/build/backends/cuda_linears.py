@@ -163,7 +163,7 @@ def shipped_tactics(shape: LinearShape, arch: str = STREAMS) -> list[tuple[int, 
     def distance(measured: tuple[int, int, bool]) -> float:
         return abs(log2(measured[0] / outputs)) + abs(log2(measured[1] / shape.k)) + 100 * (measured[2] != gated)
 
-    table = _SHIPPED["int4" if weight_only(shape) else "fp8 group" if is_grouped(shape) else shape.form]
+    table = _table(shape)
     ways: list[tuple[int, Tactic]] = []
     for most, kernel, tiles in table[min(table, key=distance)]:
         tactic = adapted(shape, Tactic(kernel, tiles)) if kernel not in STREAMED or arch == STREAMS else None
@@ -173,6 +173,19 @@ def shipped_tactics(shape: LinearShape, arch: str = STREAMS) -> list[tuple[int, 
         if tactic is not None:
             ways = [*(way for way in ways if way[1] != tactic), (most, tactic)]
     return ways
+
+
+def chosen_by_steps(shape: LinearShape, tokens: int) -> Tactic | None:
+    """The streamed tactic that made whole steps of this very shape the shortest, if one did."""
+    for most, kernel, tiles in _table(shape).get((_outputs(shape), shape.k, bool(shape.gated)), []):
+        if tokens <= most:
+            return adapted(shape, Tactic(kernel, tiles)) if kernel in STREAMED else None
+    return None
+
+
+def _table(shape: LinearShape) -> dict[tuple[int, int, bool], list[tuple[int, str, tuple[int, ...]]]]:
+    """What ships for its form."""
+    return _SHIPPED["int4" if weight_only(shape) else "fp8 group" if is_grouped(shape) else shape.form]
 
 
 def _without_streams(shape: LinearShape, tokens: int) -> Tactic | None:

@@ -17,6 +17,7 @@ from trtllm_cli.build.backends.cuda_linears import (
     LinearLaunch,
     LinearShape,
     Tactic,
+    chosen_by_steps,
     fitted,
     launch_of,
     shipped_tactics,
@@ -40,8 +41,9 @@ Source = Literal["timed here", "timing cache", "shipped table"]
 
 _ACTIVATION = 3.0  # microseconds of a gated activation by itself, for few tokens
 _AS_FAST = 1.03  # times that differ by less are alike
-# In a step a streamed kernel is as fast as what takes so much less time by itself: it leaves room for what follows.
-_BESIDE_STREAMED = 1.1
+# What takes so much less time by itself is as fast in a step, where room for what follows counts: other kernels than
+# streamed ones, and others than what was chosen by whole steps.
+_BY_ITSELF = 1.1
 _OTHERS = 1  # tactics that are compiled beside the shipped one; each takes a build some seconds
 
 
@@ -54,7 +56,9 @@ def fastest(shape: LinearShape, times: Mapping[int, TokenTimes]) -> list[tuple[i
         runs = [(us, tactic) for us, tactic in known if us is not None]
         if not runs:
             continue
-        us, tactic = min(runs, key=lambda run: run[0] * (1 if run[1].kernel in STREAMED else _BESIDE_STREAMED))
+        us, tactic = min(runs, key=lambda run: run[0] * (1 if run[1].kernel in STREAMED else _BY_ITSELF))
+        by_steps = chosen_by_steps(shape, tokens)
+        us, tactic = next((run for run in runs if run[1] == by_steps and run[0] <= _BY_ITSELF * us), (us, tactic))
         library = math.inf if measured.cublas_us is None else measured.cublas_us + _ACTIVATION * bool(shape.gated)
         pending.append((tokens, tactic))
         if us <= library / _AS_FAST:
