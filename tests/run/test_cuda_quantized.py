@@ -10,7 +10,8 @@ from tests.build.test_quantized import ALGORITHMS, MODEL, NO_EXPERTS, checkpoint
 from tests.engines import build_engine, runner_logits
 from tests.interpreter_device import InterpreterDevice, fake_compile
 from tests.tiny_models import save_tiny_model
-from trtllm_cli.build.backends import cuda, cuda_experts, cuda_tactics
+from trtllm_cli.build.backends import cuda, cuda_experts, cuda_linears, cuda_tactics
+from trtllm_cli.build.backends.cuda_linears import Tactic, adapted, launch_of
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.kernels.reference import Reference
@@ -108,6 +109,31 @@ def test_fp8_with_scales_of_groups(tmp_path, monkeypatch, few):
     quantized = {(function, c["QUANT"]) for function, c in kernels_of(engine) if "QUANT" in c}
     assert quantized >= {("quantize", "group"), ("gated_act", "group")}
     assert "qdq" not in {function for function, _ in found}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tactic", "activations"),
+    [
+        ("", {}, Tactic("stream", (4, 2, 2, 1, 4)), {"", "silu"}),
+        ("FP8", {}, Tactic("stream", (4, 2, 2, 1, 4)), {""}),  # gate and up have inputs of their own
+        ("FP8_PER_CHANNEL_PER_TOKEN", {}, Tactic("stream", (8, 1, 2, 2, 4)), {""}),
+        ("W4A16", {"group_size": 64}, Tactic("words", (8, 2, 1, 4)), {"", "silu"}),
+    ],
+)
+def test_streamed_weights_in_a_plan(tmp_path, monkeypatch, name, options, tactic, activations):
+    def few_tokens(self, shape):
+        streamed = adapted(shape, tactic)
+        return [(64, launch_of(shape, streamed))] if streamed else []
+
+    monkeypatch.setattr(cuda_linears, "_FEWEST_PROGRAMS", 1)
+    monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", few_tokens)
+    monkeypatch.setattr(cuda_tactics.LinearTactics, "others", lambda self, shape, most: None)
+    model = MODEL.replace("64", "512").replace("96", "512").replace("(512, 512)", "(96, 512)")  # the vocabulary
+    engine, graph, weights = made(tmp_path, {"quant_algo": name, **options} if name else {}, False, model)
+    assert worst(engine, graph, weights) < TOLERANCE.get(name, 2e-2)
+    streamed = [c for function, c in kernels_of(engine) if function in ("stream_linear", "stream_words")]
+    assert {c["GATED"] for c in streamed} == activations
+    assert {c["HAS_BIAS"] for c in streamed} == {True, False}
 
 
 def test_norms_write_groups_of_inputs(tmp_path):
