@@ -46,6 +46,7 @@ class InterpreterDevice:
 
     torch_device = torch.device("cpu")
     name = "Triton's interpreter"
+    is_checked = False  # it takes long, and kernels have tests of their own
     one_at_a_time = threading.Lock()  # the interpreter has one place for what it is at
 
     def __init__(self, comm: ThreadRank | None = None, *, sees_peers: bool = True) -> None:

@@ -59,6 +59,13 @@ def test_throughput_prints_and_writes_the_same(engine, capsys, tmp_path):
     assert sum(s["new_tokens"] for s in steps) == 15
 
 
+def test_what_the_gpu_is_found_to_compute_wrongly_is_told(engine, capsys, monkeypatch):
+    monkeypatch.setattr("trtllm_cli.run.load.gpu_notes", lambda _: ["a kernel computes wrong numbers"])
+    lengths = ["--input-len", "6", "--output-len", "2"]
+    assert call(["bench", "throughput", "--engine-dir", "ENGINE", "--num-requests", "1", *lengths]) == 0
+    assert "note: a kernel computes wrong numbers\n" in capsys.readouterr().err
+
+
 def test_latency_is_one_after_another(engine, capsys):
     assert call(["bench", "latency", "--engine-dir", "ENGINE", "--input-len", "4", "--output-len", "3", "--json"]) == 0
     report = Report.model_validate_json(out(capsys))

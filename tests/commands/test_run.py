@@ -69,6 +69,12 @@ def test_one_prompt_prints_its_text_and_nothing_else(engine, llm, capsys):
     assert printed.err.count("\n") == 1
 
 
+def test_what_the_gpu_is_found_to_compute_wrongly_is_told(engine, capsys, monkeypatch):
+    monkeypatch.setattr("trtllm_cli.run.llm.gpu_notes", lambda _: ["a kernel [3] computes wrong numbers"])
+    assert run(engine, "hello", "--no-stats", *FLAGS) == 0
+    assert capsys.readouterr().err == "note: a kernel [3] computes wrong numbers\n"
+
+
 @pytest.mark.parametrize("streaming", ["--streaming", "--no-streaming"])
 def test_several_prompts_never_mix_in_a_line(engine, llm, capsys, streaming):
     prompts = [f"hello {i}" for i in range(6)]

@@ -383,6 +383,8 @@ def test_what_ranks_are_told_has_gone_before_a_gpu_is_waited_for():
     done = []
 
     class OnGpu(FakeSamplingRunner):
+        notes = ()
+
         def gpu_memory(self):
             raise AssertionError
 

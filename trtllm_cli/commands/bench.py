@@ -384,6 +384,8 @@ def _measure(
     with_streaming: bool,
 ) -> None:
     from trtllm_cli.bench.offline import Session, bench
+    from trtllm_cli.commands.console import tell
+    from trtllm_cli.run.load import gpu_notes
 
     workload.check()
     if (shape := random.read(engine_dir=engine_dir, model=model)) is not None:
@@ -395,6 +397,7 @@ def _measure(
         assert model is not None
         engine_dir = how.engine(model)
     with Session.open(engine_dir, options) as session:
+        tell(gpu_notes(session.runner))
         samples, source = workload.samples(command, session)
         with _progress(command) as progress:
             report, measured = bench(

@@ -208,7 +208,7 @@ def _print_plan(plan: BuildPlan) -> None:
     from rich.table import Table
 
     from trtllm_cli.artifact import human_bytes
-    from trtllm_cli.commands.console import stderr, stdout
+    from trtllm_cli.commands.console import stdout, tell
 
     out = stdout()
     limits = Table(title="engine", show_header=False, title_justify="left")
@@ -229,5 +229,4 @@ def _print_plan(plan: BuildPlan) -> None:
             human_bytes(m.weights + m.activations + m.kv_full),
         )
     out.print(memory)
-    for note in plan.notes:
-        stderr().print(f"note: {note}", markup=False)
+    tell(plan.notes)

@@ -6,6 +6,8 @@ import functools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import Console
     from rich.progress import Progress
 
@@ -24,6 +26,12 @@ def stderr() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def tell(notes: Iterable[str]) -> None:
+    """Notes for users."""
+    for note in notes:
+        stderr().print(f"note: {note}", markup=False)
 
 
 class StageBar:

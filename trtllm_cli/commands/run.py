@@ -257,10 +257,12 @@ def run(
     if engine_dir is None:
         assert model is not None
         engine_dir = how.engine(model)
+    from trtllm_cli.commands.console import tell
     from trtllm_cli.run.llm import LLM
 
     try:
         with LLM(engine_dir, tokenizer_dir=tokenizer_dir, **llm_options) as llm:
+            tell(llm.notes)
             if interactive:
                 from trtllm_cli.commands.run_interactive import converse
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from trtllm_cli.engine import Engine
 from trtllm_cli.errors import EngineError, TrtllmError, UsageError, describe_error
-from trtllm_cli.run.load import LoadOptions, gpu_memory, load_executor, serve_rank, verify_aside
+from trtllm_cli.run.load import LoadOptions, gpu_memory, gpu_notes, load_executor, serve_rank, verify_aside
 from trtllm_cli.run.outputs import LiveRequest, accumulate, named_error
 from trtllm_cli.run.request import CompletionOutput, RequestOutput, RequestTimes, SamplingParams
 from trtllm_cli.run.step_loop import StepLoop
@@ -80,6 +80,7 @@ class _Model:
         options.check_for(self.engine)
         config = self.engine.config
         self.gpu_memory: GpuMemory | None = None  # where a GPU's memory went when the engine was loaded
+        self.notes: list[str] = []  # what users are to know of the engine on this GPU
         world = join_for(self.engine)
         if world.rank != 0:
             serve_rank(self.engine, world, options)
@@ -89,7 +90,7 @@ class _Model:
             runner, executor = load_executor(self.engine, world, self.build_config, options, eos.result)
             self.num_blocks = executor.stats.blocks_total
             self.kv_cache_bytes = self.num_blocks * runner.bytes_per_block
-            self.gpu_memory = gpu_memory(runner)
+            self.gpu_memory, self.notes = gpu_memory(runner), gpu_notes(runner)
             return runner, executor
 
         self._loop = StepLoop(load, verify_aside(self.engine, world))

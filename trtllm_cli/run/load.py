@@ -137,6 +137,11 @@ def gpu_memory(runner: Runner) -> GpuMemory | None:
     return runner.gpu_memory() if isinstance(runner, GpuRunner) else None
 
 
+def gpu_notes(runner: Runner) -> list[str]:
+    """What users are to know of the runner on its GPU."""
+    return runner.notes if isinstance(runner, GpuRunner) else []
+
+
 def _check_cap(engine: Engine, rank: Rank, cap: int) -> None:
     """Before anything is on the GPU that may be more than it should be."""
     limits = engine.config.build_config

@@ -102,6 +102,8 @@ class SamplingRunner(Runner, Protocol):
 class GpuRunner(Runner, Protocol):
     """A runner whose weights, activations and KV cache are in a GPU's memory."""
 
+    notes: list[str]  # for users: what is not as it should be on this GPU
+
     def gpu_memory(self) -> GpuMemory:
         """Where that memory goes now."""
         ...

@@ -16,6 +16,7 @@ import torch
 
 from trtllm_cli.engine import KERNELS, tensor_view
 from trtllm_cli.errors import EngineError
+from trtllm_cli.run.backends.cuda_check import Comparison, checked
 from trtllm_cli.run.backends.cuda_device import CudaDevice, Device
 from trtllm_cli.run.backends.cuda_inputs import (
     MOST_BANNED,
@@ -84,6 +85,7 @@ class CudaRunner:
         self._programs: dict[Any, Program] = {}
         self._graphs: dict[tuple[bool, int, int], Callable[[], None]] = {}
         self._met: set[tuple[int, int]] = set()
+        self.notes: list[str] = []  # for users
         self._file = engine.tensors(rank)
         try:
             self._plan = engine.plan(self._file)
@@ -114,6 +116,10 @@ class CudaRunner:
         self._steps = plan["steps"] if self.has_peers else [_alone(step) for step in plan["steps"]]
         gpu = f"{device.name}, torch {torch.__version__}"
         self._steps = settled(self._steps, self._file.metadata["plan"], gpu, self._rows, self._measure)
+        if device.is_checked:
+            comparison = Comparison(plan["kernels"], self._tensor, self._compute)
+            with device.active():
+                self._steps, self.notes = checked(self._steps, self._file.metadata["plan"], gpu, self._rows, comparison)
         self._last = device.empty((limits.max_batch_size + 1) * 4, "the tokens")
         self._last.zero_()
         self._layouts = [InputLayout(limits, mixed=mixed) for mixed in (False, True)]
@@ -301,14 +307,26 @@ class CudaRunner:
 
     def _measure(self, steps: Sequence[Mapping[str, Any]], rows: int) -> float:
         """Milliseconds of steps of one way each, at so many rows of all kinds."""
+        program = self._trial(steps, rows)
+        with self._device.active():
+            return self._device.milliseconds(program.enqueue)
+
+    def _compute(self, step: Mapping[str, Any], rows: int) -> None:
+        """A step of one way, at so many rows of all kinds."""
+        program = self._trial([step], rows)
+        with self._device.active():
+            program.enqueue()
+            self._device.record()()
+
+    def _trial(self, steps: Sequence[Mapping[str, Any]], rows: int) -> Program:
+        """Launches of steps of one way each, at so many rows of all kinds."""
         self._comm.activity.tick()
         way = (0,) * len(steps)
         program = Program(
             self._device, self._kernels, steps, self._address, self._tensor, self._rows, way, mixed=False
         )  # fmt: skip
         program.resize({"num_tokens": rows, "num_seqs": rows, "num_logits": rows})
-        with self._device.active():
-            return self._device.milliseconds(program.enqueue)
+        return program
 
     def _address(self, ref: str | list[Any], mixed: bool = False) -> int:
         """Where a reference of the plan is; see build/backends/cuda_program.py."""

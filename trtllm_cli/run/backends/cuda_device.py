@@ -37,6 +37,7 @@ class Device(Protocol):
 
     torch_device: torch.device
     name: str
+    is_checked: bool  # whether what kernels compute here is compared before it is used
 
     def empty(self, nbytes: int, what: str) -> torch.Tensor:
         """uint8 [nbytes] on the device. Raises ResourceError, naming `what` it is for, where there is no room."""
@@ -119,6 +120,8 @@ class Device(Protocol):
 
 class CudaDevice:
     """A GPU, by torch and the driver. Raises DeviceError where there is none."""
+
+    is_checked = True
 
     def __init__(self, index: int = 0) -> None:
         if not torch.cuda.is_available():

@@ -28,7 +28,7 @@ def settled(steps: Sequence[Step], plan: str, gpu: str, most_rows: Mapping[str, 
     alike: dict[str, list[int]] = defaultdict(list)
     for place, step in enumerate(steps):
         if "others" in step:
-            alike[_kind_of(step)].append(place)
+            alike[kind_of(step)].append(place)
     if not alike:
         return list(steps)
     key = hashlib.sha256("\n".join((gpu, plan)).encode()).hexdigest()[:32]
@@ -44,7 +44,7 @@ def settled(steps: Sequence[Step], plan: str, gpu: str, most_rows: Mapping[str, 
     return out
 
 
-def _kind_of(step: Step) -> str:
+def kind_of(step: Step) -> str:
     """The same for steps whose launches differ by their operands alone."""
 
     def kinds(launches: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -54,7 +54,7 @@ def _kind_of(step: Step) -> str:
         ]
 
     ways = [[most, kinds(launches)] for most, launches in step["ways"]]
-    others = [[kinds(launches) for launches in of_way] for of_way in step["others"]]
+    others = [[kinds(launches) for launches in of_way] for of_way in step.get("others", [])]
     return hashlib.sha256(json.dumps([step["by"], ways, others]).encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,144 @@
+"""Compares what kernels for few tokens compute with torch's products, when an engine is first loaded on a GPU.
+
+Kernels are compiled for architectures that nobody has run them on, by compilers that change: one that computes wrong
+numbers gives text that looks like text. So each kind of linear is computed both ways, with the engine's own weights
+and random inputs; where they differ, torch's product takes the kernel's place. What was found is kept in the user's
+cache, and the loads after it read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtllm_cli.kernels.compile_cache import cache_dir, keep
+from trtllm_cli.run.backends.cuda_program import TensorAt
+from trtllm_cli.run.backends.cuda_settle import Step, kind_of
+
+MOST = 0.05  # how far two ways may be apart: rounding makes less than 0.01
+_INFINITE = 1e9
+_DTYPES = {"*bf16": "bfloat16", "*fp32": "float32", "*fp8e4nv": "float8_e4m3fn", "*i8": "int8"}
+
+
+@dataclass
+class Comparison:
+    """Computes a step's ways one after another."""
+
+    kernels: Sequence[Mapping[str, Any]]  # the plan's table
+    tensor: TensorAt
+    run: Callable[[Step, int], None]  # a step of one way at a number of rows, and waits for it
+
+    def __call__(self, step: Step, way: int, rows: int) -> float:
+        """How far a linear's way is from its last one, for random inputs."""
+        few, many = step["ways"][way][1], step["ways"][-1][1]
+        (args, types), sizes = self._arguments(few[0]), self.sizes(few[0])
+        x = self.tensor(args["x_ptr"], types["x_ptr"], (rows, sizes["K"]))
+        numbers = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * (16 if x.itemsize == 1 else 1)
+        if sizes.get("X_SCALE") == "row":
+            self.tensor(args["x_scale_ptr"], "float32", (rows, 1)).fill_(1 / 16)
+        args, types = self._arguments(few[-1])  # the activation's, where the linear's kernel does not compute it
+        out = "y_ptr" if "y_ptr" in args else "out_ptr"
+        width = sizes["N"] // 2 if step["op"].endswith("gated_act") else sizes["N"]
+        y = self.tensor(args[out], types[out], (rows, width))
+        found = []
+        for launches in (few, many):
+            x.copy_(numbers.to(x.dtype))
+            y.zero_()
+            self.run({**step, "ways": [[None, launches]]}, rows)
+            found.append(y.to("cpu", copy=True))
+        return apart(*found)
+
+    def sizes(self, launch: Mapping[str, Any]) -> dict[str, Any]:
+        """What a launch's kernel was specialized for."""
+        return dict(map(tuple, self.kernels[launch["kernel"]]["source"]["constants"]))
+
+    def _arguments(self, launch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """A launch's arguments by name, and their dtypes."""
+        kernel = self.kernels[launch["kernel"]]
+        types = {name: _DTYPES.get(kind, "") for name, kind in kernel["source"]["args"]}
+        return dict(zip(kernel["names"], launch["args"], strict=True)), types
+
+
+def checked(
+    steps: Sequence[Step], plan: str, gpu: str, most_rows: Mapping[str, int], comparison: Comparison
+) -> tuple[list[Step], list[str]]:
+    """The steps without what computes wrong numbers here, and notes for users.
+
+    `plan` is the engine's, as it lies in its file, and `gpu` what its results depend on beside it.
+    """
+    alike: dict[str, list[int]] = defaultdict(list)
+    for place, step in enumerate(steps):
+        if _is_linear(step):
+            alike[kind_of(step)].append(place)
+    key = hashlib.sha256("\n".join((gpu, plan, *alike)).encode()).hexdigest()[:32]
+    file = cache_dir() / "checked" / f"{key}.json"
+    wanted = {kind: len(steps[places[0]]["ways"]) - 1 for kind, places in alike.items()}
+    found = _read(file, wanted)
+    if found is None:
+        found = {kind: _differences(steps[places[0]], most_rows, comparison) for kind, places in alike.items()}
+        keep(file, json.dumps(found).encode())
+    out, notes = list(steps), []
+    for kind, places in alike.items():
+        for way, by in enumerate(found[kind]):
+            if by <= MOST:
+                continue
+            launch = steps[places[0]]["ways"][way][1][0]
+            sizes, name = comparison.sizes(launch), comparison.kernels[launch["kernel"]]["source"]["function"]
+            notes.append(
+                f"the kernel {name} for {sizes['N']} outputs of {sizes['K']} inputs computes wrong numbers on this "
+                f"GPU ({gpu}; {by:.2g} apart): torch's product takes its place, which is slower for few tokens. "
+                "Please report it"
+            )
+            for place in places:
+                ways = [list(each) for each in out[place]["ways"]]
+                ways[way][1] = ways[-1][1]
+                out[place] = {**out[place], "ways": ways}
+    return out, notes
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """How far two results are apart: in the norm, or of FP8 numbers the share that is more than a step apart."""
+    a, b = found.float(), expected.float()
+    if found.itemsize == 1:
+        return float((~((a - b).abs() <= 0.13 * b.abs() + 2.0**-8)).float().mean())
+    difference = float((a - b).norm() / b.norm().clamp(min=1e-30))
+    return difference if difference < _INFINITE else _INFINITE  # NaN too
+
+
+def _is_linear(step: Step) -> bool:
+    """Whether torch's product is a step's way for many tokens, and others are for few."""
+    many = step["ways"][-1][1]
+    return len(step["ways"]) > 1 and any(launch.get("call") in ("mm", "scaled_mm") for launch in many)
+
+
+def _read(file: Path, wanted: Mapping[str, int]) -> dict[str, list[float]] | None:
+    """What was found of these kinds, of each so many ways."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or found.keys() != wanted.keys():
+        return None
+    fits = all(
+        isinstance(of, list) and len(of) == wanted[kind] and all(isinstance(by, float) for by in of)
+        for kind, of in found.items()
+    )
+    return found if fits else None
+
+
+def _differences(step: Step, most_rows: Mapping[str, int], comparison: Comparison) -> list[float]:
+    """Of each way but the last; none of one that is the last's, or that no step is large enough for."""
+    found, before = [], 0
+    for way, (most, launches) in enumerate(step["ways"][:-1]):
+        rows = min(most, most_rows[step["by"]])
+        differs = rows > before and launches != step["ways"][-1][1]
+        found.append(comparison(step, way, rows) if differs else 0.0)
+        before = rows
+    return found
