@@ -145,7 +145,9 @@ def runner_of(
                         out.write(name, memoryview(made[name].contiguous().flatten().view(torch.uint8).numpy()))
                     else:
                         out.leave_zeros(name, 0, info.nbytes)
-        runner = CudaRunner(FakeEngine(FakeConfig(build_config), path), rank, CudaDevice(comm.rank), comm)
+        device = CudaDevice(comm.rank)
+        device.is_checked = False  # the weights are zeros until they are filled
+        runner = CudaRunner(FakeEngine(FakeConfig(build_config), path), rank, device, comm)
         _fill(runner, lowered)
     runner.allocate_kv_cache(num_blocks)
     _fill_cache(runner._kv, options.get("kv_cache_dtype"))

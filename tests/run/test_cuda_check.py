@@ -123,6 +123,10 @@ def test_apart():
     assert apart(x, x) == 0
     assert apart(torch.zeros_like(x), x) == pytest.approx(1)
     assert apart(torch.full_like(x, torch.nan), x) > 1e8
+    assert apart(x, torch.full_like(x, torch.inf)) == 0
+    some = torch.where(x > 1, torch.nan, x)
+    assert apart(some, some) == 0
+    assert apart(some, x) > 1e8
     assert apart(x, torch.zeros_like(x)) > 1e8
     y = (x * 20).to(torch.float8_e4m3fn)
     near = torch.where(torch.rand(x.shape) < 0.5, x * 20 * 1.06, x * 20).to(torch.float8_e4m3fn)

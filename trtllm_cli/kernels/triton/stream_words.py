@@ -176,7 +176,7 @@ def stream_words(
     groups: gl.constexpr = K // (PARTS * GROUP)  # of a part
     rounds: gl.constexpr = groups // ROUND
     gl.static_assert((GROUP == 64 or GROUP == 128) and outputs % 16 == 0 and PARTS * BM % 8 == 0)
-    gl.static_assert(rounds * ROUND * GROUP * PARTS == K and (1 < STAGES or rounds == 1) and STAGES <= rounds)
+    gl.static_assert(rounds * ROUND * GROUP * PARTS == K and 1 < STAGES and STAGES <= rounds)
     if PDL:
         gdc_launch_dependents()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -217,7 +217,7 @@ def stream_words(
     up_first: gl.constexpr = triton.next_power_of_2(groups)
     scales = s_smem._reinterpret(gl.float32, [HALVES * up_first, ROWS], flat)
     for r in range(rounds):
-        async_copy.wait_group(max(STAGES - 2, 0))
+        async_copy.wait_group(STAGES - 2)
         gl.thread_barrier()  # also of the reads before, of the slots that are filled next
         if STAGES < rounds:  # else all is on its way
             ahead = r - 1 + STAGES
