@@ -13,7 +13,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -35,7 +35,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
     """Runs a kernel, of Gluon's or Triton's, in the interpreter."""
     if type(kernel).__name__ == "GluonJITFunction":
         kernel = getattr(_interpreted(kernel.fn.__module__), kernel.fn.__name__)
-    _program.__init__(num_warps)  # type: ignore[misc]
+    _program.num_warps = num_warps
+    _program.begin(None)
     kernel[grid](*args, **constants)
     assert not _program.products, "a product was never waited for"
 
@@ -65,16 +66,21 @@ def load(name: str, path: Path) -> ModuleType:
 _USES = {f"{PACKAGE}.stream_words": (f"{PACKAGE}.stream_linear",)}  # of those in Gluon
 
 
-@dataclass
 class _Program:
     """What is under way in the program that runs."""
 
-    num_warps: int = 0
-    index: Any = None
-    asked: list[_Copy] = field(default_factory=list)  # copies, not in a group yet
-    groups: list[list[_Copy]] = field(default_factory=list)
-    products: list[tuple[Callable[[], None], list[_Memory]]] = field(default_factory=list)
-    buffers: list[_Buffer] = field(default_factory=list)
+    num_warps = 0
+
+    def __init__(self) -> None:
+        self.begin(None)
+
+    def begin(self, index: Any) -> None:
+        """Another program begins, of this place in the grid."""
+        self.index = index
+        self.asked: list[_Copy] = []  # copies, not in a group yet
+        self.groups: list[list[_Copy]] = []
+        self.products: list[tuple[Callable[[], None], list[_Memory]]] = []
+        self.buffers: list[_Buffer] = []
 
 
 _program = _Program()
@@ -159,7 +165,7 @@ def _allocate(dtype: Any, shape: Any, layout: Any) -> _Memory:
     index = interpreter.interpreter_builder.grid_idx
     if _program.index is not index:  # another program
         assert not _program.products, "a product was never waited for"
-        _program.__init__(_program.num_warps, index)  # type: ignore[misc]
+        _program.begin(index)
     places = _places(shape, layout)
     _program.buffers.append(_Buffer(places.size, dtype))
     return _Memory(_program.buffers[-1], dtype, places)
