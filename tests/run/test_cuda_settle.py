@@ -12,7 +12,6 @@ from tests.tiny_models import save_tiny_model
 from trtllm_cli.build.backends import cuda
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.kernels.compile_cache import cache_dir
-from trtllm_cli.run.backends import cuda_settle
 from trtllm_cli.run.backends.cuda import CudaRunner
 from trtllm_cli.run.backends.cuda_settle import settled
 from trtllm_cli.run.communicator import SingleRank
@@ -141,4 +140,4 @@ def test_an_engine_whose_first_load_chooses(tmp_path, monkeypatch, fixed):
         runner.close()
     assert (ways[0] == ways[1]) is fixed
     assert np.linalg.norm(logits[0] - logits[1]) <= 1e-2 * np.linalg.norm(logits[0])
-    assert cuda_settle.cache_dir() == tmp_path / "cache True" / "trtllm"
+    assert cache_dir() == tmp_path / "cache True" / "trtllm"

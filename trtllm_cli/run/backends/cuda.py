@@ -117,7 +117,7 @@ class CudaRunner:
         gpu = f"{device.name}, torch {torch.__version__}"
         self._steps = settled(self._steps, self._file.metadata["plan"], gpu, self._rows, self._measure)
         if device.is_checked:
-            comparison = Comparison(plan["kernels"], self._tensor, self._compute)
+            comparison = Comparison(plan["kernels"], self._tensor, self._trial)
             with device.active():
                 self._steps, self.notes = checked(self._steps, self._file.metadata["plan"], gpu, self._rows, comparison)
         self._last = device.empty((limits.max_batch_size + 1) * 4, "the tokens")
@@ -310,13 +310,6 @@ class CudaRunner:
         program = self._trial(steps, rows)
         with self._device.active():
             return self._device.milliseconds(program.enqueue)
-
-    def _compute(self, step: Mapping[str, Any], rows: int) -> None:
-        """A step of one way, at so many rows of all kinds."""
-        program = self._trial([step], rows)
-        with self._device.active():
-            program.enqueue()
-            self._device.record()()
 
     def _trial(self, steps: Sequence[Mapping[str, Any]], rows: int) -> Program:
         """Launches of steps of one way each, at so many rows of all kinds."""

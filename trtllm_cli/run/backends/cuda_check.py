@@ -8,19 +8,14 @@ cache, and the loads after it read it.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from trtllm_cli.kernels.compile_cache import cache_dir, keep
-from trtllm_cli.run.backends.cuda_program import TensorAt
-from trtllm_cli.run.backends.cuda_settle import Step, kind_of
+from trtllm_cli.run.backends.cuda_kinds import Step, alike, found_once
+from trtllm_cli.run.backends.cuda_program import Program, TensorAt
 
 MOST = 0.05  # how far two ways may be apart: rounding makes less than 0.01
 _INFINITE = 1e9
@@ -33,7 +28,7 @@ class Comparison:
 
     kernels: Sequence[Mapping[str, Any]]  # the plan's table
     tensor: TensorAt
-    run: Callable[[Step, int], None]  # a step of one way at a number of rows, and waits for it
+    trial: Callable[[Sequence[Step], int], Program]  # steps of one way each, at a number of rows
 
     def __call__(self, step: Step, way: int, rows: int) -> float:
         """How far a linear's way is from its last one, for random inputs."""
@@ -51,7 +46,7 @@ class Comparison:
         for launches in (few, many):
             x.copy_(numbers.to(x.dtype))
             y.zero_()
-            self.run({**step, "ways": [[None, launches]]}, rows)
+            self.trial([{**step, "ways": [[None, launches]]}], rows).enqueue()
             found.append(y.to("cpu", copy=True))
         return apart(*found)
 
@@ -73,19 +68,16 @@ def checked(
 
     `plan` is the engine's, as it lies in its file, and `gpu` what its results depend on beside it.
     """
-    alike: dict[str, list[int]] = defaultdict(list)
-    for place, step in enumerate(steps):
-        if _is_linear(step):
-            alike[kind_of(step)].append(place)
-    key = hashlib.sha256("\n".join((gpu, plan, *alike)).encode()).hexdigest()[:32]
-    file = cache_dir() / "checked" / f"{key}.json"
-    wanted = {kind: len(steps[places[0]]["ways"]) - 1 for kind, places in alike.items()}
-    found = _read(file, wanted)
-    if found is None:
-        found = {kind: _differences(steps[places[0]], most_rows, comparison) for kind, places in alike.items()}
-        keep(file, json.dumps(found).encode())
+    kinds = alike(steps, _is_linear)
+    found = found_once(
+        "checked", (gpu, plan, *kinds), kinds,
+        find=lambda places: _differences(steps[places[0]], most_rows, comparison),
+        fits=lambda places, of: (
+            len(of) == len(steps[places[0]]["ways"]) - 1 and all(isinstance(by, float) for by in of)
+        ),
+    )  # fmt: skip
     out, notes = list(steps), []
-    for kind, places in alike.items():
+    for kind, places in kinds.items():
         for way, by in enumerate(found[kind]):
             if by <= MOST:
                 continue
@@ -122,21 +114,6 @@ def _is_linear(step: Step) -> bool:
     """Whether torch's product is a step's way for many tokens, and others are for few."""
     many = step["ways"][-1][1]
     return len(step["ways"]) > 1 and any(launch.get("call") in ("mm", "scaled_mm") for launch in many)
-
-
-def _read(file: Path, wanted: Mapping[str, int]) -> dict[str, list[float]] | None:
-    """What was found of these kinds, of each so many ways."""
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(found, dict) or found.keys() != wanted.keys():
-        return None
-    fits = all(
-        isinstance(of, list) and len(of) == wanted[kind] and all(isinstance(by, float) for by in of)
-        for kind, of in found.items()
-    )
-    return found if fits else None
 
 
 def _differences(step: Step, most_rows: Mapping[str, int], comparison: Comparison) -> list[float]:
