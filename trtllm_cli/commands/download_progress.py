@@ -11,7 +11,7 @@ from rich.progress import Progress as Bars
 from rich.progress import TaskID
 
 from trtllm_cli.artifact import human_bytes
-from trtllm_cli.commands.console import progress_bytes, stderr
+from trtllm_cli.commands.console import progress_bytes, stderr, tell
 from trtllm_cli.convert.transfer import Progress
 
 LINE_EVERY = 10.0  # seconds between lines, where there is no terminal
@@ -68,7 +68,7 @@ class BarProgress(Progress):
 
     def note(self, message: str) -> None:
         """A line above the bars."""
-        stderr().print(f"note: {message}", markup=False)
+        tell([message])
 
 
 class LineProgress(Progress):
@@ -114,7 +114,7 @@ class LineProgress(Progress):
 
     def note(self, message: str) -> None:
         """A line of its own."""
-        stderr().print(f"note: {message}", markup=False)
+        tell([message])
 
 
 def short(name: str, width: int = 40) -> str:
