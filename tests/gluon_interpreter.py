@@ -219,7 +219,7 @@ def _mma(a: Any, b: Any, acc: tl.tensor, *, use_acc: bool = True, is_async: bool
 
     def multiply() -> None:
         with np.errstate(invalid="ignore", over="ignore"):
-            product = mended._widened(left).astype(np.float32) @ mended._widened(right)
+            product = mended.widened(left).astype(np.float32) @ mended.widened(right)
         found[:] = product + acc.handle.data if use_acc else product
 
     _program.products.append((multiply, operands))

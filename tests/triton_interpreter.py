@@ -16,7 +16,7 @@ _TORCH = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.fl
 _SIGNED = {1: np.int8, 2: np.int16, 4: np.int32}
 
 
-def _widened(x: TensorHandle) -> np.ndarray:
+def widened(x: TensorHandle) -> np.ndarray:
     kind = _TORCH.get(x.dtype.scalar)
     if kind is None:
         return x.data
@@ -30,7 +30,7 @@ def _as_torch(bits: np.ndarray, kind: torch.dtype) -> torch.Tensor:
 
 def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     with np.errstate(invalid="ignore", over="ignore"):  # of infinities and NaN, as on the device
-        product = np.matmul(_widened(a), _widened(b), dtype=d.data.dtype)
+        product = np.matmul(widened(a), widened(b), dtype=d.data.dtype)
     return TensorHandle(product + d.data, d.dtype.scalar)
 
 

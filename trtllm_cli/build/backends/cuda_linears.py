@@ -66,12 +66,13 @@ class Tactic(NamedTuple):
         return " ".join(map(str, (self.kernel, *self.tiles)))
 
 
+_Table = dict[tuple[int, int, bool], list[tuple[int, str, tuple[int, ...]]]]
 # By form, then by outputs, inputs and whether gated, of Llama-3.1-8B (and 1B): most tokens, kernel, tiles. Left out is
 # what cuBLASLt does as fast within 3%, with the 3 us that a gated activation by itself takes; int8 and int4 compete
 # with cuBLASLt on dequantized weights. Up to 8 tokens what counts is a whole step's time: what takes less of a
 # multiprocessor has more of its weights on their way when the kernel in front ends, and kernels that are the fastest by
 # themselves make steps up to 10% longer.
-_SHIPPED: dict[str, dict[tuple[int, int, bool], list[tuple[int, str, tuple[int, ...]]]]] = {
+_SHIPPED: dict[str, _Table] = {
     "bf16": {
         (6144, 4096, False): [
             (1, "stream", (1, 8, 3, 1, 4)), (2, "stream", (2, 4, 4, 1, 4)),
@@ -183,7 +184,7 @@ def chosen_by_steps(shape: LinearShape, tokens: int) -> Tactic | None:
     return None
 
 
-def _table(shape: LinearShape) -> dict[tuple[int, int, bool], list[tuple[int, str, tuple[int, ...]]]]:
+def _table(shape: LinearShape) -> _Table:
     """What ships for its form."""
     return _SHIPPED["int4" if weight_only(shape) else "fp8 group" if is_grouped(shape) else shape.form]
 
