@@ -250,8 +250,12 @@ class CudaDevice:
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """See Device."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            enqueue()
+        with torch.cuda.stream(self.stream):  # not torch.cuda.graph, which first waits for the GPU and empties caches
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                enqueue()
+            finally:
+                graph.capture_end()
         return graph.replay
 
     def milliseconds(self, enqueue: Callable[[], None]) -> float:
