@@ -381,6 +381,6 @@ def test_tactics_are_chosen_by_whole_steps():
 
     tactics = step_sweep.Tried("sm_90a", tokens=1, taken=taken)
     tactics.prepare(shapes)
-    assert tactics.few_tokens(one)[0][1] == step_sweep.launch_of(one, options[one][2])
-    assert tactics.few_tokens(one)[1:] == step_sweep.LinearTactics("sm_90a").few_tokens(one)[1:]
+    assert tactics.ways(one)[0] == (1, options[one][2])
+    assert tactics.ways(one)[1:] == step_sweep.LinearTactics("sm_90a").ways(one)[1:]
     assert tactics.others(two, 1) is None

@@ -2,7 +2,7 @@
 
 What is the fastest by itself (linear_sweep.py) is often not in a step, where the next kernel's weights want to be on
 their way. So each linear's candidates are tried one after another, all others as they were, and what makes the step
-shorter stays; twice over all linears. Prints rows of cuda_linears' table. --compile-only takes no GPU.
+shorter stays; --passes times over all linears. Prints rows of cuda_linears' table. --compile-only takes no GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from benchmarks.h200.machine import machine
 from benchmarks.h200.steps import decode_milliseconds
 from benchmarks.h200.synthetic import FORMATS, SHAPES, linears_of, plan_of, runner_of
 from trtllm_cli.build.backends.cuda_candidates import candidates
-from trtllm_cli.build.backends.cuda_linears import LinearLaunch, LinearShape, Tactic, fitted, launch_of, shipped_tactics
+from trtllm_cli.build.backends.cuda_linears import (
+    KERNELS,
+    LinearShape,
+    Tactic,
+    fitted,
+    shipped_tactics,
+)
 from trtllm_cli.build.backends.cuda_tactics import LinearTactics
 
 ARCH = "sm_90a"
@@ -33,22 +39,22 @@ class Tried(LinearTactics):
     taken: Mapping[LinearShape, Tactic] = field(default_factory=dict)
     fixed: bool = True
 
-    def few_tokens(self, shape: LinearShape) -> list[tuple[int, LinearLaunch]]:
-        ways = super().few_tokens(shape)
+    def ways(self, shape: LinearShape) -> list[tuple[int, Tactic]]:
+        ways = super().ways(shape)
         if shape in self.taken:
-            first = launch_of(shape, fitted(shape, self.taken[shape], self.arch))
+            first = fitted(shape, self.taken[shape], self.arch)
             ways = [(self.tokens, first), *(way for way in ways if way[0] > self.tokens)]
         return ways
 
 
 def descend(
     starts: Mapping[LinearShape, Tactic], options: Mapping[LinearShape, list[Tactic]],
-    milliseconds: Callable[[Chosen], float],
+    milliseconds: Callable[[Chosen], float], passes: int = 2,
 ) -> tuple[Chosen, float]:  # fmt: skip
     """From `starts`, one linear after another, what makes the step shorter; what came out, and the step's time."""
     taken = dict(starts)
     best = milliseconds(taken)
-    for _ in range(2):
+    for _ in range(passes):
         for shape, others in options.items():
             for tactic in others:
                 if tactic == taken.get(shape):
@@ -67,12 +73,14 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="whose tiles are tried")
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--output", default="", help="JSON")
     a = parser.parse_args()
     limits = {"max_batch_size": max(8, a.tokens), "max_num_tokens": 512, "max_seq_len": 2 * a.context}
     shapes = linears_of(a.shape, a.format, **limits)
-    options = {shape: candidates(shape, a.tokens, ARCH) for shape in shapes}
+    options = {shape: [c for c in candidates(shape, a.tokens, ARCH) if c.kernel in a.kernels] for shape in shapes}
     starts = {shape: taken for shape in shapes if (taken := first_way(shape, a.tokens)) is not None}
 
     def tried(taken: Mapping[LinearShape, Tactic]) -> Tried:
@@ -97,7 +105,7 @@ def main() -> None:
         print(f"{ms:.3f} ms: {', '.join(map(str, taken.values()))}", flush=True)
         return ms
 
-    taken, best = descend(starts, options, milliseconds)
+    taken, best = descend(starts, options, milliseconds, a.passes)
     print(f"{a.shape} {a.format} x{a.tokens}: {best:.3f} ms")
     for shape, tactic in taken.items():
         outputs = shape.n // 2 if shape.gated else shape.n

@@ -35,11 +35,10 @@ def own_cache(tmp_path, monkeypatch):
 def engine_of(root, monkeypatch, qformat=None):
     """A tiny engine with one way for up to 4 tokens, and torch's product."""
 
-    def few_tokens(self, shape):
-        tactic = cuda_linears.adapted(shape, Tactic("skinny", (16, 32, 64, 1, 3, 4)))
-        return [(4, cuda_linears.launch_of(shape, tactic))]
+    def ways(self, shape):
+        return [(4, cuda_linears.adapted(shape, Tactic("skinny", (16, 32, 64, 1, 3, 4))))]
 
-    monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", few_tokens)
+    monkeypatch.setattr(cuda_tactics.LinearTactics, "ways", ways)
     monkeypatch.setattr(cuda_tactics.LinearTactics, "others", lambda self, shape, most: None)
     save_tiny_model(root / "snapshot", "llama", num_hidden_layers=2)
     convert(root / "snapshot", root / "ckpt", ConvertOptions(dtype="bfloat16", qformat=qformat))

@@ -80,7 +80,7 @@ STEPS = [{0: [1, 2, 3, 4, 5, 6], 1: [9]}, {1: [11], 0: [5], 2: [7]}]
 def few_programs(monkeypatch):
     """Linears by torch, and no more programs than need be: both kernels and their splits have tests of their own."""
     monkeypatch.setattr(cuda, "compile_kernels", fake_compile)
-    monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", lambda self, shape: [])
+    monkeypatch.setattr(cuda_tactics.LinearTactics, "ways", lambda self, shape: [])
     monkeypatch.setattr(cuda_attention, "_DECODE", ((None, 1, 4, 64),))
     monkeypatch.setattr(cuda_attention, "_FEW", 0)
 

@@ -11,7 +11,7 @@ from tests.engines import build_engine, runner_logits
 from tests.interpreter_device import InterpreterDevice, fake_compile
 from tests.tiny_models import save_tiny_model
 from trtllm_cli.build.backends import cuda, cuda_experts, cuda_linears, cuda_tactics
-from trtllm_cli.build.backends.cuda_linears import Tactic, adapted, launch_of
+from trtllm_cli.build.backends.cuda_linears import Tactic, adapted
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.errors import UnsupportedError
 from trtllm_cli.kernels.reference import Reference
@@ -27,14 +27,14 @@ TOLERANCE = {"FP8": 7e-2, "FP8_PER_CHANNEL_PER_TOKEN": 7e-2, "FP8_BLOCK_SCALES":
 STEPS = [{0: [1, 2, 3, 4, 5, 6, 7], 1: [9, 8]}, {1: [3], 0: [4]}]
 
 
-FEW_TOKENS = cuda_tactics.LinearTactics.few_tokens
+WAYS = cuda_tactics.LinearTactics.ways
 
 
 @pytest.fixture(autouse=True)
 def few_kernels(monkeypatch):
     """Nothing is compiled, and torch multiplies, as for many tokens: linears of few have tests of their own."""
     monkeypatch.setattr(cuda, "compile_kernels", fake_compile)
-    monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", lambda self, shape: [])
+    monkeypatch.setattr(cuda_tactics.LinearTactics, "ways", lambda self, shape: [])
 
 
 def made(tmp_path, quantization, experts=True, model=MODEL, **options):
@@ -100,7 +100,7 @@ def test_blocks_of_many_tokens(tmp_path, monkeypatch, name, by_one):
 def test_fp8_with_scales_of_groups(tmp_path, monkeypatch, few):
     """Layers of whole groups of 128 inputs, which are multiplied in FP8; those of 64 above become bfloat16."""
     if few:
-        monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", FEW_TOKENS)
+        monkeypatch.setattr(cuda_tactics.LinearTactics, "ways", WAYS)
     model = MODEL.replace("64", "256").replace("96", "384").replace("(384, 256)", "(96, 256)")  # the vocabulary
     engine, graph, weights = made(tmp_path, {"quant_algo": "FP8_BLOCK_SCALES"}, False, model)
     assert worst(engine, graph, weights) < TOLERANCE["FP8_BLOCK_SCALES"]
@@ -121,12 +121,12 @@ def test_fp8_with_scales_of_groups(tmp_path, monkeypatch, few):
     ],
 )
 def test_streamed_weights_in_a_plan(tmp_path, monkeypatch, name, options, tactic, activations):
-    def few_tokens(self, shape):
+    def ways(self, shape):
         streamed = adapted(shape, tactic)
-        return [(64, launch_of(shape, streamed))] if streamed else []
+        return [(64, streamed)] if streamed else []
 
     monkeypatch.setattr(cuda_linears, "_FEWEST_PROGRAMS", 1)
-    monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", few_tokens)
+    monkeypatch.setattr(cuda_tactics.LinearTactics, "ways", ways)
     monkeypatch.setattr(cuda_tactics.LinearTactics, "others", lambda self, shape, most: None)
     model = MODEL.replace("64", "512").replace("96", "512").replace("(512, 512)", "(96, 512)")  # the vocabulary
     engine, graph, weights = made(tmp_path, {"quant_algo": name, **options} if name else {}, False, model)

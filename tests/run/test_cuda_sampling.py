@@ -47,7 +47,7 @@ class OnHost(Counting):
 def few_programs(monkeypatch):
     """Linears by torch, and no more programs than need be: what is computed before sampling has tests of its own."""
     monkeypatch.setattr(cuda, "compile_kernels", fake_compile)
-    monkeypatch.setattr(cuda_tactics.LinearTactics, "few_tokens", lambda self, shape: [])
+    monkeypatch.setattr(cuda_tactics.LinearTactics, "ways", lambda self, shape: [])
     monkeypatch.setattr(cuda_attention, "_DECODE", ((None, 1, 2, 16),))
     monkeypatch.setattr(cuda_attention, "_FEW", 0)
 

@@ -29,7 +29,7 @@ def run(launch, way, tokens, **roles):
     none = torch.zeros(1, device=launch.device)
     scratch = torch.full((max(way.scratch // 4, 1),), torch.nan, device=launch.device)
     scratch[: cuda_linears.COUNTERS] = 0
-    values = {"scratch": scratch, "num_tokens": tokens} | roles
+    values = {"scratch": scratch, "num_tokens": tokens, "eps": 0.0} | roles
     if dict(way.source.args)["w_ptr"] == "*i32":
         values["w"] = values["w"].view(torch.int32)
     grid = tuple(-(-tokens // dim[1]) if isinstance(dim, tuple) else dim for dim in way.grid)
@@ -161,6 +161,54 @@ def check_stream(launch, way, ref, has_bias, gated, **roles):
     y = torch.full(ref.shape, torch.nan, dtype=torch.bfloat16, device=launch.device)
     run(launch, way, len(y), y=y, **roles)
     assert error(y, ref) < 6e-3
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_norm_between_streamed_linears(launch, form, tokens):
+    """The linear in front adds to the residual and leaves sums of squares, the one behind divides by their mean's root."""
+    torch.manual_seed(9)
+    d, k, n, eps = launch.device, 1024, 96, 1e-3
+    width = {"bf16": 512, "fp8": 1024, "int4": 768}[form]  # of the residual; int4: no power of two of sums
+    kernel, tiles = ("words", (2, 2, 1, 4)) if form == "int4" else ("stream", (2, 4, 2, 1, 4))
+    scales = {"w_scale": "one", "x_scale": "one", "x_type": "*fp8e4nv"} if form == "fp8" else {}
+    of = {"form": form, **({"group": 64} if form == "int4" else {}), **scales}
+    before, after = LinearShape(n=width, k=k, has_bias=True, **of), LinearShape(n=2 * n, k=width, gated="silu", **of)
+
+    def weights(shape):
+        if form == "int4":
+            _, packed, plain = weight_only("int4", shape.n, shape.k, 64, False)
+            return {role: tensor.to(d) for role, tensor in packed.items()}, plain.to(d)
+        w = (torch.randn(shape.n, shape.k, device=d) / shape.k**0.5).to(kind)
+        one = torch.full((1,), 0.5, device=d)
+        return {"w": w, "w_scale": one}, w.float() * (one if form == "fp8" else 1)
+
+    kind = torch.float8_e4m3fn if form == "fp8" else torch.bfloat16
+    x_scale = torch.full((1,), 0.03, device=d)
+    x = torch.randn(tokens, k, device=d).to(kind)
+    bias, weight = torch.randn(width, device=d).bfloat16(), (torch.rand(width, device=d) + 0.5).bfloat16()
+    residual = 3 * torch.randn(tokens, width, device=d)
+    (packed, plain), (packed_after, plain_after) = weights(before), weights(after)
+    sums = residual + x.float() @ plain.T * (x_scale if form == "fp8" else 1) + bias.float()
+    adds = cuda_linears.launch_of(before, Tactic(kernel, tiles), cuda_linears.Norm(weight_type="*bf16"))
+    programs = adds.grid[0]
+    y = torch.full((tokens, width), torch.nan, dtype=torch.bfloat16, device=d)
+    squares = torch.full((tokens, programs), torch.nan, device=d)
+    to_norm = {"residual": residual, "new_residual": residual, "norm_weight": weight, "squares": squares}
+    run(launch, adds, tokens, x=x, x_scale=x_scale, bias=bias, y=y, **packed, **to_norm)
+    assert error(residual, sums) < 1e-3
+    assert error(y, sums * weight.float()) < 4e-3
+    assert error(squares.sum(1), sums.square().sum(1)) < 1e-3
+
+    normed = sums * torch.rsqrt(sums.square().mean(1, keepdim=True) + eps) * weight.float()
+    if form == "fp8":
+        normed = (normed / x_scale).to(kind).float() * x_scale
+    products = normed @ plain_after.T
+    ref = reference.activate(products[:, :n], "silu") * products[:, n:]
+    divides = cuda_linears.launch_of(after, Tactic(kernel, tiles), cuda_linears.Norm(squares=programs))
+    out = torch.full((tokens, n), torch.nan, dtype=torch.bfloat16, device=d)
+    run(launch, divides, tokens, x=y, x_scale=x_scale, y=out, squares=squares, eps=eps, **packed_after)
+    assert error(out, ref) < (2e-2 if form == "fp8" else 8e-3)  # some sums are rounded to other FP8 numbers
 
 
 @pytest.mark.parametrize("split", [1, 2])

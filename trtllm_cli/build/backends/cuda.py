@@ -14,7 +14,7 @@ import torch
 from trtllm_cli.build.backends.cuda_attention import AttentionLaunches
 from trtllm_cli.build.backends.cuda_collectives import CollectiveLaunches
 from trtllm_cli.build.backends.cuda_experts import ExpertLaunches
-from trtllm_cli.build.backends.cuda_linear_steps import LinearLaunches
+from trtllm_cli.build.backends.cuda_norms_between import NormsBetween
 from trtllm_cli.build.backends.cuda_sampling import MOST_LOGPROBS, SamplingLaunches
 from trtllm_cli.build.backends.cuda_tactics import LinearTactics
 from trtllm_cli.build.lowered import Lowered, Memory, Working
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 _ALIGNMENT = 256  # bytes: where a cubin begins in the tensor that holds all
 
 
-class CudaGraphLowering(CollectiveLaunches, LinearLaunches, ExpertLaunches, AttentionLaunches, SamplingLaunches):
+class CudaGraphLowering(CollectiveLaunches, NormsBetween, ExpertLaunches, AttentionLaunches, SamplingLaunches):
     """Each node as launches."""
 
     def lower(self, working: Working | None = None) -> None:
         """Fills the steps and the packings."""
         self.check()
         self.prepare()
-        self.tactics.prepare(self.linear_shapes(), working)
+        self.choose_tactics(working)
         for node in self.graph.nodes:
-            getattr(self, f"_{node.op}")(node)
+            self.lower_node(node)
         self.add_sampling()
         self.add_copies()
 

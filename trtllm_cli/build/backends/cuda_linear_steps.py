@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ from trtllm_cli.build.backends.cuda_linears import (
     LinearLaunch,
     LinearShape,
     PerWhat,
+    argument,
     dequantized,
     fitted,
     for_many,
@@ -39,6 +42,7 @@ class LinearLaunches(RowLaunches):
     """Launches of kernels/triton/linear.py, and torch's matrix products."""
 
     tactics: LinearTactics = field(default_factory=LinearTactics)
+    _computed: int = 0  # tokens up to which something else computes the node that is being lowered
 
     def linear_shapes(self) -> list[LinearShape]:
         """Of every linear, as its kernel for few tokens computes it."""
@@ -81,6 +85,8 @@ class LinearLaunches(RowLaunches):
         ways: list[tuple[int | None, list[Launch]]] = []
         others: list[list[list[Launch]]] = []
         for most, few in self.tactics.few_tokens(few_shape):
+            if most <= self._computed:
+                continue
             ways.append((most, launches(few)))
             more = self.tactics.others(few_shape, most)
             others.append([] if more is None else [*map(launches, more), many])
@@ -98,17 +104,22 @@ class LinearLaunches(RowLaunches):
             self._shape(node), gated=fused.attrs["activation"] if fused else "", out_type=TYPES[self.dtype(out)]
         )
 
-    def _few(self, node: Node, few: LinearLaunch, weights: Mapping[str, str], fused: Node | None, rows: str) -> Launch:
+    def _few(
+        self, node: Node, few: LinearLaunch, weights: Mapping[str, str], fused: Node | None, rows: str,
+        of_norms: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Launch:  # fmt: skip
+        """A launch for few tokens; `of_norms`: operands by role that differ where it computes norms."""
         values = {
             "x": self.ref(node.inputs["x"]), "w": weights["weight"], "w_scale": weights.get("scale"),
             "w_zero": weights.get("zero"), "x_scale": self.steps_of_input(node),
             "bias": self.plain(node.inputs["bias"])[0] if "bias" in node.inputs else None,
             "out_scale": self.largest(fused.inputs["out_scale"]) if fused and "out_scale" in fused.inputs else None,
             "y": self.ref((fused or node).outputs[0]), "num_tokens": f"n:{rows}",
-            "scratch": self.room("linear", few.scratch) if few.scratch else None,
+            "scratch": self.room("linear", few.scratch) if few.scratch else None, "eps": 0.0,
+            **dict.fromkeys(("residual", "new_residual", "norm_weight", "squares")), **of_norms,
         }  # fmt: skip
         grid = [dim if isinstance(dim, int) else [rows, dim[1]] for dim in few.grid]
-        args = {role if role == "num_tokens" else f"{role}_ptr": values[role] for role in few.operands}
+        args = {argument(role): values[role] for role in few.operands}
         return self.launch_source(few.source, grid, args)
 
     def _many(self, node: Node, act: Node | None, shape: LinearShape, weights: Mapping[str, str]) -> list[Launch]:
@@ -118,7 +129,7 @@ class LinearLaunches(RowLaunches):
             plain = dequantized(shape)
             w = self.room("plain weight", shape.n * shape.k * 2)
             values = {"w": weights["weight"], "w_scale": weights["scale"], "w_zero": weights.get("zero"), "out": w}
-            args = {f"{role}_ptr": values[role] for role in plain.operands}
+            args = {argument(role): values[role] for role in plain.operands}
             before.append(self.launch_source(plain.source, list(plain.grid), args))
         call: Launch = {
             "call": "scaled_mm" if is_fp8 else "mm", "x": self.ref(node.inputs["x"]),

@@ -56,6 +56,16 @@ class LinearLaunch:
     scratch: int = 0  # bytes, role "scratch"; the first 4 * COUNTERS are zero at first, and the kernel leaves them zero
 
 
+class Norm(NamedTuple):
+    """What a streamed linear computes of the RMS norms behind it and in front of it (kernels/triton/stream_linear.py).
+
+    Behind it `weight_type`, Triton's type of that norm's weight; in front `squares`, sums that a token's row has.
+    """
+
+    weight_type: str = ""
+    squares: int = 0
+
+
 class Tactic(NamedTuple):
     """A kernel, and its tiles as its function below takes them."""
 
@@ -238,10 +248,13 @@ def fitted(shape: LinearShape, tactic: Tactic, arch: str) -> Tactic:
     return Tactic("skinny", (bm, bn, bk, split, stages_that_fit(arch, stages, tiles), warps))
 
 
-def launch_of(shape: LinearShape, tactic: Tactic) -> LinearLaunch:
-    """The launch of a tactic that is adapted to the shape."""
+def launch_of(shape: LinearShape, tactic: Tactic, norm: Norm | None = None) -> LinearLaunch:
+    """The launch of a tactic that is adapted to the shape; of a streamed one also with norms."""
+    if tactic.kernel in STREAMED:
+        return (stream if tactic.kernel == "stream" else words)(shape, *tactic.tiles, norm=norm or Norm())
+    assert norm is None
     make: dict[str, Callable[..., LinearLaunch]] = {
-        "stream": stream, "words": words, "vector": vector, "skinny": skinny, "fragment": fragment,
+        "vector": vector, "skinny": skinny, "fragment": fragment,
     }  # fmt: skip
     return make[tactic.kernel](shape, *tactic.tiles)
 
@@ -351,6 +364,15 @@ def _stream_fits(shape: LinearShape, bm: int, parts: int, stages: int, pieces: i
     return fits and rest == 0 and (stages > 1 or rounds == 1)
 
 
+def norms(shape: LinearShape, tactic: Tactic) -> bool:
+    """Whether a streamed tactic can norm its inputs: of FP8 all have room, as they are quantized before the products."""
+    if shape.form != "fp8":
+        return True
+    bm, _, stages, pieces, warps = tactic.tiles
+    rows = 16 * warps * (2 if shape.gated else 1)
+    return shape.x_scale == "one" and 128 * rows * stages * pieces + bm * shape.k <= room_for_tiles(STREAMS)
+
+
 def _word_groups(shape: LinearShape, warps: int) -> int:
     """Groups of inputs that each warp has of int4 weights; 0 where stream_words does not take them."""
     if shape.form != "int4" or shape.has_zero or shape.group not in (64, 128) or shape.x_type != "*bf16":
@@ -393,17 +415,23 @@ def _split_fits(shape: LinearShape, bm: int, bn: int) -> bool:
 
 _TYPES = {
     "w_scale": "*fp32", "w_zero": "*fp32", "x_scale": "*fp32", "out_scale": "*fp32", "scratch": "*fp32", "out": "*bf16",
-    "num_tokens": "i32",
+    "residual": "*fp32", "new_residual": "*fp32", "squares": "*fp32", "eps": "fp32", "num_tokens": "i32",
 }  # fmt: skip
+_NORM_ROLES = ("residual", "new_residual", "norm_weight", "squares", "eps")
 
 
-def _args(shape: LinearShape, roles: tuple[str, ...]) -> dict[str, str]:
+def argument(role: str) -> str:
+    """The name of a kernel's argument."""
+    return role if role in ("num_tokens", "eps") else f"{role}_ptr"
+
+
+def _args(shape: LinearShape, roles: tuple[str, ...], norm: Norm = Norm()) -> dict[str, str]:  # noqa: B008 - a tuple
     plain = {"bf16": "*bf16", "fp8": "*fp8e4nv", "int8": "*i32", "int4": "*i32"}[shape.form]
     types = {
-        **_TYPES, "x": shape.x_type, "w": plain, "bias": shape.bias_type,
-        "y": shape.out_type,
+        **_TYPES, "x": "*bf16" if norm.squares else shape.x_type, "w": plain, "bias": shape.bias_type,
+        "y": shape.out_type, "norm_weight": norm.weight_type or "*bf16",
     }  # fmt: skip
-    return {role if role == "num_tokens" else f"{role}_ptr": types[role] for role in roles}
+    return {argument(role): types[role] for role in roles}
 
 
 def _common(shape: LinearShape) -> dict[str, Constant]:
@@ -422,29 +450,31 @@ def _scratch(shape: LinearShape, outputs: int, tokens: int, split: int) -> int:
     return 4 * (COUNTERS + tiles * split * outputs * tokens * (2 if shape.gated else 1))
 
 
-def stream(shape: LinearShape, bm: int, parts: int, stages: int, pieces: int, warps: int) -> LinearLaunch:
+def stream(
+    shape: LinearShape, bm: int, parts: int, stages: int, pieces: int, warps: int, *, norm: Norm
+) -> LinearLaunch:  # fmt: skip
     """Tiles [16 warps / parts outputs, bm tokens], bf16 or fp8.
 
     Of each row's parts `stages` times so many `pieces` are under way to shared memory.
     """
-    roles = ("x", "w", "w_scale", "x_scale", "bias", "out_scale", "y", "num_tokens")
+    roles = ("x", "w", "w_scale", "x_scale", "bias", "out_scale", "y", *_NORM_ROLES, "num_tokens")
     source = KernelSource.of(
-        "stream_linear", "stream_linear", _args(shape, roles), num_warps=warps, num_stages=1, BM=bm, PARTS=parts,
-        STAGES=stages, ROUND=pieces, **_common(shape),
+        "stream_linear", "stream_linear", _args(shape, roles, norm), num_warps=warps, num_stages=1, BM=bm, PARTS=parts,
+        STAGES=stages, ROUND=pieces, SUMS=bool(norm.weight_type), SQUARES=norm.squares, **_common(shape),
     )  # fmt: skip
     return LinearLaunch(source, (_outputs(shape) * parts // (16 * warps), ("num_tokens", bm)), roles)
 
 
-def words(shape: LinearShape, bm: int, stages: int, groups: int, warps: int) -> LinearLaunch:
+def words(shape: LinearShape, bm: int, stages: int, groups: int, warps: int, *, norm: Norm) -> LinearLaunch:
     """Tiles [16 outputs, bm tokens], int4, a part of the inputs a warp.
 
     Of each part `stages` times so many `groups` are under way to shared memory.
     """
-    roles = ("x", "w", "w_scale", "bias", "out_scale", "y", "num_tokens")
+    roles = ("x", "w", "w_scale", "bias", "out_scale", "y", *_NORM_ROLES, "num_tokens")
     unused = ("W_SCALE", "X_SCALE")
     source = KernelSource.of(
-        "stream_words", "stream_words", _args(shape, roles), num_warps=warps, num_stages=1, BM=bm, STAGES=stages,
-        ROUND=groups, GROUP=shape.group,
+        "stream_words", "stream_words", _args(shape, roles, norm), num_warps=warps, num_stages=1, BM=bm, STAGES=stages,
+        ROUND=groups, GROUP=shape.group, SUMS=bool(norm.weight_type), SQUARES=norm.squares,
         **{name: value for name, value in _common(shape).items() if name not in unused},
     )  # fmt: skip
     return LinearLaunch(source, (_outputs(shape) // 16, ("num_tokens", bm)), roles)

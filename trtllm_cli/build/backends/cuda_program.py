@@ -15,7 +15,8 @@ A plan is JSON:
               symbol `by`; a launch with "when": "mixed" is left out of steps in which every sequence has one token, one
               with "decode" of the others;
               "without_peers": the launches where ranks do not see each other's memory; "others": of each of the first
-              ways what may take the place of its launches, which the first load on a GPU settles
+              ways what may take the place of its launches, which the first load on a GPU settles; "instead": how many
+              steps that follow have no launches where this one has any, as it computes them
     sampling  such steps by name, which follow where they are asked for: penalties, bans, plain, filtered, logprobs
     token_counts, most_logprobs    the dtype of the scratch "token counts"; how many likely tokens "logprobs" gives
 
@@ -59,7 +60,8 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "int32": 4
 # Pairs of ops that may be one kernel: which input of the one that of the other comes from, and what it reads itself.
 _JOINED = {
     ("linear", "gated_act"): ("x", "x"), ("all_reduce", "add_rms_norm"): ("x", "x"),
-    ("rope_append", "paged_attention"): ("q", "qkv"),
+    ("rope_append", "paged_attention"): ("q", "qkv"), ("linear", "add_rms_norm"): ("x", "x"),
+    ("add_rms_norm", "linear"): ("x", "x"),
 }  # fmt: skip
 RESIDUAL = "float32"  # the sum over the layers is kept in
 
@@ -225,15 +227,18 @@ def _held(graph: Graph) -> Graph:
 
     Both may be one kernel, whose output must not lie where its input is.
     """
-    producers = graph.producers()
-    nodes = []
+    nodes: list[Node] = []
+    makers: dict[str, Node] = {}
     for node in graph.nodes:
         held = {}
         for (first, second), (passed, read) in _JOINED.items():
-            maker = producers.get(node.inputs.get(passed, ""))
+            maker = makers.get(node.inputs.get(passed, ""))
             if node.op == second and maker is not None and maker.op == first:
                 held["held"] = maker.inputs[read]
+                if node.op == "gated_act" and "held" in maker.inputs:  # a norm, a linear and its activation as one
+                    held["held for long"] = maker.inputs["held"]
         nodes.append(replace(node, inputs={**node.inputs, **held}))
+        makers.update(dict.fromkeys(node.outputs, nodes[-1]))
     return graph.with_nodes(nodes)
 
 

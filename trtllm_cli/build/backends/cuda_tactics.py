@@ -117,11 +117,15 @@ class LinearTactics:
                 self.chosen[shape] = Choice("shipped table", shipped_tactics(shape.linear, self.arch))
         self._note_shipped(new)
 
-    def few_tokens(self, shape: LinearShape) -> list[tuple[int, LinearLaunch]]:
-        """(most tokens, launch), ascending; beyond the last one cuBLASLt is as fast."""
+    def ways(self, shape: LinearShape) -> list[tuple[int, Tactic]]:
+        """(most tokens, tactic), ascending; beyond the last one cuBLASLt is as fast."""
         choice = self.chosen.get(TimedShape.of(shape))
         tactics = choice.tactics if choice else shipped_tactics(shape, self.arch)
-        return [(most, launch_of(shape, fitted(shape, tactic, self.arch))) for most, tactic in tactics]
+        return [(most, fitted(shape, tactic, self.arch)) for most, tactic in tactics]
+
+    def few_tokens(self, shape: LinearShape) -> list[tuple[int, LinearLaunch]]:
+        """The launches of `ways`."""
+        return [(most, launch_of(shape, tactic)) for most, tactic in self.ways(shape)]
 
     def others(self, shape: LinearShape, most: int) -> list[LinearLaunch] | None:
         """What is timed at the first load beside `few_tokens`' launch for up to `most`, and beside cuBLASLt.

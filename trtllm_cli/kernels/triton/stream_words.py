@@ -18,7 +18,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_cli.kernels.triton.device import gated
 from trtllm_cli.kernels.triton.linear import pairs_of_word
-from trtllm_cli.kernels.triton.stream_linear import read_biases, read_in_one, store_outputs
+from trtllm_cli.kernels.triton.stream_linear import (
+    read_biases,
+    read_in_one,
+    read_norm_weights,
+    read_residual,
+    read_squares,
+    rms_factors,
+    store_outputs,
+    store_sums,
+)
 
 
 @gluon.constexpr_function
@@ -157,16 +166,18 @@ def _of_parts(acc, BM: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def stream_words(
-    x_ptr, w_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, num_tokens,
+    x_ptr, w_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, residual_ptr, new_residual_ptr, norm_weight_ptr,
+    squares_ptr, eps, num_tokens,
     N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, ROUND: gl.constexpr, GROUP: gl.constexpr,
-    HAS_BIAS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr,
+    HAS_BIAS: gl.constexpr, GATED: gl.constexpr, SUMS: gl.constexpr, SQUARES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid (outputs / 16, num_tokens / BM).
 
     A program has a block of 16 outputs, whose pieces lie side by side in memory. Each of its warps, 4 or 8, has a part
     of their inputs, so that the tensor cores see ROWS, 16 a warp; of the product with the parts of x those of the same
     inputs count. Words of STAGES times ROUND groups of each part are on their way. A weight is 8 below its nibble,
-    times the scale of its GROUP, 64 or 128; K is a multiple of the parts of ROUND groups, and parts * BM of 8.
+    times the scale of its GROUP, 64 or 128; K is a multiple of the parts of ROUND groups, and parts * BM of 8. SUMS and
+    SQUARES are stream_linear's.
     """
     outputs: gl.constexpr = N if GATED == "" else N // 2
     HALVES: gl.constexpr = 1 if GATED == "" else 2
@@ -177,6 +188,7 @@ def stream_words(
     rounds: gl.constexpr = groups // ROUND
     gl.static_assert((GROUP == 64 or GROUP == 128) and outputs % 16 == 0 and PARTS * BM % 8 == 0)
     gl.static_assert(rounds * ROUND * GROUP * PARTS == K and 1 < STAGES and STAGES <= rounds)
+    gl.static_assert(not SUMS or GATED == "")
     if PDL:
         gdc_launch_dependents()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -202,9 +214,13 @@ def stream_words(
     tokens = token + gl.arange(0, BM, gl.SliceLayout(0, layout))
     bias, up_bias = read_biases(bias_ptr, rows, outputs, HAS_BIAS, GATED)
     in_one = read_in_one(y_ptr, out_scale_ptr)
+    norm_weights = read_norm_weights(norm_weight_ptr, rows, SUMS)
 
     if PDL:
         gdc_wait()
+    residual = read_residual(residual_ptr, rows, tokens, num_tokens, outputs, SUMS)
+    if SQUARES:
+        squares = read_squares(squares_ptr, token, num_tokens, BM, SQUARES)
     _store_inputs(x_smem, x_ptr, num_tokens - token, K, BM)
     fence_async_shared()
     # where a group's pieces lie as well
@@ -236,7 +252,14 @@ def stream_words(
             products, times = later, later_times
         sums = _added(sums, products, times, 0)
 
-    y = _of_parts(sums[0], BM, of_parts) + bias
+    factors = 1.0
+    if SQUARES:
+        factors = rms_factors(squares, eps, K, gl.SliceLayout(0, layout))[None, :]
+    y = _of_parts(sums[0], BM, of_parts) * factors + bias
     if GATED != "":
-        y = gated(y, _of_parts(sums[1], BM, of_parts) + up_bias, GATED)
+        y = gated(y, _of_parts(sums[1], BM, of_parts) * factors + up_bias, GATED)
+    if SUMS:
+        y += residual
+        store_sums(new_residual_ptr, squares_ptr, y, rows, tokens, num_tokens, outputs)
+        y *= norm_weights
     store_outputs(y_ptr, y * in_one, rows, tokens, num_tokens, outputs)

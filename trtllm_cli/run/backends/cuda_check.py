@@ -19,6 +19,7 @@ from trtllm_cli.run.backends.cuda_program import Program, TensorAt
 
 MOST = 0.05  # how far two ways may be apart: rounding makes less than 0.01
 _INFINITE = 1e9
+Launch = Mapping[str, Any]
 _DTYPES = {"*bf16": "bfloat16", "*fp32": "float32", "*fp8e4nv": "float8_e4m3fn", "*i8": "int8"}
 
 
@@ -30,14 +31,17 @@ class Comparison:
     tensor: TensorAt
     trial: Callable[[Sequence[Step], int], Program]  # steps of one way each, at a number of rows
 
-    def __call__(self, step: Step, way: int, rows: int) -> float:
-        """How far a linear's way is from its last one, for random inputs."""
-        few, many = step["ways"][way][1], step["ways"][-1][1]
+    def __call__(self, step: Step, few: list[Launch], many: list[Launch], rows: int) -> float:
+        """How far the launches of linears for few tokens are from others that compute the same, for random inputs."""
         (args, types), sizes = self._arguments(few[0]), self.sizes(few[0])
         x = self.tensor(args["x_ptr"], types["x_ptr"], (rows, sizes["K"]))
+        sums = None
+        if sizes.get("SUMS"):
+            sums = self.tensor(args["residual_ptr"], types["residual_ptr"], (rows, sizes["N"]))
         numbers = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * (16 if x.itemsize == 1 else 1)
         if sizes.get("X_SCALE") == "row":
             self.tensor(args["x_scale_ptr"], "float32", (rows, 1)).fill_(1 / 16)
+        sizes = {**sizes, **self.sizes(few[-1])} if "instead" in step else sizes
         args, types = self._arguments(few[-1])  # the activation's, where the linear's kernel does not compute it
         out = "y_ptr" if "y_ptr" in args else "out_ptr"
         width = sizes["N"] // 2 if step["op"].endswith("gated_act") else sizes["N"]
@@ -45,6 +49,8 @@ class Comparison:
         found = []
         for launches in (few, many):
             x.copy_(numbers.to(x.dtype))
+            if sums is not None:
+                sums.zero_()
             y.zero_()
             self.trial([{**step, "ways": [[None, launches]]}], rows).enqueue()
             found.append(y.to("cpu", copy=True))
@@ -68,10 +74,11 @@ def checked(
 
     `plan` is the engine's, as it lies in its file, and `gpu` what its results depend on beside it.
     """
+    instead = {place: _many(steps, place) for place in range(len(steps))}
     kinds = alike(steps, _is_linear)
     found = found_once(
         "checked", (gpu, plan, *kinds), kinds,
-        find=lambda places: _differences(steps[places[0]], most_rows, comparison),
+        find=lambda places: _differences(steps[places[0]], instead[places[0]], most_rows, comparison),
         fits=lambda places, of: (
             len(of) == len(steps[places[0]]["ways"]) - 1 and all(isinstance(by, float) for by in of)
         ),
@@ -90,7 +97,7 @@ def checked(
             )
             for place in places:
                 ways = [list(each) for each in out[place]["ways"]]
-                ways[way][1] = ways[-1][1]
+                ways[way][1] = instead[place]
                 out[place] = {**out[place], "ways": ways}
     return out, notes
 
@@ -111,17 +118,27 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _is_linear(step: Step) -> bool:
-    """Whether torch's product is a step's way for many tokens, and others are for few."""
+    """Whether torch's product is a step's way for many tokens, and others are for few; or it is in place of such."""
     many = step["ways"][-1][1]
-    return len(step["ways"]) > 1 and any(launch.get("call") in ("mm", "scaled_mm") for launch in many)
+    return "instead" in step or (
+        len(step["ways"]) > 1 and any(launch.get("call") in ("mm", "scaled_mm") for launch in many)
+    )
 
 
-def _differences(step: Step, most_rows: Mapping[str, int], comparison: Comparison) -> list[float]:
-    """Of each way but the last; none of one that is the last's, or that no step is large enough for."""
+def _many(steps: Sequence[Step], place: int) -> list[Launch]:
+    """A step's launches for many tokens, or those of the steps that it may take the place of."""
+    replaced = steps[place + 1 : place + 1 + steps[place].get("instead", 0)] or [steps[place]]
+    return [launch for step in replaced for launch in step["ways"][-1][1]]
+
+
+def _differences(
+    step: Step, many: list[Launch], most_rows: Mapping[str, int], comparison: Comparison
+) -> list[float]:  # fmt: skip
+    """Of each way but the last; none of one without launches or with the last's, or that no step is large enough for."""
     found, before = [], 0
-    for way, (most, launches) in enumerate(step["ways"][:-1]):
+    for most, launches in step["ways"][:-1]:
         rows = min(most, most_rows[step["by"]])
-        differs = rows > before and launches != step["ways"][-1][1]
-        found.append(comparison(step, way, rows) if differs else 0.0)
+        differs = rows > before and launches and launches != many
+        found.append(comparison(step, launches, many, rows) if differs else 0.0)
         before = rows
     return found

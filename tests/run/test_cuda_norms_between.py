@@ -1,0 +1,103 @@
+"""Norms that the linears around them compute, in whole plans."""
+
+import numpy as np
+import pytest
+
+from tests.batches import Sequences
+from tests.engines import build_engine
+from tests.interpreter_device import InterpreterDevice, fake_compile
+from tests.run.test_cuda_check import Checked
+from tests.tiny_models import save_tiny_model
+from trtllm_cli.build.backends import cuda, cuda_linears, cuda_norms_between, cuda_tactics
+from trtllm_cli.build.backends.cuda_linears import Tactic, adapted
+from trtllm_cli.convert.options import RandomWeights
+from trtllm_cli.convert.pipeline import ConvertOptions, convert
+from trtllm_cli.run.backends import cuda_check
+from trtllm_cli.run.backends.cuda import CudaRunner
+from trtllm_cli.run.communicator import SingleRank
+
+SIZES = {
+    "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+}  # fmt: skip
+STREAM = Tactic("stream", (2, 4, 2, 1, 4))
+CHAINS = ["linear+add_rms_norm+linear+gated_act", "linear+add_rms_norm+linear", "linear+add_rms_norm+linear+gated_act"]
+
+
+@pytest.fixture(autouse=True)
+def streamed(tmp_path, monkeypatch):
+    """Every linear is streamed, for up to 3 tokens; kernels are interpreted."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cuda, "compile_kernels", fake_compile)
+    monkeypatch.setattr(cuda_linears, "_FEWEST_PROGRAMS", 1)
+
+    def ways(self, shape):
+        tactic = adapted(shape, STREAM)
+        return [(3, tactic)] if tactic else []
+
+    monkeypatch.setattr(cuda_tactics.LinearTactics, "ways", ways)
+    monkeypatch.setattr(cuda_tactics.LinearTactics, "others", lambda self, shape, most: None)
+
+
+def checkpoint(root, qformat, name="llama", **sizes):
+    save_tiny_model(root / "snapshot", name, **{**SIZES, **sizes})
+    random = RandomWeights() if qformat else None  # with scales as calibration would find them
+    source = root / "snapshot" / "config.json" if random else root / "snapshot"
+    convert(source, root / "ckpt", ConvertOptions(dtype="bfloat16", qformat=qformat, random=random))
+    return root / "ckpt"
+
+
+def engine_of(ckpt, path):
+    return build_engine(ckpt, path, backend="cuda", kernels="auto", tokens_per_block=16)
+
+
+def load(engine, device=InterpreterDevice):
+    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], device(), SingleRank())
+    runner.allocate_kv_cache(64)
+    return runner
+
+
+def logits_of(runner):
+    """Of a prompt, which has too many tokens for these kernels, and of steps of one and of two sequences."""
+    of, steps = Sequences(block_size=16), [{0: [5, 3, 9, 2]}, {0: [4]}, {0: [1], 1: [7]}, {0: [8], 1: [6]}]
+    found = [runner.forward(of.step(step)).copy() for step in steps]
+    runner.close()
+    return np.concatenate(found)
+
+
+def chains_of(engine):
+    with engine.tensors(engine.config.pretrained_config.mapping.ranks[0]) as file:
+        return [step["op"] for step in engine.plan(file)["steps"] if "instead" in step]
+
+
+@pytest.mark.parametrize(("qformat", "layers"), [(None, 2), ("fp8", 1)])
+def test_a_plan_with_and_without(tmp_path, monkeypatch, qformat, layers):
+    ckpt = checkpoint(tmp_path, qformat, num_hidden_layers=layers)
+    engine = engine_of(ckpt, tmp_path / "engine")
+    assert chains_of(engine) == CHAINS[: 2 * layers - 1]
+    found = logits_of(load(engine))
+    monkeypatch.setattr(cuda_norms_between.NormsBetween, "_norm_between", lambda self, node: None)
+    plain = engine_of(ckpt, tmp_path / "plain")
+    assert chains_of(plain) == []
+    expected = logits_of(load(plain))
+    assert not np.array_equal(found, expected)
+    assert np.linalg.norm(found - expected) < (3e-2 if qformat == "fp8" else 1e-2) * np.linalg.norm(expected)
+
+
+def test_a_first_load_compares_them(tmp_path, monkeypatch):
+    engine = engine_of(checkpoint(tmp_path, None, num_hidden_layers=1), tmp_path / "engine")
+    runner = load(engine, Checked)
+    assert runner.notes == []
+    expected = logits_of(runner)
+    monkeypatch.setattr(cuda_check, "apart", lambda *_: 1.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    runner = load(engine, Checked)
+    assert "stream_linear for 512 outputs" in " ".join(runner.notes)
+    found = logits_of(runner)
+    assert not np.array_equal(found, expected)
+    assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
+
+
+def test_norms_that_others_read_too_are_by_themselves(tmp_path):
+    """Gemma 2's linears are followed by a norm of their own, before the sum."""
+    engine = engine_of(checkpoint(tmp_path, None, "gemma2"), tmp_path / "engine")
+    assert chains_of(engine) == []

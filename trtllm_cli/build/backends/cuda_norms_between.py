@@ -1,0 +1,140 @@
+"""RMS norms of the residual stream that the linears around them compute, for few tokens: no kernel between these two.
+
+The one in front adds its outputs to the residual and leaves sums of squares; the one behind divides by the root of
+their mean (kernels/triton/stream_linear.py). A kernel of its own takes some microseconds to be waited for, to read and
+to write what the linears have in registers anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trtllm_cli.build.backends.cuda_linear_steps import LinearLaunches
+from trtllm_cli.build.backends.cuda_linears import STREAMED, LinearLaunch, LinearShape, Norm, Tactic, launch_of, norms
+from trtllm_cli.build.backends.cuda_program import RESIDUAL, Launch
+from trtllm_cli.build.lowered import Working
+from trtllm_cli.graph import Node
+
+# Of a step in which it is so. FP8's programs each norm and quantize all tokens' inputs: of two that takes longer than a
+# kernel of its own, in whole steps on an H200.
+MOST_TOKENS = {"bf16": 8, "fp8": 1, "int4": 8}
+
+
+@dataclass(frozen=True)
+class NormBetween:
+    """Three nodes that follow each other, the last with its gated activation, and their tactics for few tokens."""
+
+    before: Node
+    norm: Node
+    after: Node
+    act: Node | None
+    ways: list[tuple[int, Tactic, Tactic]]  # (most tokens, before's, after's), ascending
+
+    @property
+    def nodes(self) -> list[Node]:
+        """That have steps."""
+        return [self.before, self.norm, self.act or self.after]
+
+    @property
+    def most(self) -> int:
+        """Tokens."""
+        return self.ways[-1][0]
+
+
+@dataclass
+class NormsBetween(LinearLaunches):
+    """Steps of such nodes, before the steps of each by itself, which are for more tokens."""
+
+    _between: dict[str, NormBetween] = field(default_factory=dict)  # by first outputs of all three
+
+    def choose_tactics(self, working: Working | None = None) -> None:
+        """Of all linears, and which norms these compute."""
+        self.tactics.prepare(self.linear_shapes(), working)
+        for node in self.graph.nodes:
+            found = self._norm_between(node) if node.op == "linear" else None
+            if found is not None:
+                self._between.update({member.outputs[0]: found for member in found.nodes})
+
+    def lower_node(self, node: Node) -> None:
+        """Its steps."""
+        between, first = self._between.get(node.outputs[0]) if node.outputs else None, len(self.steps)
+        self._computed = between.most if between else 0
+        getattr(self, f"_{node.op}")(node)
+        if between is None:
+            return
+        for step in self.steps[first:]:
+            step["ways"].insert(0, [between.most, []])
+            if "others" in step:
+                step["others"].insert(0, [])
+        if node is between.before:
+            self._add_step(between, first)
+
+    def _norm_between(self, before: Node) -> NormBetween | None:
+        """The norm behind a linear, and what follows it, if both linears are to compute it."""
+        norm = self._only_reader(before.outputs[0], "add_rms_norm")
+        after = norm and self._only_reader(norm.outputs[0], "linear")
+        if norm is None or after is None or before.outputs[0] in self._between:
+            return None
+        act = self._activation_after(after)
+        residual, new_residual = norm.inputs["residual"], norm.outputs[1]
+        if (
+            (norm.attrs.get("num_heads") or 1) > 1
+            or self._fused(act) is not act
+            or (act is not None and self.following[after.output] is not act)
+            or [self.dtype(name) for name in (residual, new_residual)] != [RESIDUAL] * 2
+            or self.ref(residual) != self.ref(new_residual)  # else this may lie where the linear's inputs are
+            or self.dtype(before.output) != "bfloat16"
+            or len({self.rows(node.outputs[0]) for node in (before, norm, after)}) > 1
+            or norm.inputs.get("out_scale") != after.inputs.get("x_scale")
+        ):
+            return None
+        of_before, of_after = self._few_shape(before, None), self._few_shape(after, act)
+        ways = self._ways_between(of_before, of_after)
+        return NormBetween(before, norm, after, act, ways) if ways else None
+
+    def _only_reader(self, name: str, op: str) -> Node | None:
+        """The next node, where it alone reads this as x, and is such an op."""
+        readers, follower = self.consumers.get(name, []), self.following.get(name)
+        if len(readers) != 1 or readers[0] is not follower or name in self.graph.outputs:
+            return None
+        return follower if follower.op == op and follower.inputs["x"] == name else None
+
+    def _ways_between(self, before: LinearShape, after: LinearShape) -> list[tuple[int, Tactic, Tactic]]:
+        """Where both are streamed."""
+        ways: list[tuple[int, Tactic, Tactic]] = []
+        of = [self.tactics.ways(shape) for shape in (before, after)]
+        limit = MOST_TOKENS.get(after.form, 0)
+        for most in sorted({min(most, limit) for ways_of in of for most, _ in ways_of}):
+            first, second = (next((tactic for m, tactic in ways_of if m >= most), None) for ways_of in of)
+            if first is None or second is None or not {first.kernel, second.kernel} <= set(STREAMED):
+                break
+            if not norms(after, second):
+                break
+            ways.append((most, first, second))
+        return ways
+
+    def _add_step(self, between: NormBetween, place: int) -> None:
+        """A step for few tokens in place of the three that follow it."""
+        before, norm, after, act = between.before, between.norm, between.after, between.act
+        rows = self.rows(before.output)
+        weight_type, weight = self.vector(norm.inputs["weight"])
+        of_before, of_after = self._few_shape(before, None), self._few_shape(after, act)
+
+        def launches(first: Tactic, second: Tactic) -> list[Launch]:
+            adds: LinearLaunch = launch_of(of_before, first, Norm(weight_type=weight_type))
+            assert isinstance(adds.grid[0], int)
+            squares = self.room("squares", 4 * between.most * adds.grid[0])
+            divides = launch_of(of_after, second, Norm(squares=adds.grid[0]))
+            sums = {
+                "residual": self.ref(norm.inputs["residual"]), "new_residual": self.ref(norm.outputs[1]),
+                "norm_weight": weight, "squares": squares,
+            }  # fmt: skip
+            normed = {"x": self.ref(before.output), "squares": squares, "eps": norm.attrs["eps"]}
+            return [
+                self._few(before, adds, self._pack(before, self._shape(before)), None, rows, sums),
+                self._few(after, divides, self._pack(after, self._shape(after)), act, rows, normed),
+            ]
+
+        ways = [[most, launches(first, second)] for most, first, second in between.ways]
+        op = "+".join(node.op for node in (before, norm, after, act) if node is not None)
+        self.steps.insert(place, {"op": op, "by": rows, "ways": [*ways, [None, []]], "instead": len(between.nodes)})
