@@ -212,10 +212,12 @@ def _fence() -> None:
 
 
 def _mma(a: Any, b: Any, acc: tl.tensor, *, use_acc: bool = True, is_async: bool = False) -> tl.tensor:
-    """a [m, k] times b [k, n], which is shared memory; NaN until it is waited for."""
+    """a [m, k] times b [k, n], which is shared memory; NaN, of int8 the least number, until it is waited for."""
     operands = [x for x in (a, b) if isinstance(x, _Memory)]
     left, right = (x.for_tensor_cores() if isinstance(x, _Memory) else x.handle for x in (a, b))
-    found = np.full((left.data.shape[0], right.data.shape[1]), np.nan, np.float32)
+    whole = left.data.dtype == np.int8
+    kind, unknown = (np.int32, -(2**31)) if whole else (np.float32, np.nan)
+    found = np.full((left.data.shape[0], right.data.shape[1]), unknown, kind)
 
     def multiply() -> None:
         with np.errstate(invalid="ignore", over="ignore"):
@@ -225,7 +227,7 @@ def _mma(a: Any, b: Any, acc: tl.tensor, *, use_acc: bool = True, is_async: bool
     _program.products.append((multiply, operands))
     if not is_async:
         _mma_wait(0, [])
-    return _tensor(found, tl.float32)
+    return _tensor(found, tl.int32 if whole else tl.float32)
 
 
 def _mma_wait(most: Any, values: Any) -> Any:
@@ -234,29 +236,27 @@ def _mma_wait(most: Any, values: Any) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _assembly(text: str, constraints: str, args: Any, *, dtype: Any, is_pure: bool, pack: int) -> tl.tensor:
-    """PTX of shifts and of (a & b) | c, on words whose `pack` copies lie side by side: a word's numbers, as float32.
-
-    float32, as the interpreter cannot compute with bfloat16; they are numbers of bfloat16.
-    """
-    (words,) = args
-    lanes = words.handle.data.view(np.uint32).reshape(-1, pack)
-    assert (lanes == lanes[:, :1]).all(), "an operand that is not a word beside itself"
-    count = constraints.count("=")
-    values = {f"${count + i}": lanes[:, i] for i in range(pack)}
-    for op, operands in re.findall(r"^ *([a-z][\w.]*) ([^;]+);", text, re.MULTILINE):
+def _assembly(text: str, constraints: str, args: Any, *, dtype: Any, is_pure: bool, pack: int) -> Any:
+    """PTX of shifts and logic, on int8 of which four make a register, or on four int32; int8 tensors of its outputs."""
+    (given,) = args
+    assert pack == 4
+    assert all(kind == tl.int8 for kind in dtype)
+    registers = np.ascontiguousarray(given.handle.data).view(np.uint32).reshape(-1, given.handle.data.itemsize)
+    values = {f"${len(dtype) + i}": registers[:, i] for i in range(registers.shape[1])}
+    for op, operands in re.findall(r"^ *([a-z]\w*\.b32) ([^;]+);", text, re.MULTILINE):
         to, *sources = operands.split(", ")
-        given = [values[s] if s in values else np.uint32(int(s, 0)) for s in sources]
-        if op == "shr.u32":
-            values[to] = given[0] >> given[1]
+        a, b, *others = (values[s] if s in values else np.uint32(int(s, 0)) for s in sources)
+        if op == "shl.b32":
+            values[to] = a << b
+        elif op == "prmt.b32":
+            octets = np.stack([a, b], -1).view(np.uint8)
+            selected = octets[:, [int(others[0]) >> shift & 7 for shift in (0, 4, 8, 12)]]
+            values[to] = np.ascontiguousarray(selected).view(np.uint32)[:, 0]
         else:
             assert op == "lop3.b32"
-            assert given[3] == 0xEA
-            values[to] = given[0] & given[1] | given[2]
-    pairs = np.stack([values[f"${i}"] for i in range(count)], 1)
-    assert dtype == tl.bfloat16
-    numbers = pairs.astype(np.uint32).view(np.uint16).astype(np.uint32) << 16
-    return _tensor(numbers.view(np.float32).reshape(words.shape), tl.float32)
+            assert others[1] == 0x6A
+            values[to] = a & b ^ others[0]
+    return tuple(_tensor(values[f"${i}"].view(np.int8), kind) for i, kind in enumerate(dtype))
 
 
 def _jit(fn: Callable[..., Any]) -> Any:

@@ -87,6 +87,25 @@ def _type_for_tuple_values(values, fields=None):
 
 core._type_for_tuple_values = _type_for_tuple_values
 
+_generic_reduce = interpreter.ReduceOps.generic_reduce
+
+
+def _reduce(self, tensors):
+    """Neighbours at once, until one is left; else it would be an element at a time."""
+    if self.axis is None:
+        return _generic_reduce(self, tensors)
+    data = [np.moveaxis(x.handle.data, self.axis, 0) for x in tensors]
+    while len(data[0]) > 1:
+        assert len(data[0]) % 2 == 0
+        pairs = [self.to_tensor(x[i::2], tensor.dtype) for i in (0, 1) for x, tensor in zip(data, tensors, strict=True)]
+        combined = self.combine_fn.fn(*pairs)
+        data = [x.handle.data for x in (combined if isinstance(combined, tuple) else (combined,))]
+    kept = [np.moveaxis(x, 0, self.axis) if self.keep_dims else x[0] for x in data]
+    return [self.to_tensor(x, tensor.dtype) for x, tensor in zip(kept, tensors, strict=True)]
+
+
+interpreter.ReduceOps.generic_reduce = _reduce
+
 _BITS = {tl.float32: torch.int32, tl.bfloat16: torch.int16, tl.float8e4nv: torch.int8, tl.float8e5: torch.int8}
 _convert_float, _FLOATS = interpreter._convert_float, {tl.float32: torch.float32, **_TORCH}
 

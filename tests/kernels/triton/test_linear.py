@@ -1,6 +1,7 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,19 +137,47 @@ def test_stream(launch, tiles, form, gated, has_bias):
 
 @pytest.mark.parametrize(
     "tiles",
-    [(2, 2, 1, 4), (2, 3, 1, 4), (2, 8, 1, 4), (4, 4, 1, 4), (8, 2, 1, 4), (2, 4, 2, 4), (1, 2, 2, 8), (1, 3, 1, 8)],
-)
+    [
+        (2, 2, 1, 4), (2, 3, 1, 4), (2, 8, 1, 4), (4, 4, 1, 4), (8, 2, 1, 4), (2, 4, 2, 4), (1, 2, 2, 8), (1, 3, 1, 8),
+        (1, 6, 1, 4), (1, 2, 2, 4),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(("group", "k"), [(64, 3072), (128, 6144), (64, 4096)])
-@pytest.mark.parametrize(("gated", "has_bias"), [("", False), ("", True), ("silu", True)])
-def test_stream_words(launch, tiles, group, k, gated, has_bias):
+@pytest.mark.parametrize(
+    ("gated", "has_bias", "has_zero"),
+    [("", False, False), ("", True, True), ("silu", True, False), ("silu", False, True)],
+)
+def test_stream_words(launch, tiles, group, k, gated, has_bias, has_zero):
     torch.manual_seed(8)
     d, n = launch.device, 512 if launch.device == "cuda" else 32
-    shape, packed, plain = weight_only("int4", n, k, group, False)
+    shape, packed, plain = weight_only("int4", n, k, group, has_zero)
     way = cuda_linears.launch_of(replace(shape, has_bias=has_bias, gated=gated), Tactic("words", tiles))
     for m in (1, tiles[0] + 1):
         x, bias = torch.randn(m, k, device=d).bfloat16(), torch.randn(n, device=d).bfloat16()
         weights = {role: tensor.to(d) for role, tensor in packed.items()}
         check_stream(launch, way, x.float() @ plain.to(d).T, has_bias, gated, x=x, bias=bias, **weights)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_stream_words_of_inputs_of_all_sizes(launch, group):
+    """Each group has a step of its own, and what is no number gives no number."""
+    torch.manual_seed(9)
+    d, n, k = launch.device, 512 if launch.device == "cuda" else 16, 3072
+    shape, packed, plain = weight_only("int4", n, k, group, False)
+    way = cuda_linears.launch_of(shape, Tactic("words", (4, 2, 1, 4)))
+    x = torch.randn(4, k, device=d).unflatten(1, (-1, group))
+    x[0] *= torch.tensor([0.0, 1e-38, 1e-20, 1e20], device=d).repeat(k // group // 4)[:, None]
+    x[1] *= 1e-20
+    x[2, 3, 5], x[3, 7, 11] = torch.nan, -torch.inf
+    x = x.flatten(1).bfloat16()
+    y = torch.full((4, n), torch.nan, dtype=torch.bfloat16, device=d)
+    with np.errstate(invalid="ignore"):
+        run(launch, way, 4, x=x, y=y, **{role: tensor.to(d) for role, tensor in packed.items()})
+    ref = x.float() @ plain.to(d).T
+    for i in (0, 1):
+        assert error(y[i].float() / ref[i].abs().max(), ref[i] / ref[i].abs().max()) < 6e-3
+    assert y[2].isnan().all()
+    assert not y[3].isfinite().any()
 
 
 def check_stream(launch, way, ref, has_bias, gated, **roles):
@@ -166,7 +195,7 @@ def check_stream(launch, way, ref, has_bias, gated, **roles):
 @pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_norm_between_streamed_linears(launch, form, tokens):
-    """The linear in front adds to the residual and leaves sums of squares, the one behind divides by their mean's root."""
+    """The linear in front adds to the residual and leaves sums of squares, the one behind divides by what they give."""
     torch.manual_seed(9)
     d, k, n, eps = launch.device, 1024, 96, 1e-3
     width = {"bf16": 512, "fp8": 1024, "int4": 768}[form]  # of the residual; int4: no power of two of sums
@@ -451,6 +480,7 @@ def test_weight_only_compiles_with_groups_of(compile_kernel, form, group, gated)
         ("fp8", "gate_up", (1, 8, 3, 1, 4), 2 * 3 * 4, 10),
         ("bf16", "proj", (8, 4, 4, 1, 4), 4 * 4, 10),
         ("int4", "dense", (2, 8, 1, 4), 8 * 2, 3),
+        ("int4", "dense", (1, 8, 1, 4), 8 * 2, 3),
         ("int4", "dense", (1, 2, 2, 8), 2 * 2 * 2, 3),
         ("int4", "gate_up", (2, 4, 1, 4), 2 * 4 * 2, 6),
     ],
@@ -482,5 +512,6 @@ def test_streamed_weights_are_asked_for_ahead_of_the_kernel_in_front(
     if form == "int4":
         loop = after[after.index("wgmma.mma_async") :]
         assert not re.search(r"st\.shared|shfl", loop[: loop.rindex("wgmma.mma_async")])
+        assert "s32.s8.s8" in loop
     elif form == "fp8":
         assert "e4m3.e4m3" in after  # nothing is converted

@@ -122,17 +122,17 @@ _SHIPPED: dict[str, _Table] = {
             (16, "stream", (16, 2, 6, 1, 4)),
         ],
         (4096, 4096, False): [
-            (1, "stream", (1, 8, 4, 1, 4)), (2, "stream", (2, 4, 6, 1, 4)),
+            (1, "stream", (1, 8, 1, 4, 4)), (2, "stream", (2, 4, 6, 1, 4)),
             (4, "stream", (4, 4, 6, 1, 4)), (8, "stream", (8, 2, 6, 1, 4)),
             (16, "stream", (16, 2, 6, 1, 4)),
         ],
         (14336, 4096, True): [
-            (1, "stream", (1, 8, 3, 1, 4)), (2, "stream", (2, 4, 3, 1, 4)),
+            (1, "stream", (1, 8, 1, 4, 4)), (2, "stream", (2, 4, 3, 1, 4)),
             (4, "stream", (4, 4, 3, 1, 4)), (8, "stream", (8, 2, 6, 1, 4)),
             (16, "stream", (16, 2, 4, 1, 4)), (64, "skinny", (64, 64, 128, 1, 5, 4)),
         ],
         (4096, 14336, False): [
-            (1, "stream", (1, 8, 6, 1, 4)), (2, "stream", (2, 4, 4, 1, 4)),
+            (1, "stream", (1, 8, 3, 2, 4)), (2, "stream", (2, 4, 4, 1, 4)),
             (4, "stream", (4, 2, 6, 1, 4)), (8, "stream", (8, 4, 4, 1, 4)),
             (16, "stream", (16, 2, 6, 1, 4)),
         ],
@@ -290,9 +290,9 @@ def pack_weight(shape: LinearShape, parts: Mapping[str, torch.Tensor]) -> dict[s
     if shape.form == "int4":
         numbers = weight.new_zeros(rows, columns)
         numbers[: shape.n, : 2 * weight.shape[1]] = torch.stack([weight & 15, weight >> 4], -1).flatten(1)
-        # outputs as [blocks, 2, 8], inputs as [pieces, 2, 4, 2, 2, 2]: of the fourth, the two are in a byte
+        # outputs as [blocks, 2, 8], of the second the two are in a byte; inputs as [pieces, 2, 4, 2, 2, 2]
         parted = numbers.unflatten(1, (-1, 2, 4, 2, 2, 2)).unflatten(0, (-1, 2, 8))
-        pieces = (parted[..., 0, :, :] | parted[..., 1, :, :] << 4).permute(0, 3, 2, 5, 4, 6, 7, 1)
+        pieces = (parted[:, 0] | parted[:, 1] << 4).permute(0, 2, 1, 4, 3, 6, 7, 5)
     else:
         numbers = torch.zeros(rows, columns, dtype=torch.uint8, device=weight.device)
         numbers[: shape.n, : shape.k] = weight.view(torch.uint8)
@@ -365,7 +365,7 @@ def _stream_fits(shape: LinearShape, bm: int, parts: int, stages: int, pieces: i
 
 
 def norms(shape: LinearShape, tactic: Tactic) -> bool:
-    """Whether a streamed tactic can norm its inputs: of FP8 all have room, as they are quantized before the products."""
+    """Whether a streamed tactic can norm its inputs: FP8's are quantized before the products, and all need room."""
     if shape.form != "fp8":
         return True
     bm, _, stages, pieces, warps = tactic.tiles
@@ -375,7 +375,7 @@ def norms(shape: LinearShape, tactic: Tactic) -> bool:
 
 def _word_groups(shape: LinearShape, warps: int) -> int:
     """Groups of inputs that each warp has of int4 weights; 0 where stream_words does not take them."""
-    if shape.form != "int4" or shape.has_zero or shape.group not in (64, 128) or shape.x_type != "*bf16":
+    if shape.form != "int4" or shape.group not in (64, 128) or shape.x_type != "*bf16":
         return 0
     groups, rest = divmod(shape.k, warps * shape.group)
     return 0 if rest else groups
@@ -385,7 +385,9 @@ def _words_fit(shape: LinearShape, bm: int, stages: int, groups: int, warps: int
     """Whether stream_words computes the shape, and all of x has room beside the weights."""
     of_warp, halves = _word_groups(shape, warps), 2 if shape.gated else 1
     scales = halves * 64 * warps * (1 << max(of_warp - 1, 0).bit_length())
-    room = stages * groups * halves * 8 * warps * shape.group + scales + 2 * bm * shape.k
+    scales, sums = (2 * scales, 2) if shape.has_zero else (scales, 1)
+    inputs = bm * (2 * shape.k + 4 * sums * warps * of_warp)  # and their steps and sums
+    room = stages * groups * halves * 8 * warps * shape.group + scales + inputs
     fits = room <= room_for_tiles(STREAMS) and of_warp % groups == 0
     return fits and stages > 1 and _has_programs(shape, 16)
 
@@ -470,11 +472,11 @@ def words(shape: LinearShape, bm: int, stages: int, groups: int, warps: int, *, 
 
     Of each part `stages` times so many `groups` are under way to shared memory.
     """
-    roles = ("x", "w", "w_scale", "bias", "out_scale", "y", *_NORM_ROLES, "num_tokens")
+    roles = ("x", "w", "w_scale", "w_zero", "bias", "out_scale", "y", *_NORM_ROLES, "num_tokens")
     unused = ("W_SCALE", "X_SCALE")
     source = KernelSource.of(
         "stream_words", "stream_words", _args(shape, roles, norm), num_warps=warps, num_stages=1, BM=bm, STAGES=stages,
-        ROUND=groups, GROUP=shape.group, SUMS=bool(norm.weight_type), SQUARES=norm.squares,
+        ROUND=groups, GROUP=shape.group, HAS_ZERO=shape.has_zero, SUMS=bool(norm.weight_type), SQUARES=norm.squares,
         **{name: value for name, value in _common(shape).items() if name not in unused},
     )  # fmt: skip
     return LinearLaunch(source, (_outputs(shape) // 16, ("num_tokens", bm)), roles)

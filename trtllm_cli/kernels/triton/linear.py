@@ -7,8 +7,8 @@ Each kernel computes `y [M, N] = x [M, K] @ w [N, K].T`, weights in one of these
            "group" both have a scale for every BK inputs, float32 [K / BK, N] and [M, K / BK]
     int8   w in pieces of 16 outputs and 32 inputs, 512 bytes, outputs slowest. Byte 16 (4 i + j) + 8 k + 4 l + 2 m + n
            of a piece is of output i + 8 l and input 8 j + 4 n + 2 k + m
-    int4   w in pieces of 16 outputs and 64 inputs, 512 bytes. Byte 16 (4 i + j) + 8 h + 4 k + 2 m + l of a piece has in
-           its low nibble output i + 8 l and input 32 h + 8 j + 2 k + m, in the high one the input that is 4 behind
+    int4   w in pieces of 16 outputs and 64 inputs, 512 bytes. Byte 16 (4 i + j) + 8 h + 4 k + 2 m + b of a piece has in
+           its low nibble output i and input 32 h + 8 j + 4 b + 2 k + m, in the high one output i + 8
 
 and end alike: bias, then the gated activation of two halves of N (GATED: rows n and N / 2 + n are gate and up; y is
 [M, N / 2]) or none, rounded to y's dtype or quantized to E4M3. Scales of groups of inputs, `w_scale` and
@@ -40,9 +40,10 @@ def pairs_of_word(form, apart):
     word = f"${2 * count if apart else count}"
     pairs = [f"{'pair' if apart else '$'}{i}" for i in range(count)]
     if form == "int4":
-        # A nibble becomes the last bits of 128.0 (0x4300 in bf16), whose last mantissa bit is 1.
+        # A nibble becomes the last bits of 128.0 (0x4300 in bf16), whose last mantissa bit is 1. The low nibbles, of an
+        # output, come first.
         shifted = [word, "a", "b", "c"]
-        lines = [".reg .b32 a, b, c;", *(f"shr.u32 {shifted[i]}, {word}, {4 * i};" for i in (1, 2, 3))]
+        lines = [".reg .b32 a, b, c;", *(f"shr.u32 {shifted[i]}, {word}, {(0, 8, 4, 12)[i]};" for i in (1, 2, 3))]
         lines += [f"lop3.b32 {pairs[i]}, {shifted[i]}, 0x000F000F, 0x43004300, 0xEA;" for i in range(count)]
     else:
         # The last seven bits go into 128.0; the first one makes 256.0 of 128.0, to take off.
@@ -76,7 +77,7 @@ def _unpacked(words, FORM: tl.constexpr, GROUP: tl.constexpr):
     if not is_compiled():
         e = tl.arange(0, words.shape[0] * each) % each
         if FORM == "int4":
-            number = (w >> (e // 2 * 4 + e % 2 * 16) & 15) + 128
+            number = (w >> (e // 4 * 4 + e // 2 % 2 * 8 + e % 2 * 16) & 15) + 128
         else:
             number = (w >> (e // 2 * 8 + e % 2 * 16) & 255 ^ 128) - 128
         w = number.to(tl.float32).to(tl.bfloat16)

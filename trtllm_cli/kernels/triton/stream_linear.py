@@ -92,7 +92,7 @@ def _sums_in(x_ptr, token, num_tokens, piece, C: gl.constexpr, PART: gl.constexp
 @gluon.jit
 def _store_normed(x_smem, x_ptr, squares_ptr, eps, in_one, token, num_tokens, PART: gl.constexpr, K: gl.constexpr,
                   BM: gl.constexpr, PARTS: gl.constexpr, SQUARES: gl.constexpr):  # fmt: skip
-    """All of x, normed and in steps of FP8, to [chunks, pieces * PARTS * BM, BK]; a few chunks are asked for at once."""
+    """All of x, normed and in steps of FP8, to [chunks, pieces * PARTS * BM, BK]; a few are asked for at once."""
     BK: gl.constexpr = x_smem.shape[2]
     C: gl.constexpr = x_smem.shape[1] // (PARTS * BM)
     chunks: gl.constexpr = x_smem.shape[0]

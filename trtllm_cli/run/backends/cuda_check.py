@@ -134,7 +134,7 @@ def _many(steps: Sequence[Step], place: int) -> list[Launch]:
 def _differences(
     step: Step, many: list[Launch], most_rows: Mapping[str, int], comparison: Comparison
 ) -> list[float]:  # fmt: skip
-    """Of each way but the last; none of one without launches or with the last's, or that no step is large enough for."""
+    """Of each way but the last; none of one without launches, or with `many`, or that no step is large enough for."""
     found, before = [], 0
     for most, launches in step["ways"][:-1]:
         rows = min(most, most_rows[step["by"]])
