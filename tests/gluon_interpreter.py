@@ -121,6 +121,10 @@ class _Memory:
     def permute(self, order: Any) -> _Memory:
         return _Memory(self.buffer, self.dtype, self.places.transpose([int(i) for i in order]))
 
+    def slice(self, start: Any, length: Any, dim: Any = 0) -> _Memory:
+        places = self.places.take(np.arange(int(start), int(start) + int(length)), axis=int(dim))
+        return _Memory(self.buffer, self.dtype, places)
+
     def _reinterpret(self, dtype: Any, shape: Any, layout: Any) -> _Memory:
         assert dtype == self.dtype
         assert self.places.size == len(self.buffer.values), "only memory as a whole is seen as another shape"
@@ -183,10 +187,12 @@ def _places(shape: Any, layout: Any) -> np.ndarray:
     return np.moveaxis(places, -3, -2).reshape(shape)
 
 
-def _copy(memory: _Memory, pointer: tl.tensor) -> None:
+def _copy(memory: _Memory, pointer: tl.tensor, mask: tl.tensor | None = None) -> None:
+    """Zeros where `mask` is not."""
     assert list(pointer.shape) == memory.shape, f"{pointer.shape} copied to {memory.shape}"
     memory.overwrite()
-    _program.asked.append(_Copy(memory, tl.load(pointer).handle.data))
+    values = tl.load(pointer) if mask is None else tl.load(pointer, mask=mask, other=0.0)
+    _program.asked.append(_Copy(memory, values.handle.data))
 
 
 def _commit_group() -> None:
@@ -236,6 +242,11 @@ def _mma_wait(most: Any, values: Any) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def _mma_v2(a: tl.tensor, b: tl.tensor, acc: tl.tensor, input_precision: Any = None) -> tl.tensor:
+    """a [warps, m, k] times b [warps, k, n], of registers, plus acc."""
+    return tl.dot(a, b, acc=acc, input_precision=input_precision)
+
+
 def _assembly(text: str, constraints: str, args: Any, *, dtype: Any, is_pure: bool, pack: int) -> Any:
     """PTX of shifts and logic, on int8 of which four make a register, or on four int32; int8 tensors of its outputs."""
     (given,) = args
@@ -272,10 +283,10 @@ def _layout(*args: Any, **_: Any) -> SimpleNamespace:
 
 def _modules() -> dict[str, ModuleType]:
     """What the kernels import, by name."""
-    names = ["", ".language", ".language.nvidia", ".language.nvidia.hopper"]
+    names = ["", ".language", ".language.nvidia", ".language.nvidia.hopper", ".language.nvidia.ampere"]
     modules = {f"{_GLUON}{name}": ModuleType(f"{_GLUON}{name}") for name in names}
     modules["triton.experimental"] = ModuleType("triton.experimental")
-    gluon, gl, _, hopper, experimental = modules.values()
+    gluon, gl, _, hopper, ampere, experimental = modules.values()
     experimental.gluon = gluon
     gluon.jit, gluon.constexpr_function, gluon.language = _jit, triton.constexpr_function, gl
     gl.__getattr__ = functools.partial(getattr, tl)  # when it is called, for the interpreter patches tl
@@ -289,9 +300,10 @@ def _modules() -> dict[str, ModuleType]:
     gl.convert_layout = lambda x, layout, assert_trivial=False: x
     gl.num_warps = lambda: _program.num_warps
     gl.allocate_shared_memory, gl.thread_barrier, gl.inline_asm_elementwise = _allocate, _barrier, _assembly
-    hopper.async_copy = SimpleNamespace(
+    hopper.async_copy = ampere.async_copy = SimpleNamespace(
         async_copy_global_to_shared=_copy, commit_group=_commit_group, wait_group=_wait_group
     )
+    ampere.mma_v2 = _mma_v2
     hopper.fence_async_shared, hopper.warpgroup_mma, hopper.warpgroup_mma_wait = _fence, _mma, _mma_wait
     return modules
 

@@ -100,14 +100,15 @@ def generate(machine, kind=Counting, requests=REQUESTS, num_blocks=60, after=Non
     return tokens, logprobs, executor, runner
 
 
-def assert_same(got, wanted):
+def assert_same(got, wanted, within=1e-5):
     assert got[0] == wanted[0]
     for key, steps in wanted[1].items():
         for ours, theirs in zip(got[1][key], steps, strict=True):
             assert (ours is None) == (theirs is None)
             if theirs is not None:
                 assert [x.token_id for x in ours] == [x.token_id for x in theirs]
-                np.testing.assert_allclose([x.logprob for x in ours], [x.logprob for x in theirs], rtol=1e-5, atol=1e-5)
+                values = ([x.logprob for x in of] for of in (ours, theirs))
+                np.testing.assert_allclose(*values, rtol=within, atol=within)
 
 
 @pytest.mark.slow
@@ -119,7 +120,7 @@ def test_tokens_and_log_probabilities_are_those_of_the_host(machine):
     assert len({tuple(got[0][0, i]) for i in range(PENALTIES.n)}) == PENALTIES.n
     assert got[3].forwards == got[2].stats.preemptions == 0
     got = generate(machine, num_blocks=10)
-    assert_same(got, wanted)
+    assert_same(got, wanted, within=1e-2)  # steps of other sizes, by other kernels, round to other bfloat16 numbers
     assert got[3].forwards == 0
     assert got[2].stats.preemptions > 0
 

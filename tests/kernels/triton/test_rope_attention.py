@@ -20,13 +20,18 @@ KV_HEADS = 2
         ([100, 31], {"cache": torch.float8_e4m3fn, "splits": 2, "head_dim": 64}),
         ([30, 60], {"cache": torch.int8, "sinks": True}),
         ([45, 45], {"out": torch.float8_e4m3fn, "splits": 1}),
-        ([33, 80], {"group": 20}),  # two tiles of heads
+        ([33, 80], {"group": 12}),  # two tiles of heads
+        ([33, 80], {"group": 12, "block_g": 16}),
+        ([300, 130, 65], {"warps": 4, "splits": 2, "stages": 1}),
+        ([260, 40], {"warps": 2, "splits": 2, "stages": 3, "window": 150, "head_dim": 64}),
+        ([180, 1], {"warps": 4, "cache": torch.float8_e4m3fn, "head_dim": 128, "norm": True}),
+        ([80], {"warps": 2, "size": 8, "splits": 2}),  # a warp's tokens lie in two blocks
     ],
 )
 def test_as_one_after_another(launch, lengths, options):
     torch.manual_seed(len(lengths) + sum(lengths))
     d, o = launch.device, {"group": 2, "head_dim": 32, "splits": 4, "cache": torch.bfloat16, **options}
-    dim, splits, size, padding = o["head_dim"], o["splits"], 16, 1
+    dim, splits, size, padding = o["head_dim"], o["splits"], o.get("size", 16), 1
     heads, seqs = KV_HEADS * o["group"], len(lengths)
     quantized = o["cache"] != torch.bfloat16
     pages = [-(-n // size) for n in lengths]
@@ -59,15 +64,15 @@ def test_as_one_after_another(launch, lengths, options):
         "NUM_KV_HEADS": KV_HEADS, "HEAD_DIM": dim, "BLOCK_SIZE": size, "KV_QUANT": quantized,
     }  # fmt: skip
     attention = common | {
-        "GROUP": o["group"], "WINDOW": window, "SOFTCAP": softcap > 0, "SINKS": "sinks" in o, "BLOCK_G": 16,
-        "BLOCK_N": 16, "NUM_SPLITS": splits,
+        "GROUP": o["group"], "WINDOW": window, "SOFTCAP": softcap > 0, "SINKS": "sinks" in o, "NUM_SPLITS": splits,
     }  # fmt: skip
-    step, grid = (
-        torch.full((1,), 3, dtype=torch.int32, device=d),
-        (splits, seqs + padding, KV_HEADS * -(-o["group"] // 16)),
-    )
+    step = torch.full((1,), 3, dtype=torch.int32, device=d)
+    warps, block_g = o.get("warps", 1), o.get("block_g", 8)
     batch, scales = (table, starts, lens, sinks, kv_scale, out_scale.to(d)), (table.shape[1], dim**-0.5, softcap)
-    phases = [(True, True)] if splits == 1 or d == "cuda" else [(True, False), (False, True)]
+    phases = [(True, True)] if d == "cuda" else [(True, False), (False, True)]
+
+    def grid(heads_at_once):
+        return splits, seqs + padding, KV_HEADS * -(-o["group"] // heads_at_once)
 
     (k, v), expected, scratch = outputs()
     q = torch.zeros(seqs, heads * dim, device=d).bfloat16()
@@ -77,14 +82,15 @@ def test_as_one_after_another(launch, lengths, options):
     )  # fmt: skip
     for push, pull in phases:
         launch(
-            decode_attention.decode_attention, grid, q, k, v, *batch, expected, *scratch, step, 5, 2, *scales,
-            V_HEAD_DIM=dim, PUSH=push, PULL=pull, **attention,
+            decode_attention.decode_attention, grid(16), q, k, v, *batch, expected, *scratch, step, 5, 2, *scales,
+            V_HEAD_DIM=dim, BLOCK_G=16, BLOCK_N=16, PUSH=push, PULL=pull, **attention,
         )  # fmt: skip
     (new_k, new_v), found, scratch = outputs()
     for push, pull in phases:
         launch(
-            rope_attention.rope_decode_attention, grid, qkv, *norms, angles, positions, slots, new_k, new_v, *batch,
-            found, *scratch, step, 5, 2, *scales, 1e-5, NORM=norm, PUSH=push, PULL=pull, **attention,
+            rope_attention.rope_decode_attention, grid(block_g), qkv, *norms, angles, positions, slots, new_k, new_v,
+            *batch, found, *scratch, step, 5, 2, *scales, 1e-5, NORM=norm, BLOCK_G=block_g, BLOCK_N=16 * warps,
+            STAGES=o.get("stages", 2), PUSH=push, PULL=pull, num_warps=warps, **attention,
         )  # fmt: skip
     for one, other in ((new_k, k), (new_v, v)):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
@@ -105,13 +111,16 @@ def test_the_cache_is_read_ahead_of_the_linear_in_front(compile_kernel, cache):
     }  # fmt: skip
     constants = {
         "NUM_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "BLOCK_SIZE": 64, "WINDOW": 0, "SOFTCAP": False, "SINKS": False,
-        "KV_QUANT": cache != "*bf16", "NORM": False, "BLOCK_G": 16, "BLOCK_N": 64, "NUM_SPLITS": 8, "PUSH": True,
-        "PULL": True, "PDL": True,
+        "KV_QUANT": cache != "*bf16", "NORM": False, "BLOCK_G": 8, "BLOCK_N": 64, "NUM_SPLITS": 8, "STAGES": 2,
+        "PUSH": True, "PULL": True, "PDL": True,
     }  # fmt: skip
-    kernel = compile_kernel(rope_attention.rope_decode_attention, types, constants, num_warps=4, num_stages=3)
+    kernel = compile_kernel(rope_attention.rope_decode_attention, types, constants, num_warps=4)
     assert kernel.spills == 0
-    waits = kernel.ptx.split("griddepcontrol.wait")
+    before, behind = kernel.ptx.split("griddepcontrol.wait")[:2]
     tile = 2 * 64 * 128 * (2 if cache == "*bf16" else 1)  # keys and values
-    assert sum(part.count("ld.global.v4") for part in waits[:-1]) >= tile / (4 * 32 * 16)
-    (behind,) = (part for part in waits if "mma.sync" in part)
-    assert "ld.global" not in behind[behind.index("mma.sync") : behind.index("st.global")]  # the new token's were asked
+    assert before.count("cp.async.cg.shared.global") >= tile / (4 * 32 * 16)
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans" in before  # values are operands already
+    path = behind[: behind.index("st.global")]  # to what other programs are shown, of one tile
+    path = path[: path.index("cp.async")] + path[path.rindex("cp.async") :]
+    assert "ld.global" not in path[path.index("mma.sync") :]  # the new token's were asked
+    assert path.count("bar.sync") <= 3

@@ -23,8 +23,9 @@ _FEW_ROWS = 1024  # tokens of a step up to which a program of prefill attention 
 _DECODE = ((1, 16, 2, 64), (2, 16, 2, 64), (4, 16, 2, 64), (8, 8, 2, 64), (16, 4, 2, 64), (32, 2, 2, 64),
            (64, 1, 2, 64), (None, 1, 1, 32))  # fmt: skip
 # Up to so many sequences, rotary positions, append and attention of a decode step are one kernel: how many programs
-# there are to be, and tiles of the cache under way beside the first one. More of either leave less room for weights.
-_AS_ONE = {1: (64, 3), 2: (128, 3), 4: (128, 2), 8: (256, 2)}
+# there are to be, warps of a program, tokens that it takes at once (16 or a multiple for each warp), and tiles of so
+# many tokens that have room. More programs or tiles leave less room for weights.
+_AS_ONE = {1: (64, 4, 64, 2), 2: (128, 4, 64, 2), 4: (128, 4, 64, 1), 8: (256, 4, 64, 1)}
 
 
 class AttentionLaunches(CudaLowering):
@@ -146,19 +147,23 @@ class AttentionLaunches(CudaLowering):
             BLOCK_G=block_g, BLOCK_N=block_n, NUM_SPLITS=splits, PUSH=True, PULL=True, **self._options(node),
         )  # fmt: skip
 
-    def _rope_decode(self, node: Node, rope: Node, most: int, programs: int, under_way: int) -> Launch:
+    def _rope_decode(
+        self, node: Node, rope: Node, most: int, programs: int, warps: int, block_n: int, tiles: int
+    ) -> Launch:  # fmt: skip
         """Of decode steps of up to `most` sequences: rotary positions, append and attention."""
-        block_g, tiles = self._tiles_of_heads(node)
-        splits = max(4, min(16, 1 << max(programs // (most * tiles), 1).bit_length() - 1))
-        block_n = 64 if node.attrs["head_dim"] <= 128 else 32  # the first tile lies in registers
+        kv_heads, group = node.attrs["num_kv_heads"], node.attrs["num_heads"] // node.attrs["num_kv_heads"]
+        splits = max(4, min(16, 1 << max(programs // (most * kv_heads), 1).bit_length() - 1))
+        if node.attrs["head_dim"] > 128:  # a warp's sums lie in registers, and what they are combined in is shared
+            warps, block_n = 2, 32
         args = self._common(node) | self._shared_out(node, most, splits) | self._rotated(rope)
         args["slot_mapping_ptr"] = self._appended()["slot_mapping_ptr"]
         options = self._options(node)
         del args["q_ptr"], options["V_HEAD_DIM"]
         return self.launch(
-            "rope_attention", "rope_decode_attention", [splits, [NUM_SEQS, 1], tiles], args, num_warps=4,
-            num_stages=self.stages(under_way, self._tile_bytes(node, block_n)), when="decode", BLOCK_G=block_g,
-            BLOCK_N=block_n, NUM_SPLITS=splits, NORM="q_norm" in rope.inputs, PUSH=True, PULL=True, **options,
+            "rope_attention", "rope_decode_attention", [splits, [NUM_SEQS, 1], kv_heads], args, num_warps=warps,
+            when="decode", BLOCK_G=8 if group <= 8 else 16, BLOCK_N=block_n, NUM_SPLITS=splits,
+            STAGES=self.stages(tiles, self._tile_bytes(node, block_n)), NORM="q_norm" in rope.inputs, PUSH=True,
+            PULL=True, **options,
         )  # fmt: skip
 
     def _tiles_of_heads(self, node: Node) -> tuple[int, int]:

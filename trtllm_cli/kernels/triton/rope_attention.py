@@ -2,73 +2,267 @@
 
 rope_append.rope_append and decode_attention.decode_attention compute the same, one after another. Here the cache is on
 its way before the linear in front has ended, as the new token's key and value come from that linear's output.
+
+In Gluon, as what lies between that linear's end and this kernel's own is latency: each warp takes tokens of its own and
+meets the others twice, and a thread waits for just those words of other programs that it combines.
 """
 
+from __future__ import annotations
+
 import triton
-import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.decode_attention import (
-    LOWEST,
-    attend,
-    dot_dtype,
-    for_dot,
-    heads_of,
-    in_log2,
-    in_words,
-    load_kv,
-    page_rows,
-    pull,
-    push,
-    read_steps,
-    share_of,
-    weighed,
-)
-from trtllm_cli.kernels.triton.device import as_stored
+from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, dot_dtype, in_log2, read_steps, share_of
+from trtllm_cli.kernels.triton.device import as_stored, await_flagged, flagged, is_compiled
 from trtllm_cli.kernels.triton.rope_append import cache_offsets
 
 
-@triton.jit
-def _halves(ptr, mask, HALF: tl.constexpr):
-    """Of heads at `ptr` [., 1], the first and the second HALF columns."""
-    columns = tl.arange(0, HALF)[None, :]
-    return tl.load(ptr + columns, mask=mask, other=0.0), tl.load(ptr + HALF + columns, mask=mask, other=0.0)
+@gluon.constexpr_function
+def _lanes(width, each):
+    """How many lanes take a row of `width` elements, `each` of them at a time."""
+    return min(32, width // each)
 
 
-@triton.jit
-def _rotated(a, b, norm_ptr, eps, cos, sin, HALF: tl.constexpr, NORM: tl.constexpr):
-    """Halves, normed and rotated; float32."""
-    columns = tl.arange(0, HALF)[None, :]
-    a, b = a.to(tl.float32), b.to(tl.float32)
+@gluon.constexpr_function
+def _copied(dtype, width, warps):
+    """The layout of a tile [warps, tokens, width] in which each thread copies 16 bytes."""
+    each = min(128 // dtype.primitive_bitwidth, width)
+    lanes = _lanes(width, each)
+    return gl.BlockedLayout([1, 1, each], [1, 32 // lanes, lanes], [warps, 1, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def _combined(width, warps):
+    """The layout of [warps, heads, width] in which a thread has what all warps found for its columns of a head."""
+    lanes = _lanes(width, 4)
+    return gl.BlockedLayout([warps, 1, 4], [1, 32 // lanes, lanes], [1, warps, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def await_parts(count):
+    """PTX: waits until `count` words of 8 bytes and as many others all have a flag above, and gives what lies below."""
+    words = range(2 * count)
+    asked = [f" ld.volatile.global.b64 wide{i}, [${2 * count + i}]; mov.b64 {{${i}, flag{i}}}, wide{i};" for i in words]
+    seen = [f" setp.eq.and.b32 there, flag{i}, ${4 * count}, there;" for i in words]
+    return (
+        f"{{ .reg .b64 wide<{2 * count}>; .reg .b32 flag<{2 * count}>; .reg .pred there; again:"
+        + "".join(asked) + " setp.eq.b32 there, 0, 0;" + "".join(seen) + " @!there bra again; }"
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def await_parts_constraints(count):
+    """The operands of `await_parts`: results, pointers and flags."""
+    return ",".join(["=&r"] * (2 * count) + ["l"] * (2 * count) + ["r"] * count)
+
+
+@gluon.constexpr_function
+def _swizzled(dtype, width):
+    """Rows of `width` in shared memory, so that eight of them lie in different banks, 16 bytes at a time."""
+    size = dtype.primitive_bitwidth // 8
+    rows = max(1, 128 // (width * size))  # in a line of all banks
+    return gl.SwizzledSharedLayout(16 // size, rows, max(1, min(8, width * size // 16)), [2, 1, 0])
+
+
+@gluon.jit
+def _tokens(first, warps: gl.constexpr, count: gl.constexpr, layout: gl.constexpr):
+    """The tokens of a tile that begins at `first`, [warps, count]."""
+    warp = gl.arange(0, warps, gl.SliceLayout(1, layout))
+    return first + warp[:, None] * count + gl.arange(0, count, gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
+def _rows(
+    table_ptr, first, stop, kv_head, warps: gl.constexpr, COUNT: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Of a cache seen as rows [num_blocks * NUM_KV_HEADS * BLOCK_SIZE, HEAD_DIM]: those of a tile, up to token `stop`.
+
+    int64, each less the token's place among its warp's: [warps, 1] where these lie in one block, else [warps, COUNT].
+    """
+    if COUNT <= BLOCK_SIZE:
+        places = gl.arange(0, 1, gl.SliceLayout(0, layout))
+    else:
+        places = gl.arange(0, COUNT, gl.SliceLayout(0, layout))
+    warp = gl.arange(0, warps, gl.SliceLayout(1, layout))
+    tokens = first + warp[:, None] * COUNT + places[None, :]
+    block = gl.load(table_ptr + tokens // BLOCK_SIZE, mask=tokens < stop, other=0).to(gl.int64)
+    return (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + tokens % BLOCK_SIZE - places[None, :]
+
+
+@gluon.jit
+def _copy_tile(k_smem, v_smem, k_cache_ptr, v_cache_ptr, rows, first, stop, layout: gl.constexpr):
+    """Asks for a tile's keys and values, at `_rows`; zeros from token `stop` on, as there may be NaN."""
+    COUNT: gl.constexpr = k_smem.shape[1]
+    HEAD_DIM: gl.constexpr = k_smem.shape[2]
+    live = _tokens(first, k_smem.shape[0], COUNT, gl.SliceLayout(2, layout)) < stop
+    places = gl.arange(0, COUNT, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    at = (places[None, :] * HEAD_DIM)[:, :, None] + columns[None, None, :]
+    starts = (rows * HEAD_DIM)[:, :, None]
+    async_copy.async_copy_global_to_shared(k_smem, k_cache_ptr + starts + at, mask=live[:, :, None])
+    async_copy.async_copy_global_to_shared(v_smem, v_cache_ptr + starts + at, mask=live[:, :, None])
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _halves(q_smem, warps: gl.constexpr, layout: gl.constexpr):
+    """The halves of queries as operands [warps, heads, HALF], each warp's the same."""
+    HALF: gl.constexpr = q_smem.shape[1] // 2
+    SHAPE: gl.constexpr = [warps, q_smem.shape[0], HALF]
+    low = q_smem.slice(0, HALF, 1).load(gl.SliceLayout(0, layout))
+    high = q_smem.slice(HALF, HALF, 1).load(gl.SliceLayout(0, layout))
+    zeros = gl.zeros(SHAPE, low.dtype, layout)
+    return gl.broadcast(low[None, :, :], zeros)[0], gl.broadcast(high[None, :, :], zeros)[0]
+
+
+@gluon.jit
+def _operand(smem, DTYPE: gl.constexpr, layout: gl.constexpr):
+    """Rows [warps, tokens, width] in shared memory as an operand [warps, width, tokens]."""
+    if smem.dtype == DTYPE:
+        x = smem.permute((0, 2, 1)).load(layout)
+    else:
+        # Widened in rows, for an operand of bytes is read a byte or two at a time. Nothing leaves its warp.
+        x = smem.load(_copied(smem.dtype, smem.shape[2], smem.shape[0])).to(DTYPE)
+        x = gl.convert_layout(gl.permute(x, (0, 2, 1)), layout)
+    return x
+
+
+@gluon.jit
+def _keys(k_smem, DTYPE: gl.constexpr, layout: gl.constexpr):
+    """The halves of a tile's keys as operands [warps, HALF, tokens]."""
+    HALF: gl.constexpr = k_smem.shape[2] // 2
+    low = _operand(k_smem.slice(0, HALF, 2), DTYPE, layout)
+    return low, _operand(k_smem.slice(HALF, HALF, 2), DTYPE, layout)
+
+
+@gluon.jit
+def _weights(q, q_high, k, k_high, seen, scale, softcap, top, SOFTCAP: gl.constexpr, mma: gl.constexpr):
+    """Of a tile: weights [warps, heads, tokens], their sums and the largest scores, in units of log2."""
+    none = gl.zeros([k.shape[0], q.shape[1], k.shape[2]], gl.float32, mma)
+    # Two sums, as a product waits for the one that it is added to.
+    products = mma_v2(q, k, none, input_precision="ieee") + mma_v2(q_high, k_high, none, input_precision="ieee")
+    scores = gl.where(seen, in_log2(products, scale, softcap, SOFTCAP), float("-inf"))
+    top = gl.maximum(top, gl.max(scores, 2))
+    weights = gl.exp2(scores - top[:, :, None])
+    return weights, gl.sum(weights, 2), top
+
+
+@gluon.jit
+def _added(acc, v, weights, layout: gl.constexpr):
+    """Sums [warps, HEAD_DIM, heads] and a tile's values times weights [warps, heads, tokens]."""
+    weights = gl.convert_layout(gl.permute(weights.to(v.dtype), (0, 2, 1)), layout)  # nothing moves
+    return mma_v2(v, weights, acc, input_precision="ieee")
+
+
+@gluon.jit
+def _seen(first, old, lowest, warps: gl.constexpr, count: gl.constexpr, WINDOW: gl.constexpr, mma: gl.constexpr):
+    """Which of a tile's tokens are attended to, [warps, 1, tokens]."""
+    tokens = _tokens(first, warps, count, gl.SliceLayout(1, mma))
+    seen = tokens < old
+    if WINDOW > 0:
+        seen = seen & (tokens >= lowest)
+    return seen[:, None, :]
+
+
+@gluon.jit
+def _turns(angles, columns, HEAD_DIM: gl.constexpr):
+    """What a head's columns, and those half a head away, are times: cosines, and sines with their signs."""
+    HALF: gl.constexpr = HEAD_DIM // 2
+    sin = gl.load(angles + HALF + columns % HALF)
+    return gl.load(angles + columns % HALF), gl.where(columns < HALF, -sin, sin)
+
+
+@gluon.jit
+def _norms(norm_ptr, columns, far_columns, NORM: gl.constexpr):
+    """The head norm's weights of columns and of those half a head away."""
+    weight, far_weight = 1.0, 1.0
     if NORM:
-        factor = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / (2 * HALF) + eps)
-        a *= factor * tl.load(norm_ptr + columns).to(tl.float32)
-        b *= factor * tl.load(norm_ptr + HALF + columns).to(tl.float32)
-    return a * cos - b * sin, b * cos + a * sin
+        weight = gl.load(norm_ptr + columns).to(gl.float32)
+        far_weight = gl.load(norm_ptr + far_columns).to(gl.float32)
+    return weight, far_weight
 
 
-@triton.jit
+@gluon.jit
+def _rotated(x, far, turns, norms, eps, axis: gl.constexpr, NORM: gl.constexpr):
+    """Heads, with their columns along `axis`, normed and rotated, of their columns and those half a head away."""
+    x, far = x.to(gl.float32), far.to(gl.float32)
+    if NORM:
+        factor = gl.rsqrt(gl.sum(x * x, axis, keep_dims=axis > 0) / x.shape[axis] + eps)
+        x *= factor * norms[0]
+        far *= factor * norms[1]
+    return x * turns[0] + far * turns[1]
+
+
+@gluon.jit
+def _over_warps(acc, top, total, acc_smem, top_smem, total_smem, layout: gl.constexpr):
+    """The warps' sums as one's: means [heads, HEAD_DIM] and log2 of the weights, [heads]."""
+    acc_smem.store(gl.permute(acc, (0, 2, 1)))
+    top_smem.store(top)
+    total_smem.store(total)
+    gl.thread_barrier()
+    tops, totals = top_smem.load(gl.SliceLayout(2, layout)), total_smem.load(gl.SliceLayout(2, layout))
+    top = gl.max(tops, 0)
+    shrinks = gl.exp2(tops - top[None, :])
+    total = gl.sum(totals * shrinks, 0)
+    total = gl.where(total > 0.0, total, 1.0)  # no token is seen: `top` is a weight of nothing
+    of_head: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, layout))
+    total = gl.convert_layout(total, of_head, assert_trivial=True)
+    top = gl.convert_layout(top, of_head, assert_trivial=True)
+    return gl.sum(acc_smem.load(layout) * shrinks[:, :, None], 0) / total[:, None], top + gl.log2(total)
+
+
+@gluon.jit
+def _for_dot(x, DTYPE: gl.constexpr):
+    """Queries as what tiles are multiplied in."""
+    if DTYPE == gl.float16:
+        x = gl.minimum(gl.maximum(x.to(gl.float32), -65504.0), 65504.0)
+    return x.to(DTYPE)
+
+
+@gluon.jit
+def _await(partial_ptr, lse_ptr, flag, SPLITS: gl.constexpr):
+    """What splits found for a head and the log2 of their weights, float32, at pointers [SPLITS, HEAD_DIM]."""
+    if is_compiled():
+        # Each thread waits for its own words: a loop of Triton's takes a barrier a turn.
+        parts, lse = gl.inline_asm_elementwise(
+            await_parts(SPLITS), await_parts_constraints(SPLITS), [partial_ptr, lse_ptr, flag],
+            dtype=(gl.int32, gl.int32), is_pure=False, pack=SPLITS,
+        )  # fmt: skip
+    else:
+        parts, lse = await_flagged(partial_ptr, True, flag), await_flagged(lse_ptr, True, flag)
+    return parts.to(gl.float32, bitcast=True), lse.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def rope_decode_attention(
     qkv_ptr, q_norm_ptr, k_norm_ptr, table_ptr, positions_ptr, slot_mapping_ptr, k_cache_ptr, v_cache_ptr,
     block_tables_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, kv_scale_ptr, out_scale_ptr, out_ptr, partial_ptr,
     lse_ptr, step_ptr, calls, call, max_blocks, scale, softcap, eps,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_QUANT: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, PUSH: tl.constexpr, PULL: tl.constexpr,
-    PDL: tl.constexpr,
+    NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr,
+    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, KV_QUANT: gl.constexpr, NORM: gl.constexpr,
+    BLOCK_G: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_SPLITS: gl.constexpr, PUSH: gl.constexpr,
+    PULL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Every sequence has one token in this step, or is padded.
 
     Grid and arguments as in decode_attention, but for q: qkv [num_seqs, (NUM_KV_HEADS * (GROUP + 2)) * HEAD_DIM], and
     what rope_append makes q and the cache's new rows of: q_norm, k_norm [HEAD_DIM], read with NORM; table float32
     [max_position, HEAD_DIM], cosines, then sines, of halves; positions, slot_mapping int32 [num_seqs]. HEAD_DIM is a
-    power of two. The cache's row of the new token is written, and not read; the first split has its key and value.
+    power of two of at least 32, BLOCK_G 8 or a multiple of 16. STAGES tiles of BLOCK_N tokens, 16 or a multiple a warp,
+    are on their way. partial and lse are used with one split too.
+
+    Programs push what they found in the cache. Those that pull a head add the new token, whose rows in the cache the
+    first split's write, and nobody reads.
     """
-    split, seq = tl.program_id(0), tl.program_id(1)
+    split, seq = gl.program_id(0), gl.program_id(1)
     if PDL:
         gdc_launch_dependents()
-    length = tl.load(seq_lens_ptr + seq)
-    token = tl.load(query_start_ptr + seq)
+    length = gl.load(seq_lens_ptr + seq)
+    token = gl.load(query_start_ptr + seq)
     if length <= 0:
         if PDL:
             gdc_wait()  # else this kernel could end before the one in front, and the next one take that for ended too
@@ -76,93 +270,166 @@ def rope_decode_attention(
     old = length - 1  # tokens in the cache
     lowest = 0
     if WINDOW > 0:
-        lowest = tl.maximum(length - WINDOW, 0)
+        lowest = gl.maximum(length - WINDOW, 0)
     first_tile = lowest // BLOCK_N
-    num_tiles = tl.maximum(tl.cdiv(old, BLOCK_N) - first_tile, 1)
+    num_tiles = gl.maximum((old + BLOCK_N - 1) // BLOCK_N - first_tile, 1)
     first, last, num_splits = share_of(split, first_tile, num_tiles, old, BLOCK_N, NUM_SPLITS)
-    if split >= num_splits:
+    TILES_G: gl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
+    kv_head = gl.program_id(2) // TILES_G
+    first_member = gl.program_id(2) % TILES_G * BLOCK_G
+    num_heads = gl.minimum(GROUP - first_member, BLOCK_G)
+    if split >= gl.maximum(num_splits, num_heads):
         return
 
-    HALF: tl.constexpr = HEAD_DIM // 2
-    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    WIDE: tl.constexpr = qkv_ptr.dtype.element_ty
-    DTYPE: tl.constexpr = dot_dtype(WIDE, KV_QUANT)
-    STORED: tl.constexpr = k_cache_ptr.dtype.element_ty
-    kv_head, first_member, heads, real = heads_of(tl.program_id(2), GROUP, BLOCK_G)
-    tiles_ptr, num_blocks = block_tables_ptr + seq.to(tl.int64) * max_blocks, tl.cdiv(length, BLOCK_SIZE)
-    columns = tl.arange(0, HEAD_DIM)
-    half = tl.arange(0, HALF)[None, :]
-    angles = table_ptr + tl.load(positions_ptr + token).to(tl.int64) * HEAD_DIM
-    cos, sin = tl.load(angles + half), tl.load(angles + HALF + half)
-    slot = tl.load(slot_mapping_ptr + token)
+    warps: gl.constexpr = gl.num_warps()
+    COUNT: gl.constexpr = BLOCK_N // warps  # tokens of a warp
+    gl.static_assert(COUNT % 16 == 0)
+    NUM_HEADS: gl.constexpr = NUM_KV_HEADS * GROUP
+    HALF: gl.constexpr = HEAD_DIM // 2
+    WIDE: gl.constexpr = qkv_ptr.dtype.element_ty
+    DTYPE: gl.constexpr = dot_dtype(WIDE, KV_QUANT)
+    STORED: gl.constexpr = k_cache_ptr.dtype.element_ty
+    first_head = kv_head * GROUP + first_member
+    seq_row = seq.to(gl.int64) * NUM_HEADS
+    row = qkv_ptr + token.to(gl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
+    angles = table_ptr + gl.load(positions_ptr + token).to(gl.int64) * HEAD_DIM
+    slot = gl.load(slot_mapping_ptr + token)
     k_scale, v_scale, out_step = read_steps(kv_scale_ptr, out_scale_ptr, out_ptr, KV_QUANT)
-    flag = tl.load(step_ptr) * calls + call
-    seq_row = seq.to(tl.int64) * NUM_HEADS
-    if PUSH:
-        tokens = first + tl.arange(0, BLOCK_N)
-        live = tokens < old
-        base = page_rows(tiles_ptr, first, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
-        next_base = page_rows(tiles_ptr, first + BLOCK_N, num_blocks, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
-        k = load_kv(k_cache_ptr, base, live, 0, HEAD_DIM, HEAD_DIM, BLOCK_N, False)
-        v = load_kv(v_cache_ptr, base, live, 0, HEAD_DIM, HEAD_DIM, BLOCK_N, True)
-        if PDL:
-            gdc_wait()
-        row = qkv_ptr + token.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
-        # The first split's: asked for here, as behind the tile's products it would have to be waited for.
-        is_first = split == 0
-        k_row = row + (NUM_HEADS + kv_head) * HEAD_DIM + tl.zeros([1, 1], tl.int32)
-        v_row = row + (NUM_HEADS + NUM_KV_HEADS + kv_head) * HEAD_DIM
-        q_a, q_b = _halves(row + heads[:, None] * HEAD_DIM, real[:, None] & (half < HALF), HALF)
-        k_a, k_b = _halves(k_row, is_first & (half < HALF), HALF)
-        new_v = tl.load(v_row + columns, mask=is_first & (columns < HEAD_DIM), other=0.0)
-        q_a, q_b = _rotated(q_a, q_b, q_norm_ptr, eps, cos, sin, HALF, NORM)
-        q_a, q_b = for_dot(q_a.to(WIDE), DTYPE), for_dot(q_b.to(WIDE), DTYPE)  # rounded as a q in memory is
-        q = tl.reshape(tl.permute(tl.join(q_a, q_b), (0, 2, 1)), [BLOCK_G, HEAD_DIM])
+    flag = gl.load(step_ptr) * calls + call
 
-        # The first tile. Rows that are no head see no token.
-        top, total = tl.where(real, LOWEST, 0.0), tl.where(real, 0.0, 1.0)
-        bounds, lows = tl.where(real, old, 0), tl.full([BLOCK_G], lowest, tl.int32)
-        scores = in_log2(tl.dot(q, k.to(DTYPE).T, input_precision="ieee"), scale * k_scale, softcap, SOFTCAP)
-        seen = (tokens[None, :] < bounds[:, None]) & (tokens[None, :] >= lows[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
-        weights, _, top, total = weighed(scores, top, total)
-        acc = tl.dot(weights.to(DTYPE), v.to(DTYPE), input_precision="ieee")
-        if is_first:
-            key_a, key_b = _rotated(k_a, k_b, k_norm_ptr, eps, cos, sin, HALF, NORM)
-            value = new_v.to(tl.float32)
-            if KV_QUANT:
-                key_a, key_b, value = tl.div_rn(key_a, k_scale), tl.div_rn(key_b, k_scale), tl.div_rn(value, v_scale)
-            key_a, key_b, value = as_stored(key_a, STORED), as_stored(key_b, STORED), as_stored(value, STORED)
-            if (first_member == 0) & (slot >= 0):
-                at = cache_offsets(slot, kv_head, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
-                tl.store(k_cache_ptr + at + half, key_a)
-                tl.store(k_cache_ptr + at + HALF + half, key_b)
-                tl.store(v_cache_ptr + at + columns, value)
-            products = q_a.to(tl.float32) * key_a.to(tl.float32) + q_b.to(tl.float32) * key_b.to(tl.float32)
-            score = in_log2(tl.sum(products, axis=1), scale * k_scale, softcap, SOFTCAP)
-            score = tl.where(real, score, float("-inf"))
-            new_top = tl.maximum(top, score)
-            weight, shrink = tl.exp2(score - new_top), tl.exp2(top - new_top)
-            total = total * shrink + weight
-            acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
-            top = new_top
-        if first + BLOCK_N < last:
-            more, new_top, total = attend(
-                tl.zeros([BLOCK_G, HEAD_DIM], tl.float32), top, total, q, q, k_cache_ptr, v_cache_ptr, tiles_ptr,
-                next_base, first + BLOCK_N, last, bounds, lows, num_blocks, old, kv_head, scale * k_scale, softcap,
-                NUM_KV_HEADS, HEAD_DIM, HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, SOFTCAP, True,
-                in_words(STORED, BLOCK_G, HEAD_DIM), True,
+    # For heads that are pulled: each warp has whole rows, and a thread all splits' parts of its columns.
+    SPLITS: gl.constexpr = triton.next_power_of_2(NUM_SPLITS)
+    in_row: gl.constexpr = gl.BlockedLayout([HEAD_DIM // 32], [32], [warps], [0])
+    pulled: gl.constexpr = gl.BlockedLayout([SPLITS, 1], [1, 32], [1, warps], [1, 0])
+    columns = gl.arange(0, HEAD_DIM, in_row)
+    far_columns = (columns + HALF) % HEAD_DIM
+    own_columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, pulled))
+    turns = _turns(angles, columns, HEAD_DIM)
+    q_norms = _norms(q_norm_ptr, columns, far_columns, NORM)
+    k_norms = _norms(k_norm_ptr, columns, far_columns, NORM)
+
+    if PUSH:
+        copied: gl.constexpr = _copied(STORED, HEAD_DIM, warps)
+        of_copied: gl.constexpr = gl.SliceLayout(2, copied)
+        mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
+        left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+        right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+        in_rows: gl.constexpr = _swizzled(STORED, HEAD_DIM)
+        k_smem = gl.allocate_shared_memory(STORED, [STAGES, warps, COUNT, HEAD_DIM], in_rows)
+        v_smem = gl.allocate_shared_memory(STORED, [STAGES, warps, COUNT, HEAD_DIM], in_rows)
+        stop = gl.where(split < num_splits, last, first)
+        tiles_ptr = block_tables_ptr + seq.to(gl.int64) * max_blocks
+        for s in gl.static_range(STAGES):
+            start = first + s * BLOCK_N
+            rows = _rows(tiles_ptr, start, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
+            _copy_tile(k_smem.index(s), v_smem.index(s), k_cache_ptr, v_cache_ptr, rows, start, stop, copied)
+        ahead = first + STAGES * BLOCK_N
+        rows = _rows(tiles_ptr, ahead, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
+
+        side: gl.constexpr = _lanes(HEAD_DIM, 8)
+        in_lines: gl.constexpr = gl.BlockedLayout([1, 8], [32 // side, side], [warps, 1], [1, 0])
+        members = gl.arange(0, BLOCK_G, gl.SliceLayout(1, in_lines))
+        across = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, in_lines))[None, :]
+        far_across = (across + HALF) % HEAD_DIM
+        q_turns, norms = _turns(angles, across, HEAD_DIM), _norms(q_norm_ptr, across, far_across, NORM)
+        q_ptrs = row + ((first_head + members) * HEAD_DIM)[:, None]
+        is_head = (members < num_heads)[:, None]
+        q_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_G, HEAD_DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+        seen = _seen(first, stop, lowest, warps, COUNT, WINDOW, mma)
+        async_copy.wait_group(0)
+        gl.thread_barrier()
+        k, k_high = _keys(k_smem.index(0), DTYPE, right)
+        v = _operand(v_smem.index(0), DTYPE, left)
+        if ahead < stop:
+            gl.thread_barrier()
+            _copy_tile(k_smem.index(0), v_smem.index(0), k_cache_ptr, v_cache_ptr, rows, ahead, stop, copied)
+            ahead += BLOCK_N
+            rows = _rows(tiles_ptr, ahead, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
+    if PDL:
+        gdc_wait()
+    if PUSH:
+        q = gl.load(q_ptrs + across, mask=is_head, other=0.0)
+        q_far = gl.load(q_ptrs + far_across, mask=is_head, other=0.0)
+    # Asked for here, as behind the products they would have to be waited for.
+    k_row = row + (NUM_HEADS + kv_head) * HEAD_DIM
+    key, key_far = gl.load(k_row + columns), gl.load(k_row + far_columns)
+    value = gl.load(k_row + NUM_KV_HEADS * HEAD_DIM + own_columns).to(gl.float32)
+    if PUSH:
+        q = _rotated(q, q_far, q_turns, norms, eps, 1, NORM)
+        q_smem.store(_for_dot(q.to(WIDE), DTYPE))  # rounded as a q in memory is
+        gl.thread_barrier()
+        q_low, q_high = _halves(q_smem, warps, left)
+        top = gl.full([warps, BLOCK_G], LOWEST, gl.float32, gl.SliceLayout(2, mma))
+        weights, total, top = _weights(
+            q_low, q_high, k, k_high, seen, scale * k_scale, softcap, top, SOFTCAP, mma
+        )  # fmt: skip
+        acc = _added(gl.zeros([warps, HEAD_DIM, BLOCK_G], gl.float32, mma), v, weights, right)
+        if first + BLOCK_N < stop:
+            for start in range(first + BLOCK_N, stop, BLOCK_N):
+                async_copy.wait_group(STAGES - 1)
+                gl.thread_barrier()
+                i = (start - first) // BLOCK_N % STAGES
+                k, k_high = _keys(k_smem.index(i), DTYPE, right)
+                seen = _seen(start, stop, lowest, warps, COUNT, WINDOW, mma)
+                weights, more, new_top = _weights(
+                    q_low, q_high, k, k_high, seen, scale * k_scale, softcap, top, SOFTCAP, mma
+                )  # fmt: skip
+                v = _operand(v_smem.index(i), DTYPE, left)
+                gl.thread_barrier()
+                _copy_tile(k_smem.index(i), v_smem.index(i), k_cache_ptr, v_cache_ptr, rows, ahead, stop, copied)
+                ahead += BLOCK_N
+                rows = _rows(tiles_ptr, ahead, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
+                shrink = gl.exp2(top - new_top)
+                total, top = total * shrink + more, new_top
+                acc *= gl.convert_layout(shrink, gl.SliceLayout(1, mma))[:, None, :]
+                acc = _added(acc, v, weights, right)
+            async_copy.wait_group(0)
+            gl.thread_barrier()
+
+        combined: gl.constexpr = _combined(HEAD_DIM, warps)
+        swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        acc_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G, HEAD_DIM], swizzled)
+        top_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G], plain)
+        total_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G], plain)
+        found, lse = _over_warps(acc, top, total, acc_smem, top_smem, total_smem, combined)
+        of_combined: gl.constexpr = gl.SliceLayout(0, combined)
+        heads = gl.arange(0, BLOCK_G, gl.SliceLayout(1, of_combined))
+        real = (heads < num_heads) & (split < num_splits)
+        places = (seq_row + first_head + heads) * NUM_SPLITS + split
+        parts_ptrs = partial_ptr + (places * HEAD_DIM)[:, None] + gl.arange(
+            0, HEAD_DIM, gl.SliceLayout(0, of_combined)
+        )[None, :]  # fmt: skip
+        gl.store(parts_ptrs, flagged(found, flag), mask=real[:, None])
+        gl.store(lse_ptr + places, flagged(lse, flag), mask=real)
+
+    if PULL and split < num_heads:
+        new_key = _rotated(key, key_far, turns, k_norms, eps, 0, NORM)
+        new_value = value
+        if KV_QUANT:
+            new_key, new_value = gl.div_rn(new_key, k_scale), gl.div_rn(value, v_scale)
+        stored_key, stored_value = as_stored(new_key, STORED), as_stored(new_value, STORED)
+        if (split == 0) & (first_member == 0) & (slot >= 0):
+            at = cache_offsets(slot, kv_head, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+            gl.store(k_cache_ptr + at + columns, stored_key)
+            gl.store(v_cache_ptr + at + own_columns, stored_value)
+        part = gl.arange(0, SPLITS, gl.SliceLayout(1, pulled))[:, None]
+        for member in range(split, num_heads, NUM_SPLITS):
+            head = first_head + member
+            q_row = row + head * HEAD_DIM
+            query = _rotated(gl.load(q_row + columns), gl.load(q_row + far_columns), turns, q_norms, eps, 0, NORM)
+            query = _for_dot(query.to(WIDE), DTYPE).to(gl.float32)
+            score = in_log2(gl.sum(query * stored_key.to(gl.float32), 0), scale * k_scale, softcap, SOFTCAP)
+            places_of = (seq_row + head) * NUM_SPLITS + gl.minimum(part, num_splits - 1) + own_columns[None, :] * 0
+            parts, lses = _await(
+                partial_ptr + places_of * HEAD_DIM + own_columns[None, :], lse_ptr + places_of, flag, SPLITS
             )  # fmt: skip
-            acc = acc * tl.exp2(top - new_top)[:, None] + more
-            top = new_top
-        q_rows = token.to(tl.int64) * NUM_HEADS + heads
-        push(
-            acc, top, total, real, heads, q_rows, sinks_ptr, out_ptr, partial_ptr, lse_ptr, (seq_row + heads),
-            split, num_splits, flag, v_scale, out_step, HEAD_DIM, NUM_SPLITS, SINKS,
-        )  # fmt: skip
-    if PULL:
-        pull(
-            partial_ptr, lse_ptr, sinks_ptr, out_ptr, seq_row, token.to(tl.int64) * NUM_HEADS,
-            kv_head * GROUP + first_member, tl.minimum(GROUP - first_member, BLOCK_G), split, flag, num_splits,
-            v_scale / out_step, HEAD_DIM, NUM_SPLITS, SINKS,
-        )  # fmt: skip
+            lses = gl.where(part < num_splits, lses, float("-inf"))
+            largest = gl.maximum(gl.max(lses, 0), score)
+            shares, share = gl.exp2(lses - largest[None, :]), gl.exp2(score - largest)
+            whole = gl.sum(shares, 0) + share
+            if SINKS:
+                whole += gl.exp2(gl.load(sinks_ptr + head).to(gl.float32) * LOG2E - largest)
+            y = (gl.sum(parts * shares, 0) + share * stored_value.to(gl.float32)) * ((v_scale / out_step) / whole)
+            out_at = (token.to(gl.int64) * NUM_HEADS + head) * HEAD_DIM
+            gl.store(out_ptr + out_at + own_columns, as_stored(y, out_ptr.dtype.element_ty))
