@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import log2
+from math import gcd, log2
 from typing import Literal, NamedTuple
 
 import torch
@@ -139,19 +139,20 @@ _SHIPPED: dict[str, _Table] = {
     },
     "int4": {
         (6144, 4096, False): [
-            (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 2, 1, 8)), (32, "fragment", (16, 1, 2, 4, 1, 4)),
+            (1, "words", (1, 6, 1, 4)), (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 2, 1, 8)),
+            (32, "fragment", (16, 1, 2, 4, 1, 4)),
         ],
         (4096, 4096, False): [
-            (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 4, 1, 8)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
-            (32, "fragment", (32, 1, 1, 4, 1, 8)),
+            (1, "words", (1, 2, 2, 8)), (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 4, 1, 8)),
+            (16, "fragment", (16, 1, 2, 2, 1, 8)), (32, "fragment", (32, 1, 1, 4, 1, 8)),
         ],
         (14336, 4096, True): [
-            (2, "words", (2, 4, 1, 4)), (8, "fragment", (8, 1, 2, 2, 1, 2)), (16, "fragment", (16, 1, 1, 2, 1, 4)),
-            (64, "fragment", (32, 2, 1, 1, 1, 4)),
+            (1, "words", (1, 4, 1, 4)), (2, "words", (2, 4, 1, 4)), (8, "fragment", (8, 1, 2, 2, 1, 2)),
+            (16, "fragment", (16, 1, 1, 2, 1, 4)), (64, "fragment", (32, 2, 1, 1, 1, 4)),
         ],
         (4096, 14336, False): [
-            (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 4, 1, 8)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
-            (64, "fragment", (32, 2, 1, 2, 1, 8)),
+            (1, "words", (1, 7, 1, 8)), (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 4, 1, 8)),
+            (16, "fragment", (16, 1, 2, 2, 1, 8)), (64, "fragment", (32, 2, 1, 2, 1, 8)),
         ],
     },
     "fp8 group": {
@@ -216,12 +217,17 @@ def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
             bm, parts = 2 * bm, parts // 2  # as wide a product, of rows that are no whole pieces for so many parts
         if not _streams(shape, parts, warps):
             return None
-        stages = min(stages, _pieces(shape) // (parts * pieces))
+        stages, pieces = _in_whole_rounds(_pieces(shape) // parts, stages, pieces)
+        if stages == 1 and _pieces(shape) > parts * pieces:
+            stages = 2  # as not all is one round
         tiles = (bm, parts, stages, pieces, warps)
         return Tactic("stream", tiles) if _stream_fits(shape, *tiles) else None
     if tactic.kernel == "words":
         bm, stages, groups, warps = tactic.tiles
-        stages = min(stages, _word_groups(shape, warps) // groups)
+        if _word_groups(shape, warps) < 2:
+            warps = 4
+        of_warp = _word_groups(shape, warps)
+        stages, groups = _in_whole_rounds(of_warp, stages, groups if of_warp > groups else 1)
         return Tactic("words", (bm, stages, groups, warps)) if _words_fit(shape, bm, stages, groups, warps) else None
     if tactic.kernel == "vector":
         bm, bn, bk, *rest = tactic.tiles
@@ -237,6 +243,12 @@ def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
     if shape.form == "int8" or (weight_only(shape) and _group(shape) % (64 * u) and _group(shape) != shape.k):
         u = 1  # a round of int8 then has as many bytes as one of int4, or groups are short
     return Tactic("fragment", (bm, r, u, depth, split if _split_fits(shape, bm, 16 * r) else 1, warps))
+
+
+def _in_whole_rounds(count: int, stages: int, of_round: int) -> tuple[int, int]:
+    """As much under way of so many pieces, in rounds of fewer if need be, that are all whole."""
+    fewer = gcd(count, of_round)
+    return min(stages * of_round // fewer, count // fewer), fewer
 
 
 def fitted(shape: LinearShape, tactic: Tactic, arch: str) -> Tactic:
