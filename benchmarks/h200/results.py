@@ -66,9 +66,11 @@ def markdown(results: list[dict[str, Any]]) -> str:
     headings = ["row", "model", "weights", "KV", "measured", "unit", "goal", "vLLM", "TensorRT-LLM", "floor", "date"]
     text += table(headings, rows) if rows else ""
     text += "\n" + "".join(dict.fromkeys(notes)) if notes else ""
-    both = [data for data in results if data["script"] == "two_gpus"]
+    both = [row for data in results if data["script"] == "two_gpus" for row in data["rows"]]
     if both:
-        text += "\n## Two H200\n\n" + two_gpus(both[-1]["rows"])
+        kinds = ("part", "shape", "format", "kind", "size", "bytes", "requests")
+        newest = {tuple(row.get(key) for key in kinds): row for row in both}
+        text += "\n## Two H200\n\n" + two_gpus(list(newest.values()))
     attentions = [data for data in results if data["script"] == "attention"]
     if attentions:
         text += "\n## Attention\n\nThe best tiles of each case.\n\n" + attention.best_table(attentions[-1]["best"])
