@@ -237,8 +237,9 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path, options):
     allowed = 48 << 20
     assert allowed < LARGEST * 2 / 3
     script = f"""
-        import resource, torch
+        import resource, threading, torch
         torch.set_num_threads(1)
+        threading.stack_size(1 << 20)  # else 8 MiB of the limit for each worker
         from pathlib import Path
         import trtllm_cli.convert.hf_reader, trtllm_cli.models.llama, trtllm_cli.convert.quantize.row_formats
         from trtllm_cli.convert.pipeline import ConvertOptions, convert
