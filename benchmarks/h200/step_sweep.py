@@ -17,13 +17,7 @@ from benchmarks.h200.machine import machine
 from benchmarks.h200.steps import decode_milliseconds
 from benchmarks.h200.synthetic import FORMATS, SHAPES, linears_of, plan_of, runner_of
 from trtllm_cli.build.backends.cuda_candidates import candidates
-from trtllm_cli.build.backends.cuda_linears import (
-    KERNELS,
-    LinearShape,
-    Tactic,
-    fitted,
-    shipped_tactics,
-)
+from trtllm_cli.build.backends.cuda_linears import KERNELS, LinearShape, Tactic, fitted, shipped_tactics
 from trtllm_cli.build.backends.cuda_tactics import LinearTactics
 
 ARCH = "sm_90a"

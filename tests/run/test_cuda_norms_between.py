@@ -6,15 +6,13 @@ import pytest
 from tests.batches import Sequences
 from tests.engines import build_engine
 from tests.interpreter_device import InterpreterDevice, fake_compile
-from tests.run.test_cuda_check import Checked
+from tests.run.test_cuda_check import load
 from tests.tiny_models import save_tiny_model
 from trtllm_cli.build.backends import cuda, cuda_linears, cuda_norms_between, cuda_tactics
 from trtllm_cli.build.backends.cuda_linears import Tactic, adapted
 from trtllm_cli.convert.options import RandomWeights
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.run.backends import cuda_check
-from trtllm_cli.run.backends.cuda import CudaRunner
-from trtllm_cli.run.communicator import SingleRank
 
 SIZES = {
     "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
@@ -50,12 +48,6 @@ def engine_of(ckpt, path):
     return build_engine(ckpt, path, backend="cuda", kernels="auto", tokens_per_block=16)
 
 
-def load(engine, device=InterpreterDevice):
-    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], device(), SingleRank())
-    runner.allocate_kv_cache(64)
-    return runner
-
-
 def logits_of(runner):
     """Of a prompt, which has too many tokens for these kernels, and of steps of one and of two sequences."""
     of, steps = Sequences(block_size=16), [{0: [5, 3, 9, 2]}, {0: [4]}, {0: [1], 1: [7]}, {0: [8], 1: [6]}]
@@ -74,23 +66,23 @@ def test_a_plan_with_and_without(tmp_path, monkeypatch, qformat, layers):
     ckpt = checkpoint(tmp_path, qformat, num_hidden_layers=layers)
     engine = engine_of(ckpt, tmp_path / "engine")
     assert chains_of(engine) == CHAINS[: 2 * layers - 1]
-    found = logits_of(load(engine))
+    found = logits_of(load(engine, InterpreterDevice))
     monkeypatch.setattr(cuda_norms_between.NormsBetween, "_norm_between", lambda self, node: None)
     plain = engine_of(ckpt, tmp_path / "plain")
     assert chains_of(plain) == []
-    expected = logits_of(load(plain))
+    expected = logits_of(load(plain, InterpreterDevice))
     assert not np.array_equal(found, expected)
     assert np.linalg.norm(found - expected) < (3e-2 if qformat == "fp8" else 1e-2) * np.linalg.norm(expected)
 
 
 def test_a_first_load_compares_them(tmp_path, monkeypatch):
     engine = engine_of(checkpoint(tmp_path, None, num_hidden_layers=1), tmp_path / "engine")
-    runner = load(engine, Checked)
+    runner = load(engine)
     assert runner.notes == []
     expected = logits_of(runner)
     monkeypatch.setattr(cuda_check, "apart", lambda *_: 1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    runner = load(engine, Checked)
+    runner = load(engine)
     assert "stream_linear for 512 outputs" in " ".join(runner.notes)
     found = logits_of(runner)
     assert not np.array_equal(found, expected)

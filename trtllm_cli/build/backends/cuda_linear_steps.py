@@ -42,12 +42,15 @@ class LinearLaunches(RowLaunches):
     """Launches of kernels/triton/linear.py, and torch's matrix products."""
 
     tactics: LinearTactics = field(default_factory=LinearTactics)
-    _computed: int = 0  # tokens up to which something else computes the node that is being lowered
 
     def linear_shapes(self) -> list[LinearShape]:
         """Of every linear, as its kernel for few tokens computes it."""
         linears = [node for node in self.graph.nodes if node.op == "linear"]
         return [self._few_shape(node, self._fused(self._activation_after(node))) for node in linears]
+
+    def computed_elsewhere(self, node: Node) -> int:  # noqa: ARG002
+        """Tokens up to which a node's own step has nothing to do."""
+        return 0
 
     def _linear(self, node: Node) -> None:
         if self._activation_after(node) is None:
@@ -85,7 +88,7 @@ class LinearLaunches(RowLaunches):
         ways: list[tuple[int | None, list[Launch]]] = []
         others: list[list[list[Launch]]] = []
         for most, few in self.tactics.few_tokens(few_shape):
-            if most <= self._computed:
+            if most <= self.computed_elsewhere(act or node):
                 continue
             ways.append((most, launches(few)))
             more = self.tactics.others(few_shape, most)

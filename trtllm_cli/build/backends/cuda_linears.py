@@ -66,6 +66,9 @@ class Norm(NamedTuple):
     squares: int = 0
 
 
+_NO_NORM = Norm()
+
+
 class Tactic(NamedTuple):
     """A kernel, and its tiles as its function below takes them."""
 
@@ -260,11 +263,11 @@ def fitted(shape: LinearShape, tactic: Tactic, arch: str) -> Tactic:
     return Tactic("skinny", (bm, bn, bk, split, stages_that_fit(arch, stages, tiles), warps))
 
 
-def launch_of(shape: LinearShape, tactic: Tactic, norm: Norm | None = None) -> LinearLaunch:
+def launch_of(shape: LinearShape, tactic: Tactic, norm: Norm = _NO_NORM) -> LinearLaunch:
     """The launch of a tactic that is adapted to the shape; of a streamed one also with norms."""
     if tactic.kernel in STREAMED:
-        return (stream if tactic.kernel == "stream" else words)(shape, *tactic.tiles, norm=norm or Norm())
-    assert norm is None
+        return (stream if tactic.kernel == "stream" else words)(shape, *tactic.tiles, norm=norm)
+    assert norm == _NO_NORM
     make: dict[str, Callable[..., LinearLaunch]] = {
         "vector": vector, "skinny": skinny, "fragment": fragment,
     }  # fmt: skip
@@ -371,8 +374,8 @@ def _streams(shape: LinearShape, parts: int, warps: int) -> bool:
 def _stream_fits(shape: LinearShape, bm: int, parts: int, stages: int, pieces: int, warps: int) -> bool:
     """Whether rows are whole rounds, more than one if not all of them are under way, and what is has room."""
     rounds, rest = divmod(_pieces(shape) // parts, pieces)
-    rows = 16 * warps * (2 if shape.gated else 1) + parts * bm
-    fits = 128 * rows * stages * pieces <= room_for_tiles(STREAMS)
+    inputs = 128 * parts * bm * stages * pieces
+    fits = _weights_under_way(shape, stages * pieces, warps) + inputs <= room_for_tiles(STREAMS)
     return fits and rest == 0 and (stages > 1 or rounds == 1)
 
 
@@ -381,8 +384,13 @@ def norms(shape: LinearShape, tactic: Tactic) -> bool:
     if shape.form != "fp8":
         return True
     bm, _, stages, pieces, warps = tactic.tiles
-    rows = 16 * warps * (2 if shape.gated else 1)
-    return shape.x_scale == "one" and 128 * rows * stages * pieces + bm * shape.k <= room_for_tiles(STREAMS)
+    room = _weights_under_way(shape, stages * pieces, warps) + bm * shape.k
+    return shape.x_scale == "one" and room <= room_for_tiles(STREAMS)
+
+
+def _weights_under_way(shape: LinearShape, pieces: int, warps: int) -> int:
+    """Bytes of a program's weights in shared memory, so many pieces of each row."""
+    return 128 * 16 * warps * (2 if shape.gated else 1) * pieces
 
 
 def _word_groups(shape: LinearShape, warps: int) -> int:
@@ -439,7 +447,7 @@ def argument(role: str) -> str:
     return role if role in ("num_tokens", "eps") else f"{role}_ptr"
 
 
-def _args(shape: LinearShape, roles: tuple[str, ...], norm: Norm = Norm()) -> dict[str, str]:  # noqa: B008 - a tuple
+def _args(shape: LinearShape, roles: tuple[str, ...], norm: Norm = _NO_NORM) -> dict[str, str]:
     plain = {"bf16": "*bf16", "fp8": "*fp8e4nv", "int8": "*i32", "int4": "*i32"}[shape.form]
     types = {
         **_TYPES, "x": "*bf16" if norm.squares else shape.x_type, "w": plain, "bias": shape.bias_type,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trtllm_cli.build.backends.cuda_linear_steps import LinearLaunches
-from trtllm_cli.build.backends.cuda_linears import STREAMED, LinearLaunch, LinearShape, Norm, Tactic, launch_of, norms
+from trtllm_cli.build.backends.cuda_linears import STREAMED, LinearShape, Norm, Tactic, launch_of, norms
 from trtllm_cli.build.backends.cuda_program import RESIDUAL, Launch
 from trtllm_cli.build.lowered import Working
 from trtllm_cli.graph import Node
@@ -35,11 +35,6 @@ class NormBetween:
         """That have steps."""
         return [self.before, self.norm, self.act or self.after]
 
-    @property
-    def most(self) -> int:
-        """Tokens."""
-        return self.ways[-1][0]
-
 
 @dataclass
 class NormsBetween(LinearLaunches):
@@ -57,17 +52,23 @@ class NormsBetween(LinearLaunches):
 
     def lower_node(self, node: Node) -> None:
         """Its steps."""
-        between, first = self._between.get(node.outputs[0]) if node.outputs else None, len(self.steps)
-        self._computed = between.most if between else 0
+        between = self._between_of(node)
+        if between is not None and node is between.before:
+            self._add_step(between)
+        first = len(self.steps)
         getattr(self, f"_{node.op}")(node)
-        if between is None:
-            return
-        for step in self.steps[first:]:
-            step["ways"].insert(0, [between.most, []])
+        for step in self.steps[first:] if between else []:
+            step["ways"].insert(0, [self.computed_elsewhere(node), []])
             if "others" in step:
                 step["others"].insert(0, [])
-        if node is between.before:
-            self._add_step(between, first)
+
+    def computed_elsewhere(self, node: Node) -> int:
+        """See LinearLaunches."""
+        between = self._between_of(node)
+        return between.ways[-1][0] if between else 0
+
+    def _between_of(self, node: Node) -> NormBetween | None:
+        return self._between.get(node.outputs[0]) if node.outputs else None
 
     def _norm_between(self, before: Node) -> NormBetween | None:
         """The norm behind a linear, and what follows it, if both linears are to compute it."""
@@ -113,17 +114,18 @@ class NormsBetween(LinearLaunches):
             ways.append((most, first, second))
         return ways
 
-    def _add_step(self, between: NormBetween, place: int) -> None:
+    def _add_step(self, between: NormBetween) -> None:
         """A step for few tokens in place of the three that follow it."""
         before, norm, after, act = between.before, between.norm, between.after, between.act
         rows = self.rows(before.output)
         weight_type, weight = self.vector(norm.inputs["weight"])
         of_before, of_after = self._few_shape(before, None), self._few_shape(after, act)
+        weights, weights_after = (self._pack(node, self._shape(node)) for node in (before, after))
 
         def launches(first: Tactic, second: Tactic) -> list[Launch]:
-            adds: LinearLaunch = launch_of(of_before, first, Norm(weight_type=weight_type))
+            adds = launch_of(of_before, first, Norm(weight_type=weight_type))
             assert isinstance(adds.grid[0], int)
-            squares = self.room("squares", 4 * between.most * adds.grid[0])
+            squares = self.room("squares", 4 * self.computed_elsewhere(before) * adds.grid[0])
             divides = launch_of(of_after, second, Norm(squares=adds.grid[0]))
             sums = {
                 "residual": self.ref(norm.inputs["residual"]), "new_residual": self.ref(norm.outputs[1]),
@@ -131,10 +133,10 @@ class NormsBetween(LinearLaunches):
             }  # fmt: skip
             normed = {"x": self.ref(before.output), "squares": squares, "eps": norm.attrs["eps"]}
             return [
-                self._few(before, adds, self._pack(before, self._shape(before)), None, rows, sums),
-                self._few(after, divides, self._pack(after, self._shape(after)), act, rows, normed),
+                self._few(before, adds, weights, None, rows, sums),
+                self._few(after, divides, weights_after, act, rows, normed),
             ]
 
-        ways = [[most, launches(first, second)] for most, first, second in between.ways]
+        ways = [(most, launches(first, second)) for most, first, second in between.ways]
         op = "+".join(node.op for node in (before, norm, after, act) if node is not None)
-        self.steps.insert(place, {"op": op, "by": rows, "ways": [*ways, [None, []]], "instead": len(between.nodes)})
+        self.ways(op, rows, [*ways, (None, [])], instead=len(between.nodes))

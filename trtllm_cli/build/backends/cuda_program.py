@@ -211,14 +211,19 @@ class CudaLowering(Lowering):
 
     def ways(
         self, op: str, by: str, ways: Sequence[tuple[int | None, list[Launch]]],
-        without_peers: list[Launch] | None = None, others: Sequence[list[list[Launch]]] = (),
+        without_peers: list[Launch] | None = None, others: Sequence[list[list[Launch]]] = (), instead: int = 0,
     ) -> None:  # fmt: skip
-        """A node that is computed in one of several ways. `others`: of the first of them, what may be in its place."""
+        """A node that is computed in one of several ways. `others`: of the first of them, what may be in its place.
+
+        `instead`: how many steps that follow it may take the place of.
+        """
         step: dict[str, Any] = {"op": op, "by": by, "ways": [[most, launches] for most, launches in ways]}
         if without_peers is not None:
             step["without_peers"] = without_peers
         if any(others):
             step["others"] = others
+        if instead:
+            step["instead"] = instead
         self.steps.append(step)
 
 

@@ -66,7 +66,7 @@ def _copy_inputs(x_smem, x_ptr, num_tokens, r, slot, PART: gl.constexpr, K: gl.c
 
 @gluon.constexpr_function
 def pieces_at_once(pieces, elements, warps):
-    """How many pieces of x, each of so many elements, a tensor has: a power of two, at most 64 elements a thread."""
+    """Of so many pieces of x, how many a tensor has: a power of two, at most 64 elements of a thread."""
     return min(pieces & -pieces, max(64 * 32 * warps // elements, 1))
 
 
@@ -104,7 +104,7 @@ def _store_normed(x_smem, x_ptr, squares_ptr, eps, in_one, token, num_tokens, PA
             xs += (_sums_in(x_ptr, token, num_tokens, i * C, C, PART, K, BM, PARTS, BK),)
         if first == 0:
             squares = read_squares(squares_ptr, token, num_tokens, BM, SQUARES)
-        factors = (rms_factors(squares, eps, K, layout) * in_one)[None, :, None]
+            factors = (rms_factors(squares, eps, K, layout) * in_one)[None, :, None]
         for i in gl.static_range(first, min(first + few, chunks)):
             x = (xs[i - first].to(gl.float32) * factors).to(x_smem.dtype)
             x_smem.index(i).store(gl.reshape(x, [C * PARTS * BM, BK]))

@@ -21,6 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_cli.kernels.triton.device import gated
 from trtllm_cli.kernels.triton.stream_linear import (
+    pieces_at_once,
     read_biases,
     read_in_one,
     read_norm_weights,
@@ -65,12 +66,6 @@ def _copy_scales(smem, ptr, block, blocks: gl.constexpr, GROUPS: gl.constexpr):
     group = e // 16 % PARTS * GROUPS + gl.minimum(e // ROWS % triton.next_power_of_2(GROUPS), GROUPS - 1)
     at = e // (triton.next_power_of_2(GROUPS) * ROWS) * (blocks * ROWS * GROUPS) + group * 16 + e % 16
     async_copy.async_copy_global_to_shared(smem, ptr + block.to(gl.int64) * (ROWS * GROUPS) + at)
-
-
-@gluon.constexpr_function
-def _groups_at_once(groups, inputs, warps):
-    """How many groups of x, each of so many inputs, a tensor has: a power of two, and 64 inputs of a thread at most."""
-    return min(groups & -groups, max(64 * 32 * warps // inputs, 1))
 
 
 @gluon.constexpr_function
@@ -291,7 +286,7 @@ def stream_words(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     w_smem = gl.allocate_shared_memory(gl.int8, [STAGES * ROUND, HALVES * PARTS, 8 * GROUP], plain)
     swizzled: gl.constexpr = gl.NVMMASharedLayout(GROUP, 8, 2)
-    C: gl.constexpr = _groups_at_once(groups, PARTS * BM * GROUP, PARTS)
+    C: gl.constexpr = pieces_at_once(groups, PARTS * BM * GROUP, PARTS)
     x_smem = gl.allocate_shared_memory(gl.int8, [groups // C, C * 2 * PARTS * BM, GROUP], swizzled)
     step_smem = gl.allocate_shared_memory(gl.float32, [groups // C, C * PARTS * BM], flat)
     s_smem = gl.allocate_shared_memory(gl.float32, [HALVES * triton.next_power_of_2(groups) * ROWS], flat)

@@ -41,10 +41,10 @@ class Comparison:
         numbers = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * (16 if x.itemsize == 1 else 1)
         if sizes.get("X_SCALE") == "row":
             self.tensor(args["x_scale_ptr"], "float32", (rows, 1)).fill_(1 / 16)
-        sizes = {**sizes, **self.sizes(few[-1])} if "instead" in step else sizes
+        outputs = next(filter(None, (self.sizes(launch).get("N") for launch in reversed(few))))  # of the last linear
         args, types = self._arguments(few[-1])  # the activation's, where the linear's kernel does not compute it
         out = "y_ptr" if "y_ptr" in args else "out_ptr"
-        width = sizes["N"] // 2 if step["op"].endswith("gated_act") else sizes["N"]
+        width = outputs // 2 if step["op"].endswith("gated_act") else outputs
         y = self.tensor(args[out], types[out], (rows, width))
         found = []
         for launches in (few, many):
@@ -74,11 +74,10 @@ def checked(
 
     `plan` is the engine's, as it lies in its file, and `gpu` what its results depend on beside it.
     """
-    instead = {place: _many(steps, place) for place in range(len(steps))}
     kinds = alike(steps, _is_linear)
     found = found_once(
         "checked", (gpu, plan, *kinds), kinds,
-        find=lambda places: _differences(steps[places[0]], instead[places[0]], most_rows, comparison),
+        find=lambda places: _differences(steps[places[0]], _many(steps, places[0]), most_rows, comparison),
         fits=lambda places, of: (
             len(of) == len(steps[places[0]]["ways"]) - 1 and all(isinstance(by, float) for by in of)
         ),
@@ -97,7 +96,7 @@ def checked(
             )
             for place in places:
                 ways = [list(each) for each in out[place]["ways"]]
-                ways[way][1] = instead[place]
+                ways[way][1] = _many(steps, place)
                 out[place] = {**out[place], "ways": ways}
     return out, notes
 
