@@ -184,11 +184,12 @@ class _Launch:
 
     def _launch(self, grid, values):
         self.device.launches += 1
-        args = []
-        for name, value in zip(self.kernel["names"], values, strict=True):
+        args, names = [], self.kernel["names"]
+        for name, value in zip(names, values, strict=True):
             kind = self.types[name]
             args.append(self.device.at(value, kind) if kind.startswith("*") else value)
-        if "PUSH" not in self.constants:
+        meets_none = "RANKS" in self.constants and "calls" in names and values[names.index("calls")] == 0
+        if meets_none or not self.constants.get("PUSH"):
             self._run(grid, args, self.constants)
             return
         self._run(grid, args, self.constants | {"PULL": False})

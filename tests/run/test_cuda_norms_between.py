@@ -1,5 +1,8 @@
 """Norms that the linears around them compute, in whole plans."""
 
+import functools
+import threading
+
 import numpy as np
 import pytest
 
@@ -7,16 +10,19 @@ from tests.batches import Sequences
 from tests.engines import build_engine
 from tests.interpreter_device import InterpreterDevice, fake_compile
 from tests.run.test_cuda_check import load
+from tests.thread_ranks import run_ranks
 from tests.tiny_models import save_tiny_model
 from trtllm_cli.build.backends import cuda, cuda_linears, cuda_norms_between, cuda_tactics
 from trtllm_cli.build.backends.cuda_linears import Tactic, adapted
 from trtllm_cli.convert.options import RandomWeights
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.run.backends import cuda_check
+from trtllm_cli.run.backends.cuda import CudaRunner
 
 SIZES = {
-    "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+    "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
 }  # fmt: skip
+WIDE = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8}  # a rank's rows, or FP8's, are as long
 STREAM = Tactic("stream", (2, 4, 2, 1, 4))
 CHAINS = ["linear+add_rms_norm+linear+gated_act", "linear+add_rms_norm+linear", "linear+add_rms_norm+linear+gated_act"]
 
@@ -36,11 +42,12 @@ def streamed(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda_tactics.LinearTactics, "others", lambda self, shape, most: None)
 
 
-def checkpoint(root, qformat, name="llama", **sizes):
+def checkpoint(root, qformat, name="llama", tp_size=1, **sizes):
     save_tiny_model(root / "snapshot", name, **{**SIZES, **sizes})
     random = RandomWeights() if qformat else None  # with scales as calibration would find them
     source = root / "snapshot" / "config.json" if random else root / "snapshot"
-    convert(source, root / "ckpt", ConvertOptions(dtype="bfloat16", qformat=qformat, random=random))
+    options = ConvertOptions(dtype="bfloat16", qformat=qformat, random=random, tp_size=tp_size)
+    convert(source, root / "ckpt", options)
     return root / "ckpt"
 
 
@@ -63,7 +70,7 @@ def chains_of(engine):
 
 @pytest.mark.parametrize(("qformat", "layers"), [(None, 2), ("fp8", 1)])
 def test_a_plan_with_and_without(tmp_path, monkeypatch, qformat, layers):
-    ckpt = checkpoint(tmp_path, qformat, num_hidden_layers=layers)
+    ckpt = checkpoint(tmp_path, qformat, num_hidden_layers=layers, **(WIDE if qformat else {}))
     engine = engine_of(ckpt, tmp_path / "engine")
     assert chains_of(engine) == CHAINS[: 2 * layers - 1]
     found = logits_of(load(engine, InterpreterDevice))
@@ -83,7 +90,7 @@ def test_a_first_load_compares_them(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda_check, "apart", lambda *_: 1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     runner = load(engine)
-    assert "stream_linear for 512 outputs" in " ".join(runner.notes)
+    assert "stream_linear for 256 outputs" in " ".join(runner.notes)
     found = logits_of(runner)
     assert not np.array_equal(found, expected)
     assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
@@ -93,3 +100,62 @@ def test_norms_that_others_read_too_are_by_themselves(tmp_path):
     """Gemma 2's linears are followed by a norm of their own, before the sum."""
     engine = engine_of(checkpoint(tmp_path, None, "gemma2"), tmp_path / "engine")
     assert chains_of(engine) == []
+
+
+def work_of_ranks(engine, device):
+    """Each rank's logits, runner, and whether it called NCCL."""
+
+    def work(comm):
+        runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[comm.rank], device(comm), comm)
+        runner.allocate_kv_cache(64)
+        return logits_of(runner), runner, bool(runner._device.calls)
+
+    return zip(*run_ranks(2, work), strict=True)
+
+
+def test_linears_in_front_sum_over_ranks(tmp_path, monkeypatch):
+    ckpt = checkpoint(tmp_path, None, num_hidden_layers=1, tp_size=2, **WIDE)
+    assert chains_of(engine_of(ckpt, tmp_path / "not yet")) == []
+    monkeypatch.setattr(cuda_norms_between, "OVER_RANKS", True)
+    engine = engine_of(ckpt, tmp_path / "engine")
+    assert chains_of(engine) == ["linear+all_reduce+add_rms_norm+linear+gated_act"]
+    (found, again), _, calls = work_of_ranks(engine, InterpreterDevice)
+    assert np.array_equal(found, again)
+    assert calls == (False, False)
+    (alone, _), _, calls = work_of_ranks(engine, functools.partial(InterpreterDevice, sees_peers=False))
+    assert calls == (True, True)
+    monkeypatch.setattr(cuda_norms_between.NormsBetween, "_norm_between", lambda self, node: None)
+    (expected, _), _, _ = work_of_ranks(engine_of(ckpt, tmp_path / "plain"), InterpreterDevice)
+    for logits in (found, alone):
+        assert not np.array_equal(logits, expected)
+        assert np.linalg.norm(logits - expected) < 1e-2 * np.linalg.norm(expected)
+
+
+def test_ranks_whose_first_loads_find_different_things(tmp_path, monkeypatch):
+    """One that computes such a sum by a kernel of its own exchanges the same words."""
+    monkeypatch.setattr(cuda_norms_between, "OVER_RANKS", True)
+    engine = engine_of(checkpoint(tmp_path, None, num_hidden_layers=1, tp_size=2, **WIDE), tmp_path / "engine")
+    (expected, _), _, _ = work_of_ranks(engine, InterpreterDevice)
+    apart = cuda_check.apart
+    differs = []
+
+    class Checked(InterpreterDevice):
+        is_checked = True
+
+        def __init__(self, comm):
+            super().__init__(comm)
+            ranks[threading.get_ident()] = comm.rank
+
+    def of_rank(*found):
+        differs.append(apart(*found))
+        return float(ranks[threading.get_ident()])
+
+    ranks = {}
+    monkeypatch.setattr(cuda_check, "apart", of_rank)
+    (found, other), runners, calls = work_of_ranks(engine, Checked)
+    assert max(differs) < 0.01
+    assert calls == (False, False)
+    assert [any("instead" in step for step in runner._steps) for runner in runners] == [True, False]
+    assert [bool(runner.notes) for runner in runners] == [False, True]
+    for logits in (found, other):
+        assert np.linalg.norm(logits - expected) < 1e-2 * np.linalg.norm(expected)

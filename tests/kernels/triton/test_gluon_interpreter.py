@@ -26,8 +26,9 @@ def compute(module):
     none = torch.zeros(1)
     gluon_interpreter.launch(
         module.stream_linear, (n * 2 // (16 * warps), 1), x, w, none, none, none, none, y, none, none,
-        none, none, 0.0, m, num_warps=warps, N=n, K=k, BM=4, PARTS=2, STAGES=3, ROUND=1, W_SCALE="none",
-        X_SCALE="none", HAS_BIAS=False, GATED="", SUMS=False, SQUARES=0, PDL=False,
+        none, none, 0.0, m, none, none, none, 0, 0, num_warps=warps, N=n, K=k, BM=4, PARTS=2, STAGES=3, ROUND=1,
+        W_SCALE="none", X_SCALE="none", HAS_BIAS=False, GATED="", SUMS=False, SQUARES=0, RANKS=1, RANK=0, STAGING=0,
+        PUSH=False, PULL=False, PDL=False,
     )  # fmt: skip
     return y, x.float() @ w.float().T
 

@@ -1,16 +1,18 @@
 import re
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 import torch
 
+from tests.kernels.triton.test_collectives import PHASES, STAGING, Ranks
 from trtllm_cli.build.backends import cuda_linears
 from trtllm_cli.build.backends.cuda_linears import LinearShape, Tactic
 from trtllm_cli.kernels import reference
 from trtllm_cli.kernels.cuda.compile_worker import check_assembly
 from trtllm_cli.kernels.quantization import dequantize, quantize_int4, quantize_int8
-from trtllm_cli.kernels.triton import linear, stream_linear, stream_words
+from trtllm_cli.kernels.triton import collectives, linear, stream_linear, stream_words
 
 LLAMA = {
     "qkv": (6144, 4096, ""),
@@ -24,13 +26,13 @@ def error(out, ref):
     return ((out.float() - ref).norm() / ref.norm()).item()
 
 
-def run(launch, way, tokens, **roles):
+def run(launch, way, tokens, phase=MappingProxyType({}), **roles):
     """A way of cuda_linears with tensors by role; twice if it splits sums: its counters are zero afterwards."""
-    constants = dict(way.source.constants) | {"PDL": False}
+    constants = dict(way.source.constants) | {"PDL": False, **phase}
     none = torch.zeros(1, device=launch.device)
     scratch = torch.full((max(way.scratch // 4, 1),), torch.nan, device=launch.device)
     scratch[: cuda_linears.COUNTERS] = 0
-    values = {"scratch": scratch, "num_tokens": tokens, "eps": 0.0} | roles
+    values = {"scratch": scratch, "num_tokens": tokens, "eps": 0.0, "calls": 0, "call": 0} | roles
     if dict(way.source.args)["w_ptr"] == "*i32":
         values["w"] = values["w"].view(torch.int32)
     grid = tuple(-(-tokens // dim[1]) if isinstance(dim, tuple) else dim for dim in way.grid)
@@ -237,6 +239,67 @@ def test_norm_between_streamed_linears(launch, form, tokens):
     out = torch.full((tokens, n), torch.nan, dtype=torch.bfloat16, device=d)
     run(launch, divides, tokens, x=y, x_scale=x_scale, y=out, squares=squares, eps=eps, **packed_after)
     assert error(out, ref) < (2e-2 if form == "fp8" else 8e-3)  # some sums are rounded to other FP8 numbers
+
+
+@pytest.mark.parametrize(("form", "ranks", "tokens"), [("bf16", 2, 1), ("bf16", 3, 3), ("fp8", 2, 2), ("int4", 2, 1)])
+def test_streamed_linears_sum_over_ranks(launch, form, ranks, tokens):
+    """As all_reduce_add_rms_norm does, of the same words: one rank has its sum by that."""
+    torch.manual_seed(10)
+    d, k, width = launch.device, 1024 if form == "fp8" else 512, 256
+    kernel, tiles = ("words", (2, 2, 1, 4)) if form == "int4" else ("stream", (2, 4, 2, 1, 4))
+    scales = {"w_scale": "one", "x_scale": "one", "x_type": "*fp8e4nv"} if form == "fp8" else {}
+    shape = LinearShape(form, width, k, group=64 if form == "int4" else 0, **scales)
+    kind = torch.float8_e4m3fn if form == "fp8" else torch.bfloat16
+    world, one = Ranks(ranks, d), torch.ones(1, device=d)
+    deltas = world.deltas(world.staging)
+    weight, residual = (torch.rand(width, device=d) + 0.5).bfloat16(), 3 * torch.randn(tokens, width, device=d)
+    made = []  # each rank's part
+    for _ in range(ranks):
+        x = torch.randn(tokens, k, device=d).to(kind)
+        if form == "int4":
+            _, packed, plain = weight_only("int4", width, k, 64, False)
+            packed, plain = {role: tensor.to(d) for role, tensor in packed.items()}, plain.to(d)
+        else:
+            packed = {"w": torch.randn(width, k, device=d).to(kind), "w_scale": one}
+            plain = packed["w"].float()
+        made.append((x, packed, x.float() @ plain.T))
+    sums = residual + sum(y.bfloat16().float() for _, _, y in made)
+    found = []
+    for rank in range(ranks):
+        norm = cuda_linears.Norm("*bf16", ranks=ranks, rank=rank, staging=STAGING)
+        way = cuda_linears.launch_of(shape, Tactic(kernel, tiles), norm)
+        squares = torch.full((tokens, way.grid[0]), torch.nan, device=d)
+        y = torch.full((tokens, width), torch.nan, dtype=torch.bfloat16, device=d)
+        found.append((way, y, residual.clone(), squares))
+    for call in (3, 4, 5):  # each slot, and the first again
+        for phase in PHASES:
+            for rank, (way, y, total, squares) in enumerate(found):
+                x, packed, part = made[rank]
+                total.copy_(residual)
+                about = (world.staging[rank], deltas[rank], world.step, 7, call)
+                if rank == 1:
+                    out, eps = torch.empty_like(y), 1e-5
+                    launch(
+                        collectives.all_reduce_add_rms_norm, (tokens,), part.bfloat16(), *about, total, weight, out,
+                        total, one, one, eps, WIDTH=width, RANKS=ranks, RANK=rank, STAGING=STAGING, FLAGS=0,
+                        BLOCK=width, QUANT="none", **phase,
+                    )  # fmt: skip
+                    continue
+                of_ranks = dict(zip(cuda_linears.RANK_ROLES, about, strict=True))
+                to_norm = {"residual": total, "new_residual": total, "norm_weight": weight, "squares": squares}
+                run(launch, way, tokens, phase, x=x, x_scale=one, y=y, **packed, **to_norm, **of_ranks)
+        for rank, (_, y, total, squares) in enumerate(found):
+            assert error(total, sums) < 2e-3  # a part that is rounded to another bf16 number
+            if rank != 1:
+                assert error(y, sums * weight.float()) < 5e-3
+                assert error(squares.sum(1), sums.square().sum(1)) < 2e-3
+
+    way, y, total, squares = found[0]  # alone
+    total.copy_(residual)
+    x, packed, part = made[0]
+    to_norm = {"residual": total, "new_residual": total, "norm_weight": weight, "squares": squares}
+    run(launch, way, tokens, {"PUSH": False}, x=x, x_scale=one, y=y, **packed, **to_norm)
+    assert error(total, residual + part) < 1e-3
 
 
 @pytest.mark.parametrize("split", [1, 2])
@@ -514,3 +577,27 @@ def test_streamed_weights_are_asked_for_ahead_of_the_kernel_in_front(
         assert "s32.s8.s8" in loop
     elif form == "fp8":
         assert "e4m3.e4m3" in after  # nothing is converted
+
+
+@pytest.mark.parametrize(
+    ("form", "tiles"), [("fp8", (1, 8, 1, 4, 4)), ("bf16", (8, 4, 4, 1, 4)), ("int4", (1, 2, 2, 8))]
+)
+def test_sums_over_ranks_take_no_barrier(compile_kernel, form, tiles):
+    """A thread sends its own words and waits for those in their places."""
+    n, k, _ = LLAMA["dense"]
+    x_type, scale = ("*fp8e4nv", "one") if form == "fp8" else ("*bf16", "none")
+    group = 128 if form == "int4" else 0
+    shape = LinearShape(form, n, k, group=group, w_scale=scale, x_scale=scale, x_type=x_type)
+    barriers = []
+    for ranks in (1, 2):
+        norm = cuda_linears.Norm("*bf16", ranks=ranks, staging=STAGING)
+        source = cuda_linears.launch_of(shape, Tactic("words" if form == "int4" else "stream", tiles), norm).source
+        function = stream_words.stream_words if form == "int4" else stream_linear.stream_linear
+        kernel = compile_kernel(
+            function, dict(source.args), dict(source.constants), num_warps=source.num_warps, num_stages=1
+        )
+        after = kernel.ptx.split("griddepcontrol.wait")[1]
+        barriers.append(len(re.findall(r"\bbar(?:rier)?\.sync", after)))
+        assert len(re.findall(r"ld\.volatile\.global\.b64", after)) == tiles[0] * (ranks - 1)
+        assert kernel.spills == 0
+    assert barriers[0] == barriers[1]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trtllm_cli.build.backends.cuda_attention import AttentionLaunches
-from trtllm_cli.build.backends.cuda_collectives import CollectiveLaunches
 from trtllm_cli.build.backends.cuda_experts import ExpertLaunches
 from trtllm_cli.build.backends.cuda_norms_between import NormsBetween
 from trtllm_cli.build.backends.cuda_sampling import MOST_LOGPROBS, SamplingLaunches
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 _ALIGNMENT = 256  # bytes: where a cubin begins in the tensor that holds all
 
 
-class CudaGraphLowering(CollectiveLaunches, NormsBetween, ExpertLaunches, AttentionLaunches, SamplingLaunches):
+class CudaGraphLowering(NormsBetween, ExpertLaunches, AttentionLaunches, SamplingLaunches):
     """Each node as launches."""
 
     def lower(self, working: Working | None = None) -> None:

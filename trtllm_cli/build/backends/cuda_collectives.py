@@ -33,7 +33,7 @@ class CollectiveLaunches(RowLaunches):
 
         def one_shot(in_words: bool) -> Launch:
             block = min(BLOCK if in_words else ROW_BLOCK, triton.next_power_of_2(width))
-            args, sizes = self._exchanged(node, in_words)
+            args, sizes = self.exchanged_by(node, in_words=in_words)
             return self.launch(
                 "collectives", "all_reduce", [self._dim(x), -(-width // block)],
                 {**args, "out_ptr": self._out(node.output)},
@@ -55,7 +55,7 @@ class CollectiveLaunches(RowLaunches):
         }  # fmt: skip
 
         def one_shot(in_words: bool) -> Launch:
-            args, sizes = self._exchanged(reduce, in_words)
+            args, sizes = self.exchanged_by(reduce, in_words=in_words)
             return self.launch(
                 "collectives", "all_reduce_add_rms_norm", [self._dim(out)], {**args, **about},
                 num_warps=16 if width >= 2048 else 4, WIDTH=width, BLOCK=triton.next_power_of_2(width),
@@ -77,14 +77,14 @@ class CollectiveLaunches(RowLaunches):
     def _reduce(self, node: Node, one_shot: Callable[[bool], Launch], by_nccl: list[Launch], op: str = "") -> None:
         """Few rows in words with flags, more without, what is not one-shot by NCCL."""
         ways: list[tuple[int | None, list[Launch]]] = []
-        few, some = self._most_rows(node, True), self._most_rows(node, False)
+        few, some = self.most_rows(node, in_words=True), self.most_rows(node, in_words=False)
         if few:
             ways.append((few, [one_shot(True)]))
         if some > few:
             ways.append((some, [one_shot(False)]))
         self.ways(op or node.op, self.rows(node.output), [*ways, (None, by_nccl)], without_peers=by_nccl)
 
-    def _most_rows(self, node: Node, in_words: bool) -> int:
+    def most_rows(self, node: Node, *, in_words: bool) -> int:
         """Rows up to which a sum is one-shot, in words with flags or without; 0: never."""
         if not self._is_words(node):
             return 0
@@ -141,10 +141,14 @@ class CollectiveLaunches(RowLaunches):
         group = node.attrs["group"]
         return {"RANKS": len(group), "RANK": group.index(self.rank)}
 
-    def _exchanged(self, node: Node, in_words: bool) -> tuple[dict[str, tuple[str, Any]], dict[str, Any]]:
+    def exchanged_by(self, node: Node, *, in_words: bool) -> tuple[dict[str, tuple[str, Any]], dict[str, Any]]:
         """What a one-shot all-reduce reads and where it exchanges it, and how large that is."""
         assert self.rows(node.output) == NUM_TOKENS, "a call that some steps leave out would upset the slots"
-        others, rows, width = len(node.attrs["group"]) - 1, self._most_rows(node, in_words), self.width(node.output)
+        others, rows, width = (
+            len(node.attrs["group"]) - 1,
+            self.most_rows(node, in_words=in_words),
+            self.width(node.output),
+        )
         # All that share memory agree on where things lie there: a sum's programs may be fewer than there are flags.
         sizes = {
             "STAGING": -(-rows * self._row_bytes(node) // 16) * 4,

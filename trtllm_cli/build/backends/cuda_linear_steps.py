@@ -119,7 +119,8 @@ class LinearLaunches(RowLaunches):
             "out_scale": self.largest(fused.inputs["out_scale"]) if fused and "out_scale" in fused.inputs else None,
             "y": self.ref((fused or node).outputs[0]), "num_tokens": f"n:{rows}",
             "scratch": self.room("linear", few.scratch) if few.scratch else None, "eps": 0.0,
-            **dict.fromkeys(("residual", "new_residual", "norm_weight", "squares")), **of_norms,
+            **dict.fromkeys(("residual", "new_residual", "norm_weight", "squares", "staging", "deltas", "step")),
+            "calls": 0, "call": 0, **of_norms,
         }  # fmt: skip
         grid = [dim if isinstance(dim, int) else [rows, dim[1]] for dim in few.grid]
         args = {argument(role): values[role] for role in few.operands}

@@ -59,11 +59,24 @@ class LinearLaunch:
 class Norm(NamedTuple):
     """What a streamed linear computes of the RMS norms behind it and in front of it (kernels/triton/stream_linear.py).
 
-    Behind it `weight_type`, Triton's type of that norm's weight; in front `squares`, sums that a token's row has.
+    Behind it `weight_type`, Triton's type of that norm's weight; in front `squares`, sums that a token's row has. What
+    is in front of a norm may be summed over `ranks`, of which this is `rank`, with so many words of `staging` memory.
     """
 
     weight_type: str = ""
     squares: int = 0
+    ranks: int = 1
+    rank: int = 0
+    staging: int = 0
+
+    @property
+    def constants(self) -> dict[str, Constant]:
+        """Of the kernels."""
+        meets = self.ranks > 1
+        return {
+            "SUMS": bool(self.weight_type), "SQUARES": self.squares, "RANKS": self.ranks, "RANK": self.rank,
+            "STAGING": self.staging, "PUSH": meets, "PULL": meets,
+        }  # fmt: skip
 
 
 _NO_NORM = Norm()
@@ -438,13 +451,16 @@ def _split_fits(shape: LinearShape, bm: int, bn: int) -> bool:
 _TYPES = {
     "w_scale": "*fp32", "w_zero": "*fp32", "x_scale": "*fp32", "out_scale": "*fp32", "scratch": "*fp32", "out": "*bf16",
     "residual": "*fp32", "new_residual": "*fp32", "squares": "*fp32", "eps": "fp32", "num_tokens": "i32",
+    "staging": "*i64", "deltas": "*i64", "step": "*i32", "calls": "i32", "call": "i32",
 }  # fmt: skip
 _NORM_ROLES = ("residual", "new_residual", "norm_weight", "squares", "eps")
+RANK_ROLES = ("staging", "deltas", "step", "calls", "call")  # of collectives.py
+_NUMBERS = ("num_tokens", "eps", "calls", "call")
 
 
 def argument(role: str) -> str:
     """The name of a kernel's argument."""
-    return role if role in ("num_tokens", "eps") else f"{role}_ptr"
+    return role if role in _NUMBERS else f"{role}_ptr"
 
 
 def _args(shape: LinearShape, roles: tuple[str, ...], norm: Norm = _NO_NORM) -> dict[str, str]:
@@ -479,10 +495,10 @@ def stream(
 
     Of each row's parts `stages` times so many `pieces` are under way to shared memory.
     """
-    roles = ("x", "w", "w_scale", "x_scale", "bias", "out_scale", "y", *_NORM_ROLES, "num_tokens")
+    roles = ("x", "w", "w_scale", "x_scale", "bias", "out_scale", "y", *_NORM_ROLES, "num_tokens", *RANK_ROLES)
     source = KernelSource.of(
         "stream_linear", "stream_linear", _args(shape, roles, norm), num_warps=warps, num_stages=1, BM=bm, PARTS=parts,
-        STAGES=stages, ROUND=pieces, SUMS=bool(norm.weight_type), SQUARES=norm.squares, **_common(shape),
+        STAGES=stages, ROUND=pieces, **norm.constants, **_common(shape),
     )  # fmt: skip
     return LinearLaunch(source, (_outputs(shape) * parts // (16 * warps), ("num_tokens", bm)), roles)
 
@@ -492,11 +508,11 @@ def words(shape: LinearShape, bm: int, stages: int, groups: int, warps: int, *, 
 
     Of each part `stages` times so many `groups` are under way to shared memory.
     """
-    roles = ("x", "w", "w_scale", "w_zero", "bias", "out_scale", "y", *_NORM_ROLES, "num_tokens")
+    roles = ("x", "w", "w_scale", "w_zero", "bias", "out_scale", "y", *_NORM_ROLES, "num_tokens", *RANK_ROLES)
     unused = ("W_SCALE", "X_SCALE")
     source = KernelSource.of(
         "stream_words", "stream_words", _args(shape, roles, norm), num_warps=warps, num_stages=1, BM=bm, STAGES=stages,
-        ROUND=groups, GROUP=shape.group, HAS_ZERO=shape.has_zero, SUMS=bool(norm.weight_type), SQUARES=norm.squares,
+        ROUND=groups, GROUP=shape.group, HAS_ZERO=shape.has_zero, **norm.constants,
         **{name: value for name, value in _common(shape).items() if name not in unused},
     )  # fmt: skip
     return LinearLaunch(source, (_outputs(shape) // 16, ("num_tokens", bm)), roles)

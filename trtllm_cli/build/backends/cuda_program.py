@@ -16,7 +16,8 @@ A plan is JSON:
               with "decode" of the others;
               "without_peers": the launches where ranks do not see each other's memory; "others": of each of the first
               ways what may take the place of its launches, which the first load on a GPU settles; "instead": how many
-              steps that follow have no launches where this one has any, as it computes them
+              steps that follow have no launches where this one has any, as it computes them: up to the `most` of their
+              first way
     sampling  such steps by name, which follow where they are asked for: penalties, bans, plain, filtered, logprobs
     token_counts, most_logprobs    the dtype of the scratch "token counts"; how many likely tokens "logprobs" gives
 
@@ -61,7 +62,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "int32": 4
 _JOINED = {
     ("linear", "gated_act"): ("x", "x"), ("all_reduce", "add_rms_norm"): ("x", "x"),
     ("rope_append", "paged_attention"): ("q", "qkv"), ("linear", "add_rms_norm"): ("x", "x"),
-    ("add_rms_norm", "linear"): ("x", "x"),
+    ("linear", "all_reduce"): ("x", "x"), ("add_rms_norm", "linear"): ("x", "x"),
 }  # fmt: skip
 RESIDUAL = "float32"  # the sum over the layers is kept in
 

@@ -194,7 +194,7 @@ class GpuTimer:
         operands.scratch = scratch  # which lives as long as it is in use
         shared = {
             "x": operands.x.data_ptr(), "y": operands.y.data_ptr(), "out": operands.plain.data_ptr(),
-            "scratch": scratch.data_ptr(), "num_tokens": tokens,
+            "scratch": scratch.data_ptr(), "num_tokens": tokens, "eps": 0.0, "calls": 0, "call": 0,
         }  # fmt: skip
         calls: list[Callable[[], object]] = []
         for i in range(operands.count):

@@ -173,3 +173,24 @@ def await_flagged(ptrs, mask, flag):
     while tl.max((((got >> 32).to(tl.int32) != flag) & mask).to(tl.int32)) != 0:
         got = tl.load(ptrs, mask=mask, other=0, volatile=True)
     return got.to(tl.int32)
+
+
+@triton.constexpr_function
+def await_words(count):
+    """PTX: waits until `count` words of 8 bytes have a flag above, and gives what lies below each.
+
+    Each thread waits for its own words: a loop of Triton's takes a barrier a turn.
+    """
+    words = range(count)
+    asked = [f" ld.volatile.global.b64 wide{i}, [${count + i}]; mov.b64 {{${i}, flag{i}}}, wide{i};" for i in words]
+    seen = [f" setp.eq.and.b32 there, flag{i}, ${2 * count}, there;" for i in words]
+    return (
+        f"{{ .reg .b64 wide<{count}>; .reg .b32 flag<{count}>; .reg .pred there; again:"
+        + "".join(asked) + " setp.eq.b32 there, 0, 0;" + "".join(seen) + " @!there bra again; }"
+    )  # fmt: skip
+
+
+@triton.constexpr_function
+def await_words_constraints(count, flags):
+    """The operands of `await_words`: results, pointers, and the flag so many times."""
+    return ",".join(["=&r"] * count + ["l"] * count + ["r"] * flags)

@@ -16,7 +16,14 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, dot_dtype, in_log2, read_steps, share_of
-from trtllm_cli.kernels.triton.device import as_stored, await_flagged, flagged, is_compiled
+from trtllm_cli.kernels.triton.device import (
+    as_stored,
+    await_flagged,
+    await_words,
+    await_words_constraints,
+    flagged,
+    is_compiled,
+)
 from trtllm_cli.kernels.triton.rope_append import cache_offsets
 
 
@@ -39,24 +46,6 @@ def _combined(width, warps):
     """The layout of [warps, heads, width] in which a thread has what all warps found for its columns of a head."""
     lanes = _lanes(width, 4)
     return gl.BlockedLayout([warps, 1, 4], [1, 32 // lanes, lanes], [1, warps, 1], [2, 1, 0])
-
-
-@gluon.constexpr_function
-def await_parts(count):
-    """PTX: waits until `count` words of 8 bytes and as many others all have a flag above, and gives what lies below."""
-    words = range(2 * count)
-    asked = [f" ld.volatile.global.b64 wide{i}, [${2 * count + i}]; mov.b64 {{${i}, flag{i}}}, wide{i};" for i in words]
-    seen = [f" setp.eq.and.b32 there, flag{i}, ${4 * count}, there;" for i in words]
-    return (
-        f"{{ .reg .b64 wide<{2 * count}>; .reg .b32 flag<{2 * count}>; .reg .pred there; again:"
-        + "".join(asked) + " setp.eq.b32 there, 0, 0;" + "".join(seen) + " @!there bra again; }"
-    )  # fmt: skip
-
-
-@gluon.constexpr_function
-def await_parts_constraints(count):
-    """The operands of `await_parts`: results, pointers and flags."""
-    return ",".join(["=&r"] * (2 * count) + ["l"] * (2 * count) + ["r"] * count)
 
 
 @gluon.constexpr_function
@@ -227,9 +216,8 @@ def _for_dot(x, DTYPE: gl.constexpr):
 def _await(partial_ptr, lse_ptr, flag, SPLITS: gl.constexpr):
     """What splits found for a head and the log2 of their weights, float32, at pointers [SPLITS, HEAD_DIM]."""
     if is_compiled():
-        # Each thread waits for its own words: a loop of Triton's takes a barrier a turn.
         parts, lse = gl.inline_asm_elementwise(
-            await_parts(SPLITS), await_parts_constraints(SPLITS), [partial_ptr, lse_ptr, flag],
+            await_words(2 * SPLITS), await_words_constraints(2 * SPLITS, SPLITS), [partial_ptr, lse_ptr, flag],
             dtype=(gl.int32, gl.int32), is_pure=False, pack=SPLITS,
         )  # fmt: skip
     else:

@@ -17,7 +17,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.device import gated, steps_in_one
+from trtllm_cli.kernels.triton.device import (
+    await_flagged,
+    await_words,
+    await_words_constraints,
+    flagged,
+    gated,
+    is_compiled,
+    steps_in_one,
+)
 
 
 @gluon.constexpr_function
@@ -208,12 +216,98 @@ def store_sums(new_residual_ptr, squares_ptr, sums, rows, tokens, num_tokens, ou
 
 
 @gluon.jit
+def read_deltas(deltas_ptr, RANKS: gl.constexpr):
+    """How far each rank's memory is, ahead of `gdc_wait`."""
+    deltas = ()
+    for rank in gl.static_range(RANKS if RANKS > 1 else 0):
+        deltas += (gl.load(deltas_ptr + rank),)
+    return deltas
+
+
+@gluon.jit
+def read_flag(step_ptr, calls, call, RANKS: gl.constexpr):
+    """What marks this call's words, ahead of `gdc_wait`."""
+    flag = 0
+    if RANKS > 1:
+        if calls > 0:
+            flag = gl.load(step_ptr) * calls + call
+    return flag
+
+
+@gluon.constexpr_function
+def in_pairs(tokens, warps):
+    """The layout of [rows, tokens] in which a thread has two rows that are side by side, and all tokens."""
+    return gl.BlockedLayout([2, tokens], [32, 1], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def _await(ptrs, flag):
+    """The words, int32 [pairs, tokens], that lie flagged at these pointers, of all tokens in each thread."""
+    if is_compiled():
+        words = gl.inline_asm_elementwise(
+            await_words(ptrs.shape[1]), await_words_constraints(ptrs.shape[1], ptrs.shape[1]), [ptrs, flag],
+            dtype=gl.int32, is_pure=False, pack=ptrs.shape[1],
+        )  # fmt: skip
+    else:
+        words = await_flagged(ptrs, True, flag)
+    return words
+
+
+@gluon.jit
+def _bits(x):
+    """int32: float32 rounded to bf16, in the low half."""
+    return x.to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+
+
+@gluon.jit
+def over_ranks(
+    y, staging_ptr, deltas, flag, first, token, num_tokens, outputs: gl.constexpr, RANKS: gl.constexpr,
+    RANK: gl.constexpr, STAGING: gl.constexpr, PUSH: gl.constexpr, PULL: gl.constexpr,
+):  # fmt: skip
+    """y [rows, tokens] of the ranks, each rounded to bf16, in their order: the sum.
+
+    Words and flags are collectives.all_reduce_add_rms_norm's, so that another rank may have its sum by that.
+    """
+    PAIRS: gl.constexpr = y.shape[0] // 2
+    BM: gl.constexpr = y.shape[1]
+    OTHERS: gl.constexpr = RANKS - 1
+    paired = gl.convert_layout(y, in_pairs(BM, gl.num_warps()))
+    low, high = gl.split(gl.permute(gl.reshape(paired, [PAIRS, 2, BM]), (0, 2, 1)))
+    own = _bits(low) | (_bits(high) << 16)
+    layout: gl.constexpr = own.type.layout
+    pairs = first // 2 + gl.arange(0, PAIRS, gl.SliceLayout(1, layout))
+    tokens = token + gl.arange(0, BM, gl.SliceLayout(0, layout))
+    there = (tokens < num_tokens)[None, :] & (pairs < outputs // 2)[:, None]
+    # past the last token its words, so that nobody waits for what is not sent
+    at = gl.minimum(tokens, num_tokens - 1)[None, :] * (outputs // 2) + pairs[:, None]
+    slot = (flag & 1).to(gl.int64) * OTHERS
+    if PUSH:
+        for peer in gl.static_range(RANKS):
+            if peer != RANK:
+                place = (slot + (RANK - (RANK > peer))) * STAGING  # this rank's among the peer's others
+                theirs = (staging_ptr.to(gl.int64) + deltas[peer]).to(staging_ptr.dtype)
+                gl.store(theirs + place + at, flagged(own, flag), mask=there, cache_modifier=".wt")
+    if PULL:
+        low, high = gl.zeros_like(own).to(gl.float32), gl.zeros_like(own).to(gl.float32)
+        for source in gl.static_range(RANKS):
+            words = own
+            if source != RANK:
+                words = _await(staging_ptr + ((slot + (source - (source > RANK))) * STAGING + at), flag)
+            low += (words << 16).to(gl.float32, bitcast=True)
+            high += (words & -65536).to(gl.float32, bitcast=True)
+        total = gl.reshape(gl.permute(gl.join(low, high), (0, 2, 1)), [2 * PAIRS, BM])
+        y = gl.convert_layout(total, y.type.layout)
+    return y
+
+
+@gluon.jit
 def stream_linear(
     x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, bias_ptr, out_scale_ptr, y_ptr, residual_ptr, new_residual_ptr,
-    norm_weight_ptr, squares_ptr, eps, num_tokens,
+    norm_weight_ptr, squares_ptr, eps, num_tokens, staging_ptr, deltas_ptr, step_ptr, calls, call,
     N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, ROUND: gl.constexpr,
     W_SCALE: gl.constexpr, X_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, SUMS: gl.constexpr,
-    SQUARES: gl.constexpr, PDL: gl.constexpr,
+    SQUARES: gl.constexpr, RANKS: gl.constexpr, RANK: gl.constexpr, STAGING: gl.constexpr, PUSH: gl.constexpr,
+    PULL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Weights bf16 or fp8: grid (outputs / (ROWS / PARTS), num_tokens / BM), ROWS being 16 a warp.
 
@@ -226,6 +320,8 @@ def stream_linear(
     outputs to `residual`, which becomes `new_residual` (in place of it, if they are the same), writes what it is times
     the norm's weight as y, and each program's sum of squares to squares [num_tokens, programs]. With SQUARES, how many
     of these a token has, the one behind divides by the root of their mean: its products, or x before it becomes FP8.
+    With RANKS beside 1 the one in front sums over the ranks first: see collectives.py for what it is told of them. With
+    `calls` 0 it does not.
     """
     outputs: gl.constexpr = N if GATED == "" else N // 2
     HALVES: gl.constexpr = 1 if GATED == "" else 2
@@ -252,12 +348,14 @@ def stream_linear(
         _copy_weights(w_smem, w_ptr, first, s, s, PART, outputs, K, ROUND, HALVES)
 
     # What is no output of the kernel in front is read here too: after the products it would have to be waited for.
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [0, 1])
+    lines: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [0, 1])
+    layout: gl.constexpr = lines if RANKS == 1 else in_pairs(BM, gl.num_warps())
     rows = first + gl.arange(0, ROWS // PARTS, gl.SliceLayout(1, layout))
     tokens = token + gl.arange(0, BM, gl.SliceLayout(0, layout))
     bias, up_bias = read_biases(bias_ptr, rows, outputs, HAS_BIAS, GATED)
     in_one = read_in_one(y_ptr, out_scale_ptr)
     norm_weights = read_norm_weights(norm_weight_ptr, rows, SUMS)
+    deltas, flag = read_deltas(deltas_ptr, RANKS), read_flag(step_ptr, calls, call, RANKS)
     w_scale, up_scale, x_scale = 1.0, 1.0, 1.0
     if W_SCALE == "one":
         w_scale = gl.load(w_scale_ptr)
@@ -322,8 +420,14 @@ def stream_linear(
     y = _of_parts(acc, BM, PARTS, layout) * w_scale * x_scale + bias
     if GATED != "":
         y = gated(y, _of_parts(up, BM, PARTS, layout) * up_scale * x_scale + up_bias, GATED)
-    if SUMS:
-        y += residual
-        store_sums(new_residual_ptr, squares_ptr, y, rows, tokens, num_tokens, outputs)
-        y *= norm_weights
-    store_outputs(y_ptr, y * in_one, rows, tokens, num_tokens, outputs)
+    if RANKS > 1:
+        if calls > 0:
+            y = over_ranks(
+                y, staging_ptr, deltas, flag, first, token, num_tokens, outputs, RANKS, RANK, STAGING, PUSH, PULL
+            )  # fmt: skip
+    if RANKS == 1 or PULL:
+        if SUMS:
+            y += residual
+            store_sums(new_residual_ptr, squares_ptr, y, rows, tokens, num_tokens, outputs)
+            y *= norm_weights
+        store_outputs(y_ptr, y * in_one, rows, tokens, num_tokens, outputs)

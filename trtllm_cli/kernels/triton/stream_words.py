@@ -21,8 +21,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_cli.kernels.triton.device import gated
 from trtllm_cli.kernels.triton.stream_linear import (
+    over_ranks,
     pieces_at_once,
     read_biases,
+    read_deltas,
+    read_flag,
     read_in_one,
     read_norm_weights,
     read_residual,
@@ -258,9 +261,10 @@ def _of_parts(acc, BM: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def stream_words(
     x_ptr, w_ptr, w_scale_ptr, w_zero_ptr, bias_ptr, out_scale_ptr, y_ptr, residual_ptr, new_residual_ptr,
-    norm_weight_ptr, squares_ptr, eps, num_tokens,
+    norm_weight_ptr, squares_ptr, eps, num_tokens, staging_ptr, deltas_ptr, step_ptr, calls, call,
     N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, ROUND: gl.constexpr, GROUP: gl.constexpr,
     HAS_ZERO: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, SUMS: gl.constexpr, SQUARES: gl.constexpr,
+    RANKS: gl.constexpr, RANK: gl.constexpr, STAGING: gl.constexpr, PUSH: gl.constexpr, PULL: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid (outputs / 16, num_tokens / BM).
@@ -269,7 +273,7 @@ def stream_words(
     of their inputs, so that the tensor cores see ROWS, 16 a warp; of the product with the parts of x those of the same
     inputs count. Words of STAGES times ROUND groups of each part are on their way. A weight is its nibble less 8, or
     with HAS_ZERO less the zero of its GROUP, 64 or 128 inputs, times that group's scale; K is a multiple of the parts
-    of ROUND groups, and 2 * parts * BM of 8. SUMS and SQUARES are stream_linear's.
+    of ROUND groups, and 2 * parts * BM of 8. SUMS, SQUARES and RANKS are stream_linear's.
     """
     outputs: gl.constexpr = N if GATED == "" else N // 2
     HALVES: gl.constexpr = 1 if GATED == "" else 2
@@ -313,6 +317,7 @@ def stream_words(
     bias, up_bias = read_biases(bias_ptr, rows, outputs, HAS_BIAS, GATED)
     in_one = read_in_one(y_ptr, out_scale_ptr)
     norm_weights = read_norm_weights(norm_weight_ptr, rows, SUMS)
+    deltas, flag = read_deltas(deltas_ptr, RANKS), read_flag(step_ptr, calls, call, RANKS)
 
     if PDL:
         gdc_wait()
@@ -366,8 +371,14 @@ def stream_words(
     y = _of_parts(sums[0], BM, of_parts) * factors + bias
     if GATED != "":
         y = gated(y, _of_parts(sums[1], BM, of_parts) * factors + up_bias, GATED)
-    if SUMS:
-        y += residual
-        store_sums(new_residual_ptr, squares_ptr, y, rows, tokens, num_tokens, outputs)
-        y *= norm_weights
-    store_outputs(y_ptr, y * in_one, rows, tokens, num_tokens, outputs)
+    if RANKS > 1:
+        if calls > 0:
+            y = over_ranks(
+                y, staging_ptr, deltas, flag, block * 16, token, num_tokens, outputs, RANKS, RANK, STAGING, PUSH, PULL
+            )  # fmt: skip
+    if RANKS == 1 or PULL:
+        if SUMS:
+            y += residual
+            store_sums(new_residual_ptr, squares_ptr, y, rows, tokens, num_tokens, outputs)
+            y *= norm_weights
+        store_outputs(y_ptr, y * in_one, rows, tokens, num_tokens, outputs)

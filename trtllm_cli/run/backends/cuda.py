@@ -26,7 +26,7 @@ from trtllm_cli.run.backends.cuda_inputs import (
     SpecialSlot,
     count_tokens,
 )
-from trtllm_cli.run.backends.cuda_program import Program, key_of
+from trtllm_cli.run.backends.cuda_program import Program, key_of, without_peers
 from trtllm_cli.run.backends.cuda_settle import settled
 from trtllm_cli.run.backends.cuda_weights import DeviceWeights
 from trtllm_cli.run.gpu_memory import ALIGNMENT, GpuMemory, GpuNeeds
@@ -113,7 +113,7 @@ class CudaRunner:
             zip(plan["scratch"], self._arena(list(plan["scratch"].values()), "scratch memory")[1], strict=True)
         )
         self.has_peers = self._find_peers(whole)  # whether kernels here write to the memory of other ranks' GPUs
-        self._steps = plan["steps"] if self.has_peers else [_alone(step) for step in plan["steps"]]
+        self._steps = plan["steps"] if self.has_peers else without_peers(plan["steps"])
         gpu = f"{device.name}, torch {torch.__version__}"
         self._steps = settled(self._steps, self._file.metadata["plan"], gpu, self._rows, self._measure)
         if device.is_checked:
@@ -393,12 +393,6 @@ class CudaRunner:
             whole.zero_()
             self._device.record()()
         return whole, [whole[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-
-
-def _alone(step: dict[str, Any]) -> dict[str, Any]:
-    """A step of a rank that does not see others' memory."""
-    launches = step.get("without_peers")
-    return step if launches is None else {**step, "ways": [[None, launches]]}
 
 
 class _Tokens:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from trtllm_cli.run.backends.cuda_kinds import Step, alike, found_once
-from trtllm_cli.run.backends.cuda_program import Program, TensorAt
+from trtllm_cli.run.backends.cuda_program import Program, TensorAt, leave_to_others
 
 MOST = 0.05  # how far two ways may be apart: rounding makes less than 0.01
 _INFINITE = 1e9
@@ -33,6 +33,7 @@ class Comparison:
 
     def __call__(self, step: Step, few: list[Launch], many: list[Launch], rows: int) -> float:
         """How far the launches of linears for few tokens are from others that compute the same, for random inputs."""
+        few, many = self._alone(few), self._alone(many)
         (args, types), sizes = self._arguments(few[0]), self.sizes(few[0])
         x = self.tensor(args["x_ptr"], types["x_ptr"], (rows, sizes["K"]))
         sums = None
@@ -55,6 +56,20 @@ class Comparison:
             self.trial([{**step, "ways": [[None, launches]]}], rows).enqueue()
             found.append(y.to("cpu", copy=True))
         return apart(*found)
+
+    def _alone(self, launches: Sequence[Launch]) -> list[Launch]:
+        """The launches of this rank without the others, who may know already what this load is to find out."""
+        out = []
+        for launch in launches:
+            if launch.get("call") == "all_reduce":
+                launch = {**launch, "whom": launch["whom"][:1]}
+            elif "kernel" in launch and self.sizes(launch).get("RANKS", 1) > 1:
+                not_met = {"step_ptr": None, "calls": 0}
+                names = self.kernels[launch["kernel"]]["names"]
+                args = [not_met.get(name, value) for name, value in zip(names, launch["args"], strict=True)]
+                launch = {**launch, "args": args}
+            out.append(launch)
+        return out
 
     def sizes(self, launch: Mapping[str, Any]) -> dict[str, Any]:
         """What a launch's kernel was specialized for."""
@@ -83,6 +98,9 @@ def checked(
         ),
     )  # fmt: skip
     out, notes = list(steps), []
+    wrong: set[int] = (
+        set()
+    )  # of those that meet other ranks, who do not know of it: all that they know is another kernel
     for kind, places in kinds.items():
         for way, by in enumerate(found[kind]):
             if by <= MOST:
@@ -91,13 +109,16 @@ def checked(
             sizes, name = comparison.sizes(launch), comparison.kernels[launch["kernel"]]["source"]["function"]
             notes.append(
                 f"the kernel {name} for {sizes['N']} outputs of {sizes['K']} inputs computes wrong numbers on this "
-                f"GPU ({gpu}; {by:.2g} apart): torch's product takes its place, which is slower for few tokens. "
+                f"GPU ({gpu}; {by:.2g} apart): others take its place, which are slower for few tokens. "
                 "Please report it"
             )
+            wrong.update(places if "without_peers" in steps[places[0]] else ())
             for place in places:
                 ways = [list(each) for each in out[place]["ways"]]
                 ways[way][1] = _many(steps, place)
                 out[place] = {**out[place], "ways": ways}
+    for place in wrong:
+        leave_to_others(out, place)
     return out, notes
 
 
@@ -139,5 +160,5 @@ def _differences(
         rows = min(most, most_rows[step["by"]])
         differs = rows > before and launches and launches != many
         found.append(comparison(step, launches, many, rows) if differs else 0.0)
-        before = rows
+        before = rows if launches else before
     return found

@@ -63,6 +63,28 @@ def key_of(steps: Sequence[Mapping[str, Any]], counts: Counts) -> tuple[int, ...
     )
 
 
+def without_peers(steps: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The steps of a rank that does not see others' memory."""
+    out = list(steps)
+    for place, step in enumerate(steps):
+        if "without_peers" in step and "instead" in step:
+            leave_to_others(out, place)
+    return [
+        {**step, "ways": [[None, step["without_peers"]]]} if "without_peers" in step else step for step in out
+    ]  # fmt: skip
+
+
+def leave_to_others(steps: list[Mapping[str, Any]], place: int) -> None:
+    """Lets the steps behind this one, which computes them for few rows, do so themselves."""
+    for after in range(place + 1, place + 1 + steps[place]["instead"]):
+        step = dict(steps[after])
+        for name in ("ways", "others"):
+            if name in step:
+                step[name] = step[name][1:]
+        steps[after] = step
+    steps[place] = {"op": steps[place]["op"], "by": steps[place]["by"], "ways": [[None, []]]}
+
+
 class _Kernel:
     """A launch of ours."""
 
@@ -156,6 +178,8 @@ class _Collective:
 
     def __init__(self, device: Device, call: Mapping[str, Any], tensor: TensorAt, most: int) -> None:
         self._function, self._whom, self._symbol = getattr(device, call["call"]), call["whom"], call["rows"]
+        if call["call"] == "all_reduce" and len(self._whom) == 1:
+            self._function = lambda x, y, _: y.copy_(x)
         dtype, width = call["dtype"], call["width"]
         across = width * len(call["whom"]) if call["call"] == "all_gather" else width
         widths = {"x": width, "y": across}
