@@ -68,6 +68,15 @@ def test_logits_equal_the_references(tmp_path, variant):
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < 2e-2
 
 
+def test_the_last_norm_adds_what_it_norms(tmp_path):
+    engine, _, _ = build_tiny(tmp_path, "llama")
+    with engine.tensors(engine.config.pretrained_config.mapping.ranks[0]) as file:
+        plan = engine.plan(file)
+    assert not {"add", "gather_last"} & {step["op"] for step in plan["steps"]}
+    _, last = (step for step in plan["steps"] if step["op"] == "rms_norm")
+    assert all("i:logits_indices" in launch["args"] for _, (launch,) in last["ways"])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_the_references_on_a_gpu(tmp_path, monkeypatch, variant):

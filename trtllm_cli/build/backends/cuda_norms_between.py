@@ -91,9 +91,9 @@ class NormsBetween(LinearLaunches, CollectiveLaunches):
 
     def _norm_between(self, before: Node) -> NormBetween | None:
         """The norm behind a linear, and what follows it, if both linears are to compute it."""
-        reduce = self._only_reader(before.outputs[0], "all_reduce")
-        norm = self._norm_after(reduce) if reduce else self._only_reader(before.outputs[0], "add_rms_norm")
-        after = norm and self._only_reader(norm.outputs[0], "linear")
+        reduce = self.only_reader(before.outputs[0], "all_reduce")
+        norm = self._norm_after(reduce) if reduce else self.only_reader(before.outputs[0], "add_rms_norm")
+        after = norm and self.only_reader(norm.outputs[0], "linear")
         if norm is None or after is None or before.outputs[0] in self._between or (reduce and not OVER_RANKS):
             return None
         act = self._activation_after(after)
@@ -113,13 +113,6 @@ class NormsBetween(LinearLaunches, CollectiveLaunches):
         most = self.most_rows(reduce, in_words=True) if reduce else self.build_config.max_num_tokens
         ways = self._ways_between(of_before, of_after, most)
         return NormBetween(before, reduce, norm, after, act, ways) if ways else None
-
-    def _only_reader(self, name: str, op: str) -> Node | None:
-        """The next node, where it alone reads this as x, and is such an op."""
-        readers, follower = self.consumers.get(name, []), self.following.get(name)
-        if len(readers) != 1 or readers[0] is not follower or name in self.graph.outputs:
-            return None
-        return follower if follower.op == op and follower.inputs["x"] == name else None
 
     def _ways_between(self, before: LinearShape, after: LinearShape, most: int) -> list[tuple[int, Tactic, Tactic]]:
         """Where both are streamed, of at most so many tokens."""

@@ -131,6 +131,13 @@ class CudaLowering(Lowering):
         """Triton's type of a pointer to a step input or an activation."""
         return "*i32" if name in self.graph.inputs else TYPES[self.dtype(name)]
 
+    def only_reader(self, name: str, op: str) -> Node | None:
+        """The next node, where it alone reads this as x, and is such an op."""
+        readers, follower = self.consumers.get(name, []), self.following.get(name)
+        if len(readers) != 1 or readers[0] is not follower or name in self.graph.outputs:
+            return None
+        return follower if follower.op == op and follower.inputs["x"] == name else None
+
     def plain(self, weight: str) -> tuple[str, str]:
         """A weight as it is, but floats in bfloat16: its reference, and Triton's type of a pointer to it."""
         w = self.graph.weights[weight]
