@@ -106,6 +106,15 @@ def test_some_rows_go_without_flags(tmp_path, snapshot, one_rank, monkeypatch, t
     assert all(not runner._device.calls for runner in runners)
 
 
+def test_few_logits_are_gathered_in_words(tmp_path, snapshot, one_rank, monkeypatch):
+    monkeypatch.setattr(cuda_collectives, "GATHERED_IN_WORDS", 1 << 20)
+    runners = []
+    check(logits_of(build(tmp_path, snapshot, options={"tp_size": 2}), runners)[0], one_rank)
+    gather = next(step for step in runners[0]._plan["steps"] if step["op"] == "all_gather")
+    assert [len(launches) for _, launches in gather["ways"]] == [1, 3]
+    assert all(not runner._device.calls for runner in runners)
+
+
 def test_what_is_large_goes_through_nccl(tmp_path, snapshot, one_rank, monkeypatch):
     monkeypatch.setattr(cuda_collectives, "ONE_SHOT", 1024)  # four rows: the step with prompts has more
     runners = []

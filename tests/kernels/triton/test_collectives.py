@@ -127,6 +127,27 @@ def test_all_gather_puts_the_ranks_side_by_side(launch, ranks):
         assert torch.equal(out, torch.cat(xs, 1))
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_all_gather_of_words(launch, ranks):
+    torch.manual_seed(2)
+    rows, width, d = 2, 80, launch.device
+    world = Ranks(ranks, d)
+    deltas = world.deltas(world.staging)
+    for step in (1, 2):
+        world.step.fill_(step)
+        xs = [torch.randn(rows, width, device=d) for _ in range(ranks)]
+        outs = [torch.full((rows, ranks * width), torch.nan, device=d) for _ in range(ranks)]
+        for phase in PHASES:
+            for rank in range(ranks):
+                launch(
+                    collectives.all_gather_words, (rows, 2), xs[rank].view(torch.int32), world.staging[rank],
+                    deltas[rank], world.step, outs[rank].view(torch.int32), WORDS=width, RANKS=ranks, RANK=rank,
+                    STAGING=STAGING, BLOCK=64, **phase,
+                )  # fmt: skip
+        for out in outs:
+            assert torch.equal(out, torch.cat(xs, 1))
+
+
 def test_ranks_that_wait_for_each_other(launch):
     ranks, d = 3, launch.device
     world = Ranks(ranks, d)

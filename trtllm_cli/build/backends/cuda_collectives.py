@@ -18,6 +18,7 @@ from trtllm_cli.graph import Node
 ONE_SHOT = 128 << 20
 ONE_SHOT_OF_MORE = 4 << 20
 IN_WORDS = 512 << 10  # up to which each word has its flag
+GATHERED_IN_WORDS = 0  # of an all-gather, where it is one kernel; IN_WORDS once it is measured on GPUs
 ROW_BLOCK = 4096  # elements that a program sums of what goes without
 _SLOTS = 2  # calls that staging memory is for at a time
 _WIDEST_NORM = 16384  # elements of a row that a program has in registers
@@ -90,15 +91,15 @@ class CollectiveLaunches(RowLaunches):
             return 0
         others = len(node.attrs["group"]) - 1
         most = ONE_SHOT if others == 1 else ONE_SHOT_OF_MORE // others
-        rows = (min(most, IN_WORDS) if in_words else most) // self._row_bytes(node)
+        rows = (min(most, IN_WORDS) if in_words else most) // self._row_bytes(node.inputs["x"])
         return min(rows, self.build_config.max_num_tokens)
 
-    def _row_bytes(self, node: Node) -> int:
-        return self.width(node.output) * self.bytes_of(node.inputs["x"])
+    def _row_bytes(self, name: str) -> int:
+        return self.width(name) * self.bytes_of(name)
 
     def _is_words(self, node: Node) -> bool:
-        """Whether a row is whole words of four bytes."""
-        return self._row_bytes(node) % 4 == 0
+        """Whether a row of its input is whole words of four bytes."""
+        return self._row_bytes(node.inputs["x"]) % 4 == 0
 
     def _all_gather(self, node: Node) -> None:
         x, group = node.inputs["x"], self._group(node)
@@ -113,7 +114,27 @@ class CollectiveLaunches(RowLaunches):
         copied = {"x_ptr": self._out(x), "deltas_ptr": self.deltas(out[1], group["RANKS"]), "out_ptr": out}
         grid: list[Dim] = [self._dim(x), -(-width // block)]
         copy = self.launch("collectives", "all_gather", grid, copied, WIDTH=width, BLOCK=block, **group)
-        self.ways(node.op, symbol, [(None, [sync, copy, sync])], without_peers=[self._over_group(node)])
+        ways: list[tuple[int | None, list[Launch]]] = [(None, [sync, copy, sync])]
+        few = min(GATHERED_IN_WORDS // self._row_bytes(node.inputs["x"]), self.build_config.max_batch_size)
+        if few and self._reduces and self._is_words(node):
+            ways.insert(0, (few, [self._gathered_in_words(node, few)]))
+        self.ways(node.op, symbol, ways, without_peers=[self._over_group(node)])
+
+    def _gathered_in_words(self, node: Node, rows: int) -> Launch:
+        """Of so many rows at most; an all-reduce of the step is in front."""
+        x, out, group = node.inputs["x"], node.output, self._group(node)
+        words = self._row_bytes(x) // 4
+        staging = -(-rows * words // 4) * 4
+        ref = self.exchanged(f"gathered words of {4 * words}", (group["RANKS"] - 1) * staging * 8)
+        args: dict[str, tuple[str, Any]] = {
+            "x_ptr": ("*i32", self.ref(x)), "staging_ptr": ("*i64", ref), "step_ptr": ("*i32", "i:step"),
+            "deltas_ptr": self.deltas(ref, group["RANKS"]), "out_ptr": ("*i32", self.ref(out)),
+        }  # fmt: skip
+        block = min(BLOCK, triton.next_power_of_2(words))
+        return self.launch(
+            "collectives", "all_gather_words", [self._dim(out), -(-words // block)], args, WORDS=words, STAGING=staging,
+            BLOCK=block, PUSH=True, PULL=True, **group,
+        )  # fmt: skip
 
     def _send(self, node: Node) -> None:
         x = node.inputs["x"]
@@ -151,11 +172,11 @@ class CollectiveLaunches(RowLaunches):
         )
         # All that share memory agree on where things lie there: a sum's programs may be fewer than there are flags.
         sizes = {
-            "STAGING": -(-rows * self._row_bytes(node) // 16) * 4,
+            "STAGING": -(-rows * self._row_bytes(node.inputs["x"]) // 16) * 4,
             "FLAGS": 0 if in_words else rows * -(-width // ROW_BLOCK),
         }
         words = 2 * sizes["STAGING"] if in_words else sizes["STAGING"] + sizes["FLAGS"]
-        name = f"{'words' if in_words else 'rows'} of {self._row_bytes(node)}"
+        name = f"{'words' if in_words else 'rows'} of {self._row_bytes(node.inputs['x'])}"
         staging = self.exchanged(name, _SLOTS * others * words * 4)
         args = {
             "x_ptr": self._out(node.inputs["x"]), "staging_ptr": ("*i64" if in_words else "*i32", staging),

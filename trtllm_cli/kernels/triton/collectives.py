@@ -198,3 +198,37 @@ def all_gather(
     for peer in tl.static_range(RANKS):
         theirs = tl.multiple_of(_there(out_ptr, deltas_ptr, peer).to(out_ptr.dtype), 16)
         tl.store(theirs + row * (RANKS * WIDTH) + RANK * WIDTH + columns, x, mask=mask)
+
+
+@triton.jit
+def all_gather_words(
+    x_ptr, staging_ptr, deltas_ptr, step_ptr, out_ptr,
+    WORDS: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr, STAGING: tl.constexpr, BLOCK: tl.constexpr,
+    PUSH: tl.constexpr, PULL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """all_gather of few rows of WORDS int32, each with the step's number, in one kernel; grid (rows, blocks).
+
+    staging int64 [RANKS - 1, STAGING]. Between two of them every rank waits for every other, in an all-reduce: what the
+    first one sent has been read then.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    flag = tl.load(step_ptr)
+    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WORDS
+    place = row * WORDS + columns
+    if PDL:
+        gdc_wait()
+    own = tl.load(x_ptr + place, mask=mask, other=0)
+    if PUSH:
+        for peer in tl.static_range(RANKS):
+            if peer != RANK:
+                theirs = tl.multiple_of(_there(staging_ptr, deltas_ptr, peer).to(staging_ptr.dtype), 16)
+                there = (RANK - (RANK > peer)) * STAGING + place
+                tl.store(theirs + there, flagged(own, flag), mask=mask, cache_modifier=".wt")
+    if PULL:
+        for source in tl.static_range(RANKS):
+            words = own
+            if source != RANK:
+                words = await_flagged(staging_ptr + (source - (source > RANK)) * STAGING + place, mask, flag)
+            tl.store(out_ptr + row * (RANKS * WORDS) + source * WORDS + columns, words, mask=mask)
