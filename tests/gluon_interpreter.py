@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -63,7 +64,12 @@ def load(name: str, path: Path) -> ModuleType:
     return module
 
 
-_USES = {f"{PACKAGE}.stream_words": (f"{PACKAGE}.stream_linear",)}  # of those in Gluon
+# Of those in Gluon.
+_USES = {
+    f"{PACKAGE}.stream_words": (f"{PACKAGE}.stream_linear",),
+    f"{PACKAGE}.wide_linear": (f"{PACKAGE}.stream_linear",),
+    f"{PACKAGE}.wide_words": (f"{PACKAGE}.stream_linear", f"{PACKAGE}.wide_linear"),
+}
 
 
 class _Program:
@@ -248,26 +254,63 @@ def _mma_v2(a: tl.tensor, b: tl.tensor, acc: tl.tensor, input_precision: Any = N
 
 
 def _assembly(text: str, constraints: str, args: Any, *, dtype: Any, is_pure: bool, pack: int) -> Any:
-    """PTX of shifts and logic, on int8 of which four make a register, or on four int32; int8 tensors of its outputs."""
-    (given,) = args
-    assert pack == 4
-    assert all(kind == tl.int8 for kind in dtype)
-    registers = np.ascontiguousarray(given.handle.data).view(np.uint32).reshape(-1, given.handle.data.itemsize)
-    values = {f"${len(dtype) + i}": registers[:, i] for i in range(registers.shape[1])}
-    for op, operands in re.findall(r"^ *([a-z]\w*\.b32) ([^;]+);", text, re.MULTILINE):
+    """PTX that takes `pack` elements of each argument in registers, and gives as many of each type."""
+    given = np.broadcast_arrays(*(arg.handle.data for arg in args))
+    registers = [r for data in given for r in np.ascontiguousarray(data).reshape(-1, pack).view(np.uint32).T]
+    kinds = dtype if isinstance(dtype, tuple) else (dtype,)
+    counts = [pack * interpreter._get_np_dtype(kind).itemsize // 4 for kind in kinds]
+    values = {f"${sum(counts) + i}": register for i, register in enumerate(registers)}
+    for op, operands in re.findall(r"^ *([a-z]\w*(?:\.\w+)+) ([^;]+);", text, re.MULTILINE):
         to, *sources = operands.split(", ")
-        a, b, *others = (values[s] if s in values else np.uint32(int(s, 0)) for s in sources)
-        if op == "shl.b32":
-            values[to] = a << b
-        elif op == "prmt.b32":
-            octets = np.stack([a, b], -1).view(np.uint8)
-            selected = octets[:, [int(others[0]) >> shift & 7 for shift in (0, 4, 8, 12)]]
-            values[to] = np.ascontiguousarray(selected).view(np.uint32)[:, 0]
-        else:
-            assert op == "lop3.b32"
-            assert others[1] == 0x6A
-            values[to] = a & b ^ others[0]
-    return tuple(_tensor(values[f"${i}"].view(np.int8), kind) for i, kind in enumerate(dtype))
+        values[to] = _PTX[op](*(values[s] if s in values else np.uint32(int(s, 0)) for s in sources))
+    outputs = iter([values[f"${i}"] for i in range(sum(counts))])
+    tensors = []
+    for kind, count in zip(kinds, counts, strict=True):
+        found = np.stack([next(outputs) for _ in range(count)], -1)
+        tensors.append(_tensor(found.view(interpreter._get_np_dtype(kind)).reshape(given[0].shape), kind))
+    return tuple(tensors) if isinstance(dtype, tuple) else tensors[0]
+
+
+def _prmt(a: np.ndarray, b: np.ndarray, places: np.uint32) -> np.ndarray:
+    octets = np.stack([a, b], -1).view(np.uint8)
+    selected = octets[:, [int(places) >> shift & 7 for shift in (0, 4, 8, 12)]]
+    return np.ascontiguousarray(selected).view(np.uint32)[:, 0]
+
+
+def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.uint32) -> np.ndarray:
+    found = a ^ a
+    for i in range(8):
+        if int(table) >> i & 1:
+            found |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return found
+
+
+def _of_pairs(function: Callable[..., torch.Tensor]) -> Callable[..., np.ndarray]:
+    """A function of float32 on registers of two bf16."""
+
+    def computed(*registers: np.ndarray) -> np.ndarray:
+        halves = [(np.stack([r << 16, r & 0xFFFF0000], -1)).view(np.float32) for r in map(np.uint32, registers)]
+        return _as_pair(function(*map(torch.from_numpy, halves)))
+
+    return computed
+
+
+def _as_pair(x: torch.Tensor) -> np.ndarray:
+    """float32 [., 2] to registers of two bf16, rounded to even."""
+    return x.bfloat16().contiguous().view(torch.int16).numpy().view(np.uint32)[:, 0]
+
+
+_PTX: dict[str, Callable[..., Any]] = {
+    "mov.b32": lambda a: a,
+    "shl.b32": lambda a, b: a << b,
+    "shr.u32": lambda a, b: a >> b,
+    "prmt.b32": _prmt,
+    "lop3.b32": _lop3,
+    "cvt.rn.bf16x2.f32": lambda high, low: _as_pair(torch.from_numpy(np.stack([low, high], -1).view(np.float32))),
+    "sub.rn.bf16x2": _of_pairs(torch.sub),
+    "mul.rn.bf16x2": _of_pairs(torch.mul),
+    "fma.rn.bf16x2": _of_pairs(lambda a, b, c: a * b + c),
+}
 
 
 def _jit(fn: Callable[..., Any]) -> Any:

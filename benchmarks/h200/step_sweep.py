@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default="bf16")
     parser.add_argument("--tokens", type=int, default=1, help="sequences of the step")
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--kv", default=None, help="dtype of the cache")
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--passes", type=int, default=2)
@@ -72,7 +73,9 @@ def main() -> None:
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--output", default="", help="JSON")
     a = parser.parse_args()
-    limits = {"max_batch_size": max(8, a.tokens), "max_num_tokens": 512, "max_seq_len": 2 * a.context}
+    limits = {
+        "max_batch_size": max(8, a.tokens), "max_num_tokens": 512, "max_seq_len": 2 * a.context, "kv_cache_dtype": a.kv,
+    }  # fmt: skip
     shapes = linears_of(a.shape, a.format, **limits)
     options = {shape: [c for c in candidates(shape, a.tokens, ARCH) if c.kernel in a.kernels] for shape in shapes}
     starts = {shape: taken for shape in shapes if (taken := first_way(shape, a.tokens)) is not None}

@@ -118,7 +118,7 @@ def test_candidates_are_few_and_of_the_shape(shape):
             if tactic.kernel == "vector":
                 assert tactic.tiles[0] >= tokens
                 assert shape.k % tactic.tiles[2] == 0
-    assert 8 <= len(kernels) <= 26
+    assert 8 <= len(kernels) <= 40
 
 
 def test_what_ships_is_a_candidate():
@@ -187,6 +187,27 @@ def test_rounds_of_several_pieces_are_whole_and_have_room(tiles, k, gated, found
 def test_words_come_in_rounds_of_a_warps_groups(tiles, k, found):
     shape = LinearShape("int4", 4096, k, group=128)
     assert cuda_linears.adapted(shape, Tactic("words", tiles)) == (found and Tactic("words", found))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "shape", "found"),
+    [
+        ((64, 2, 4, 1, 4, 8), {"n": 6144}, (64, 2, 4, 1, 4, 8)),
+        ((64, 2, 4, 1, 4, 8), {"n": 6144 + 128}, (64, 1, 4, 1, 4, 8)),
+        ((64, 2, 4, 1, 4, 8), {"n": 4096 + 64}, (64, 1, 4, 1, 4, 4)),
+        ((16, 1, 4, 2, 4, 4), {"n": 2048, "k": 384}, None),  # too few programs
+        ((16, 1, 4, 2, 4, 4), {"n": 8192, "k": 384}, (16, 1, 3, 1, 1, 4)),
+        ((16, 1, 4, 2, 4, 4), {"n": 4096, "k": 1024}, (16, 1, 1, 2, 4, 4)),
+        ((16, 1, 4, 2, 4, 4), {"n": 4096, "k": 3584}, (16, 1, 4, 2, 2, 4)),
+        ((16, 1, 4, 1, 1, 4), {"n": 8192, "k": 4096 + 64}, None),
+        ((16, 1, 4, 1, 1, 4), {"n": 8192 + 16}, None),
+        ((16, 1, 4, 1, 1, 4), {"n": 8192, "x_type": "*fp8e4nv"}, None),
+        ((64, 2, 4, 2, 1, 8), {"n": 65536, "gated": "silu"}, None),  # no room
+    ],
+)  # fmt: skip
+def test_wide_takes_whole_tiles_that_have_room(tiles, shape, found):
+    shape = LinearShape(**{"form": "int4", "k": 4096, "group": 128, **shape})
+    assert cuda_linears.adapted(shape, Tactic("wide", tiles)) == (found and Tactic("wide", found))
 
 
 # Timing.
@@ -284,6 +305,7 @@ def test_only_what_is_missing_is_timed():
     assert [(what, tokens) for _, what, tokens in timer.calls] == [
         ("vector_linear", 1),
         ("cuBLASLt", 64),
+        *[("wide_linear", 64)] * 2,
         *[("skinny_linear", 64)] * 2,
     ]
     (entry,) = tactics.cache.linears

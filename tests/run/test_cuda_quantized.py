@@ -118,6 +118,7 @@ def test_fp8_with_scales_of_groups(tmp_path, monkeypatch, few):
         ("FP8", {}, Tactic("stream", (4, 2, 2, 1, 4)), {""}),  # gate and up have inputs of their own
         ("FP8_PER_CHANNEL_PER_TOKEN", {}, Tactic("stream", (8, 1, 2, 2, 4)), {""}),
         ("W4A16", {"group_size": 64}, Tactic("words", (8, 2, 1, 4)), {"", "silu"}),
+        ("W4A16", {"group_size": 32}, Tactic("wide", (16, 1, 2, 1, 2, 4)), {"", "silu"}),
     ],
 )
 def test_streamed_weights_in_a_plan(tmp_path, monkeypatch, name, options, tactic, activations):
@@ -131,7 +132,7 @@ def test_streamed_weights_in_a_plan(tmp_path, monkeypatch, name, options, tactic
     model = MODEL.replace("64", "512").replace("96", "512").replace("(512, 512)", "(96, 512)")  # the vocabulary
     engine, graph, weights = made(tmp_path, {"quant_algo": name, **options} if name else {}, False, model)
     assert worst(engine, graph, weights) < TOLERANCE.get(name, 2e-2)
-    streamed = [c for function, c in kernels_of(engine) if function in ("stream_linear", "stream_words")]
+    streamed = [c for function, c in kernels_of(engine) if function in ("stream_linear", "stream_words", "wide_words")]
     assert {c["GATED"] for c in streamed} == activations
     assert {c["HAS_BIAS"] for c in streamed} == {True, False}
 

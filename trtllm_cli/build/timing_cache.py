@@ -27,7 +27,9 @@ from trtllm_cli.kernels.compile_cache import cache_dir, keep
 FORMAT_VERSION: Final = 1
 _MOST_BYTES = 64 << 20  # of a file: thousands of shapes
 _NUMBER = r"( [1-9]\d{0,4})"
-_TILES = {"stream": "{5}", "words": "{4}", "vector": "{5}", "skinny": "{6}", "fragment": "{6}"}  # how many
+_TILES = {  # how many
+    "stream": "{5}", "words": "{4}", "wide": "{6}", "vector": "{5}", "skinny": "{6}", "fragment": "{6}",
+}  # fmt: skip
 _TACTIC = f"^({'|'.join(kernel + _NUMBER + count for kernel, count in _TILES.items())})$"
 
 Microseconds = Annotated[float, Field(gt=0, le=1e9)]  # so no NaN, which is not greater

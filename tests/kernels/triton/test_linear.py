@@ -12,7 +12,7 @@ from trtllm_cli.build.backends.cuda_linears import LinearShape, Tactic
 from trtllm_cli.kernels import reference
 from trtllm_cli.kernels.cuda.compile_worker import check_assembly
 from trtllm_cli.kernels.quantization import dequantize, quantize_int4, quantize_int8
-from trtllm_cli.kernels.triton import collectives, linear, stream_linear, stream_words
+from trtllm_cli.kernels.triton import collectives, linear, stream_linear, stream_words, wide_linear, wide_words
 
 LLAMA = {
     "qkv": (6144, 4096, ""),
@@ -36,7 +36,8 @@ def run(launch, way, tokens, phase=MappingProxyType({}), **roles):
     if dict(way.source.args)["w_ptr"] == "*i32":
         values["w"] = values["w"].view(torch.int32)
     grid = tuple(-(-tokens // dim[1]) if isinstance(dim, tuple) else dim for dim in way.grid)
-    module = {"linear": linear, "stream_linear": stream_linear, "stream_words": stream_words}[way.source.module]
+    modules = (linear, stream_linear, stream_words, wide_linear, wide_words)
+    module = next(module for module in modules if module.__name__.endswith(f".{way.source.module}"))
     kernel = getattr(module, way.source.function)
     args = [values.get(role, none) for role in way.operands]
     for _ in range(2 if way.scratch else 1):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trtllm_cli.build.backends.cuda_linears import (
-    STREAMED,
+    AHEAD,
     STREAMS,
     Form,
     LinearShape,
@@ -49,6 +49,33 @@ _WORDS: _Tiles = {
     ("int4", 4): [(4, 4, 1, 4)],
     ("int4", 8): [(8, 4, 1, 4)],
 }  # fmt: skip
+_WIDE_TILES: _Tiles = {
+    ("bf16", 16): [(16, 1, 6, 1, 1, 4), (16, 1, 6, 1, 2, 4)],
+    ("bf16", 32): [(32, 1, 6, 1, 1, 4), (32, 1, 6, 1, 2, 4)],
+    ("bf16", 64): [(64, 1, 4, 1, 1, 4), (64, 1, 6, 1, 2, 4)],
+    ("fp8", 16): [(16, 1, 6, 1, 1, 4), (16, 1, 6, 1, 2, 4)],
+    ("fp8", 32): [(32, 1, 6, 1, 1, 4), (32, 1, 6, 1, 2, 4)],
+    ("fp8", 64): [(64, 1, 6, 1, 1, 4), (64, 1, 6, 1, 2, 4), (64, 1, 3, 2, 2, 4), (64, 1, 5, 1, 4, 8)],
+    ("int4", 8): [(8, 1, 4, 2, 4, 4), (8, 2, 4, 1, 1, 4)],
+    ("int4", 16): [(16, 1, 4, 2, 4, 4), (16, 1, 4, 2, 2, 4), (16, 2, 4, 1, 4, 4), (16, 2, 4, 1, 1, 4)],
+    ("int4", 32): [(32, 1, 3, 2, 4, 4), (32, 1, 2, 2, 4, 8), (32, 2, 4, 1, 4, 4), (32, 2, 4, 1, 1, 4)],
+    ("int4", 64): [
+        (64, 1, 2, 2, 4, 4), (64, 1, 2, 2, 4, 8), (64, 1, 2, 2, 2, 8), (64, 2, 4, 1, 4, 4), (64, 2, 4, 1, 4, 8),
+        (64, 2, 4, 1, 1, 8),
+    ],
+}  # fmt: skip
+_GATED_WIDE_TILES: _Tiles = {
+    ("bf16", 16): [(16, 1, 5, 1, 1, 4)],
+    ("bf16", 32): [(32, 1, 5, 1, 1, 4)],
+    ("bf16", 64): [(64, 1, 4, 1, 1, 4), (64, 1, 5, 1, 1, 8)],
+    ("fp8", 16): [(16, 1, 5, 1, 1, 4)],
+    ("fp8", 32): [(32, 1, 5, 1, 1, 4), (32, 1, 5, 1, 1, 8)],
+    ("fp8", 64): [(64, 1, 4, 1, 1, 4), (64, 1, 5, 1, 1, 8), (64, 1, 3, 2, 1, 4)],
+    ("int4", 8): [(8, 1, 4, 1, 1, 4), (8, 1, 4, 1, 2, 4)],
+    ("int4", 16): [(16, 1, 4, 1, 1, 4), (16, 1, 3, 2, 1, 4), (16, 1, 4, 1, 2, 4), (16, 1, 4, 1, 4, 4)],
+    ("int4", 32): [(32, 1, 4, 1, 1, 4), (32, 1, 4, 1, 1, 8), (32, 1, 4, 1, 2, 4)],
+    ("int4", 64): [(64, 1, 4, 1, 1, 4), (64, 1, 4, 1, 1, 8)],
+}  # fmt: skip
 _VECTOR: _Tiles = {
     ("bf16", 1): [(1, 2, 2048, 4, 2)],
     ("bf16", 2): [(2, 2, 2048, 4, 2), (2, 4, 1024, 4, 2)],
@@ -87,12 +114,12 @@ _GROUPED = {
     32: [(32, 64, 128, 1, 5, 4), (32, 64, 128, 4, 5, 4)],
     64: [(64, 64, 128, 1, 5, 4), (64, 64, 128, 2, 4, 4), (64, 64, 128, 4, 4, 4)],
 }
-_SPLIT = {"skinny": 3, "fragment": 4}  # where the tiles say into how many parts sums are split
+_SPLIT = {"wide": 4, "skinny": 3, "fragment": 4}  # where the tiles say into how many parts sums are split
 
 
 def candidates(shape: LinearShape, tokens: int, arch: str = STREAMS) -> list[Tactic]:
     """What is timed for a linear of so many tokens; none where no kernel takes the shape."""
-    listed = (tactic for tactic in _listed(shape, tokens) if tactic.kernel not in STREAMED or arch == STREAMS)
+    listed = (tactic for tactic in _listed(shape, tokens) if tactic.kernel not in AHEAD or arch == STREAMS)
     found = (adapted(shape, tactic) for tactic in listed)
     return list(dict.fromkeys(tactic for tactic in found if tactic is not None))
 
@@ -106,6 +133,7 @@ def _listed(shape: LinearShape, tokens: int) -> Iterator[Tactic]:
     lists = {
         "stream": _STREAM,
         "words": _WORDS,
+        "wide": _GATED_WIDE_TILES if shape.gated else _WIDE_TILES,
         "vector": _VECTOR,
         "fragment": _GATED_FRAGMENT if shape.gated else _FRAGMENT,
         "skinny": _SKINNY,
@@ -114,8 +142,8 @@ def _listed(shape: LinearShape, tokens: int) -> Iterator[Tactic]:
         for (of, most), every in of_form.items():
             # The narrowest tiles that hold the tokens; wider ones of other kernels too; int4 may read weights twice.
             fits = most // 2 < tokens <= most or (kernel == "skinny" and most == 16 and 1 < tokens <= 16)
-            twice = form == "int4" and tokens == 2 * most
-            if of == form and (fits or twice or (most == 8 and tokens <= 8 and kernel not in STREAMED)):
+            twice = form == "int4" and tokens == 2 * most and kernel != "wide"
+            if of == form and (fits or twice or (most == 8 and tokens <= 8 and kernel not in AHEAD)):
                 for tiles in every:
-                    if shape.n <= _WIDE or kernel not in _SPLIT or tiles[_SPLIT[kernel]] == 1:
+                    if shape.n <= _WIDE or shape.gated or kernel not in _SPLIT or tiles[_SPLIT[kernel]] == 1:
                         yield Tactic(kernel, tiles)

@@ -19,12 +19,14 @@ Form = Literal["bf16", "fp8", "int8", "int4"]
 PerWhat = Literal["none", "one", "row", "group"]
 Dim = int | tuple[str, int]  # a number, or a symbol and how many of it a program takes
 
-KERNEL_MODULES = ("linear", "stream_linear", "stream_words")
-STREAMS = "sm_90a"  # the architecture whose instructions these multiply by:
-STREAMED = ("stream", "words")
-KERNELS = (*STREAMED, "vector", "skinny", "fragment")
+KERNEL_MODULES = ("linear", "stream_linear", "stream_words", "wide_words")
+STREAMS = "sm_90a"  # the architecture whose instructions these multiply by, their weights asked for ahead of time:
+STREAMED = ("stream", "words")  # which compute norms too
+AHEAD = (*STREAMED, "wide")
+KERNELS = (*AHEAD, "vector", "skinny", "fragment")
 MOST_TOKENS = 64  # that any of the kernels here is for
 COUNTERS = 8192  # kernels/triton/linear.py's
+_PIECE = 128  # inputs of wide_words, bytes of the other kernels'
 _FEWEST_PROGRAMS = 64  # that are worth streaming weights for: fewer leave most multiprocessors without any
 
 
@@ -194,7 +196,7 @@ def shipped_tactics(shape: LinearShape, arch: str = STREAMS) -> list[tuple[int, 
     table = _table(shape)
     ways: list[tuple[int, Tactic]] = []
     for most, kernel, tiles in table[min(table, key=distance)]:
-        tactic = adapted(shape, Tactic(kernel, tiles)) if kernel not in STREAMED or arch == STREAMS else None
+        tactic = adapted(shape, Tactic(kernel, tiles)) if kernel not in AHEAD or arch == STREAMS else None
         if tactic is None and kernel == "stream":
             plain = _without_streams(shape, most)
             tactic = plain and adapted(shape, plain)
@@ -207,7 +209,7 @@ def chosen_by_steps(shape: LinearShape, tokens: int) -> Tactic | None:
     """The streamed tactic that made whole steps of this very shape the shortest, if one did."""
     for most, kernel, tiles in _table(shape).get((_outputs(shape), shape.k, bool(shape.gated)), []):
         if tokens <= most:
-            return adapted(shape, Tactic(kernel, tiles)) if kernel in STREAMED else None
+            return adapted(shape, Tactic(kernel, tiles)) if kernel in AHEAD else None
     return None
 
 
@@ -245,6 +247,8 @@ def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
         of_warp = _word_groups(shape, warps)
         stages, groups = _in_whole_rounds(of_warp, stages, groups if of_warp > groups else 1)
         return Tactic("words", (bm, stages, groups, warps)) if _words_fit(shape, bm, stages, groups, warps) else None
+    if tactic.kernel == "wide":
+        return _adapted_wide(shape, *tactic.tiles)
     if tactic.kernel == "vector":
         bm, bn, bk, *rest = tactic.tiles
         while shape.k % bk and bk > 64:
@@ -259,6 +263,21 @@ def adapted(shape: LinearShape, tactic: Tactic) -> Tactic | None:
     if shape.form == "int8" or (weight_only(shape) and _group(shape) % (64 * u) and _group(shape) != shape.k):
         u = 1  # a round of int8 then has as many bytes as one of int4, or groups are short
     return Tactic("fragment", (bm, r, u, depth, split if _split_fits(shape, bm, 16 * r) else 1, warps))
+
+
+def _adapted_wide(
+    shape: LinearShape, bm: int, r: int, stages: int, pieces: int, split: int, warps: int
+) -> Tactic | None:  # fmt: skip
+    """Programs with fewer outputs, smaller rounds, and fewer programs to a sum, if need be."""
+    of_row, fewest = _wide_pieces(shape), 1 if shape.form == "int4" else 3  # stages
+    while _outputs(shape) % (16 * warps * r) and (r, warps) != (1, 4):
+        r, warps = (r // 2, warps) if r > 1 else (r, warps // 2)
+    pieces = gcd(pieces, of_row)
+    split = gcd(split, of_row // pieces) if _split_fits(shape, bm, 16 * warps * r) else 1
+    stages = min(stages, of_row // (pieces * split))
+    fits = fewest <= stages and _wide_room(shape, bm, r, stages, pieces, warps) <= room_for_tiles(STREAMS)
+    fits = fits and _has_programs(shape, 16 * warps * r, split)
+    return Tactic("wide", (bm, r, stages, pieces, split, warps)) if fits else None
 
 
 def _in_whole_rounds(count: int, stages: int, of_round: int) -> tuple[int, int]:
@@ -282,7 +301,7 @@ def launch_of(shape: LinearShape, tactic: Tactic, norm: Norm = _NO_NORM) -> Line
         return (stream if tactic.kernel == "stream" else words)(shape, *tactic.tiles, norm=norm)
     assert norm == _NO_NORM
     make: dict[str, Callable[..., LinearLaunch]] = {
-        "vector": vector, "skinny": skinny, "fragment": fragment,
+        "wide": wide, "vector": vector, "skinny": skinny, "fragment": fragment,
     }  # fmt: skip
     return make[tactic.kernel](shape, *tactic.tiles)
 
@@ -378,10 +397,15 @@ def _pieces(shape: LinearShape) -> int:
 
 def _streams(shape: LinearShape, parts: int, warps: int) -> bool:
     """Whether stream_linear takes the shape with rows in so many parts, each of two pieces at least."""
-    if is_grouped(shape) or shape.x_type != {"bf16": "*bf16", "fp8": "*fp8e4nv"}.get(shape.form) or parts == 0:
+    if not _is_plain(shape) or parts == 0:
         return False
     pieces = _pieces(shape)
     return pieces >= 2 * parts and pieces % parts == 0 and _has_programs(shape, 16 * warps // parts)
+
+
+def _is_plain(shape: LinearShape) -> bool:
+    """Whether tensor cores multiply weights and inputs as they are, and what they sum is one scale's."""
+    return not is_grouped(shape) and shape.x_type == {"bf16": "*bf16", "fp8": "*fp8e4nv"}.get(shape.form)
 
 
 def _stream_fits(shape: LinearShape, bm: int, parts: int, stages: int, pieces: int, warps: int) -> bool:
@@ -425,10 +449,27 @@ def _words_fit(shape: LinearShape, bm: int, stages: int, groups: int, warps: int
     return fits and stages > 1 and _has_programs(shape, 16)
 
 
-def _has_programs(shape: LinearShape, outputs: int) -> bool:
-    """Whether the shape gives programs of so many outputs enough to do."""
+def _wide_pieces(shape: LinearShape) -> int:
+    """Of a row's inputs for wide_words or wide_linear; 0 where they do not take the shape."""
+    if shape.form == "int4":
+        takes = shape.group in (32, 64, 128) and shape.x_type == "*bf16" and shape.k % _PIECE == 0
+        return shape.k // _PIECE if takes else 0
+    return _pieces(shape) if _is_plain(shape) else 0
+
+
+def _wide_room(shape: LinearShape, bm: int, r: int, stages: int, pieces: int, warps: int) -> int:
+    """Bytes of shared memory that they have their tiles in."""
+    if shape.form != "int4":
+        return _weights_under_way(shape, stages * pieces * r, warps) + stages * pieces * (_PIECE * bm)
+    blocks = r * warps * (2 if shape.gated else 1)
+    scales = 64 * (_PIECE // shape.group) * (2 if shape.has_zero else 1)
+    return stages * pieces * blocks * (8 * _PIECE + scales) + 2 * pieces * (2 * _PIECE * bm)
+
+
+def _has_programs(shape: LinearShape, outputs: int, split: int = 1) -> bool:
+    """Whether the shape gives programs of so many outputs, `split` of them to a sum, enough to do."""
     programs, rest = divmod(_outputs(shape), outputs)
-    return rest == 0 and programs >= _FEWEST_PROGRAMS
+    return rest == 0 and programs * split >= _FEWEST_PROGRAMS
 
 
 def _up(n: int, multiple: int) -> int:
@@ -479,6 +520,11 @@ def _common(shape: LinearShape) -> dict[str, Constant]:
     }  # fmt: skip
 
 
+def _of_words(shape: LinearShape) -> dict[str, Constant]:
+    """_common of kernels for int4 alone."""
+    return {name: value for name, value in _common(shape).items() if name not in ("W_SCALE", "X_SCALE")}
+
+
 def _scratch(shape: LinearShape, outputs: int, tokens: int, split: int) -> int:
     """Bytes of a launch with tiles [outputs, tokens], up to MOST_TOKENS."""
     if split == 1:
@@ -509,13 +555,28 @@ def words(shape: LinearShape, bm: int, stages: int, groups: int, warps: int, *, 
     Of each part `stages` times so many `groups` are under way to shared memory.
     """
     roles = ("x", "w", "w_scale", "w_zero", "bias", "out_scale", "y", *_NORM_ROLES, "num_tokens", *RANK_ROLES)
-    unused = ("W_SCALE", "X_SCALE")
     source = KernelSource.of(
         "stream_words", "stream_words", _args(shape, roles, norm), num_warps=warps, num_stages=1, BM=bm, STAGES=stages,
-        ROUND=groups, GROUP=shape.group, HAS_ZERO=shape.has_zero, **norm.constants,
-        **{name: value for name, value in _common(shape).items() if name not in unused},
+        ROUND=groups, GROUP=shape.group, HAS_ZERO=shape.has_zero, **norm.constants, **_of_words(shape),
     )  # fmt: skip
     return LinearLaunch(source, (_outputs(shape) // 16, ("num_tokens", bm)), roles)
+
+
+def wide(
+    shape: LinearShape, bm: int, r: int, stages: int, pieces: int, split: int, warps: int
+) -> LinearLaunch:  # fmt: skip
+    """Tiles [16 r warps outputs, bm tokens], bf16, fp8 or int4; `stages` times so many `pieces` have room."""
+    of_weight, name, common = ("w_scale", "x_scale"), "wide_linear", _common(shape)
+    if shape.form == "int4":
+        of_weight, name = ("w_scale", "w_zero"), "wide_words"
+        common = {**_of_words(shape), "GROUP": shape.group, "HAS_ZERO": shape.has_zero}
+    roles = ("x", "w", *of_weight, "bias", "out_scale", "scratch", "y", "num_tokens")
+    source = KernelSource.of(
+        name, name, _args(shape, roles), num_warps=warps, num_stages=1, BM=bm, R=r, STAGES=stages, ROUND=pieces,
+        SPLIT=split, **common,
+    )  # fmt: skip
+    grid = (split, ("num_tokens", bm), _outputs(shape) // (16 * r * warps))
+    return LinearLaunch(source, grid, roles, _scratch(shape, 16 * r * warps, bm, split))
 
 
 def vector(shape: LinearShape, bm: int, bn: int, bk: int, warps: int, depth: int) -> LinearLaunch:

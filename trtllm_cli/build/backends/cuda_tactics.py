@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from trtllm_cli.build.backends.cuda_candidates import candidates
 from trtllm_cli.build.backends.cuda_linears import (
+    AHEAD,
     KERNEL_MODULES,
-    STREAMED,
     LinearLaunch,
     LinearShape,
     Tactic,
@@ -56,7 +56,7 @@ def fastest(shape: LinearShape, times: Mapping[int, TokenTimes]) -> list[tuple[i
         runs = [(us, tactic) for us, tactic in known if us is not None]
         if not runs:
             continue
-        us, tactic = min(runs, key=lambda run: run[0] * (1 if run[1].kernel in STREAMED else _BY_ITSELF))
+        us, tactic = min(runs, key=lambda run: run[0] * (1 if run[1].kernel in AHEAD else _BY_ITSELF))
         by_steps = chosen_by_steps(shape, tokens)
         us, tactic = next((run for run in runs if run[1] == by_steps and run[0] <= _BY_ITSELF * us), (us, tactic))
         library = math.inf if measured.cublas_us is None else measured.cublas_us + _ACTIVATION * bool(shape.gated)

@@ -29,15 +29,15 @@ from trtllm_cli.kernels.triton.device import (
 
 
 @gluon.constexpr_function
-def _side_by_side(dtype):
+def side_by_side(dtype):
     """Elements in 16 bytes."""
     return 128 // dtype.primitive_bitwidth
 
 
 @gluon.constexpr_function
-def _rows_of_pieces(dtype, warps):
+def rows_of_pieces(dtype, warps):
     """The layout of [rows, 128 bytes] in which threads copy, 16 bytes each."""
-    return gl.BlockedLayout([1, _side_by_side(dtype)], [4, 8], [warps, 1], [1, 0])
+    return gl.BlockedLayout([1, side_by_side(dtype)], [4, 8], [warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -49,8 +49,8 @@ def _copy_weights(w_smem, w_ptr, first, r, slot, PART: gl.constexpr, outputs: gl
     """
     DTYPE: gl.constexpr = w_ptr.dtype.element_ty
     ROWS: gl.constexpr = 16 * gl.num_warps()
-    BK: gl.constexpr = 8 * _side_by_side(DTYPE)
-    layout: gl.constexpr = _rows_of_pieces(DTYPE, gl.num_warps())
+    BK: gl.constexpr = 8 * side_by_side(DTYPE)
+    layout: gl.constexpr = rows_of_pieces(DTYPE, gl.num_warps())
     rows = gl.arange(0, ROUND * HALVES * ROWS, gl.SliceLayout(1, layout))
     columns = gl.arange(0, BK, gl.SliceLayout(0, layout))
     at = rows % ROWS * PART + rows // ROWS % HALVES * (outputs * K) + rows // (HALVES * ROWS) * BK
@@ -63,8 +63,8 @@ def _copy_inputs(x_smem, x_ptr, num_tokens, r, slot, PART: gl.constexpr, K: gl.c
                  PARTS: gl.constexpr, ROUND: gl.constexpr):  # fmt: skip
     """Asks for a round's pieces of x, seen as [PARTS * BM, PART]; tokens past the last one are copies of it."""
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
-    BK: gl.constexpr = 8 * _side_by_side(DTYPE)
-    layout: gl.constexpr = _rows_of_pieces(DTYPE, gl.num_warps())
+    BK: gl.constexpr = 8 * side_by_side(DTYPE)
+    layout: gl.constexpr = rows_of_pieces(DTYPE, gl.num_warps())
     rows = gl.arange(0, ROUND * PARTS * BM, gl.SliceLayout(1, layout))
     columns = gl.arange(0, BK, gl.SliceLayout(0, layout))
     at = gl.minimum(rows % BM, num_tokens - 1) * K + rows // BM % PARTS * PART + rows // (PARTS * BM) * BK
@@ -326,7 +326,7 @@ def stream_linear(
     outputs: gl.constexpr = N if GATED == "" else N // 2
     HALVES: gl.constexpr = 1 if GATED == "" else 2
     DTYPE: gl.constexpr = w_ptr.dtype.element_ty
-    BK: gl.constexpr = 8 * _side_by_side(DTYPE)
+    BK: gl.constexpr = 8 * side_by_side(DTYPE)
     ROWS: gl.constexpr = 16 * gl.num_warps()
     PART: gl.constexpr = K // PARTS
     rounds: gl.constexpr = PART // (ROUND * BK)
@@ -387,7 +387,7 @@ def stream_linear(
         x_scale = gl.load(x_scale_ptr + gl.minimum(tokens, num_tokens - 1))[None, :]
 
     mma: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], [16, PARTS * BM, 2 * _side_by_side(DTYPE)]
+        [3, 0], [gl.num_warps(), 1], [16, PARTS * BM, 2 * side_by_side(DTYPE)]
     )
     acc = gl.zeros([ROWS, PARTS * BM], gl.float32, mma)
     up = gl.zeros([ROWS, PARTS * BM], gl.float32, mma)
