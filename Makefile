@@ -37,8 +37,10 @@ gemma: $(READY)
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
+# In a few processes, each of which has a model or two in memory; what watches the clock runs by itself.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not mpi"
+	$(BIN)/python -m pytest -m mpi
 
 lint: $(READY)
 	$(BIN)/ruff check .
