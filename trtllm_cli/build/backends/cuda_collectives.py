@@ -165,18 +165,15 @@ class CollectiveLaunches(RowLaunches):
     def exchanged_by(self, node: Node, *, in_words: bool) -> tuple[dict[str, tuple[str, Any]], dict[str, Any]]:
         """What a one-shot all-reduce reads and where it exchanges it, and how large that is."""
         assert self.rows(node.output) == NUM_TOKENS, "a call that some steps leave out would upset the slots"
-        others, rows, width = (
-            len(node.attrs["group"]) - 1,
-            self.most_rows(node, in_words=in_words),
-            self.width(node.output),
-        )
+        others, rows = len(node.attrs["group"]) - 1, self.most_rows(node, in_words=in_words)
+        row_bytes, width = self._row_bytes(node.inputs["x"]), self.width(node.output)
         # All that share memory agree on where things lie there: a sum's programs may be fewer than there are flags.
         sizes = {
-            "STAGING": -(-rows * self._row_bytes(node.inputs["x"]) // 16) * 4,
+            "STAGING": -(-rows * row_bytes // 16) * 4,
             "FLAGS": 0 if in_words else rows * -(-width // ROW_BLOCK),
         }
         words = 2 * sizes["STAGING"] if in_words else sizes["STAGING"] + sizes["FLAGS"]
-        name = f"{'words' if in_words else 'rows'} of {self._row_bytes(node.inputs['x'])}"
+        name = f"{'words' if in_words else 'rows'} of {row_bytes}"
         staging = self.exchanged(name, _SLOTS * others * words * 4)
         args = {
             "x_ptr": self._out(node.inputs["x"]), "staging_ptr": ("*i64" if in_words else "*i32", staging),

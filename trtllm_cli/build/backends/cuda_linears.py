@@ -19,7 +19,7 @@ Form = Literal["bf16", "fp8", "int8", "int4"]
 PerWhat = Literal["none", "one", "row", "group"]
 Dim = int | tuple[str, int]  # a number, or a symbol and how many of it a program takes
 
-KERNEL_MODULES = ("linear", "stream_linear", "stream_words", "wide_words")
+KERNEL_MODULES = ("linear", "stream_linear", "stream_words", "wide_linear", "wide_words")
 STREAMS = "sm_90a"  # the architecture whose instructions these multiply by, their weights asked for ahead of time:
 STREAMED = ("stream", "words")  # which compute norms too
 AHEAD = (*STREAMED, "wide")

@@ -98,9 +98,7 @@ def checked(
         ),
     )  # fmt: skip
     out, notes = list(steps), []
-    wrong: set[int] = (
-        set()
-    )  # of those that meet other ranks, who do not know of it: all that they know is another kernel
+    wrong: set[int] = set()  # where ranks meet: the others go on exchanging the same words
     for kind, places in kinds.items():
         for way, by in enumerate(found[kind]):
             if by <= MOST:
