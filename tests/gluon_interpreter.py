@@ -45,15 +45,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
 @functools.cache
 def _interpreted(name: str) -> ModuleType:
     """A module of kernels in Gluon, for the interpreter."""
-    source = importlib.util.find_spec(name)
-    assert source is not None
-    assert source.origin is not None
-    return load(name, Path(source.origin))
+    return load(name, _file_of(name))
 
 
 def load(name: str, path: Path) -> ModuleType:
     """A module of kernels in Gluon as `path` has it."""
-    needed = {other: _interpreted(other) for other in _USES.get(name, ())}
+    needed = {other: _interpreted(other) for other in _used(path)}
     spec = importlib.util.spec_from_file_location(f"interpreted.{name}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -64,12 +61,17 @@ def load(name: str, path: Path) -> ModuleType:
     return module
 
 
-# Of those in Gluon.
-_USES = {
-    f"{PACKAGE}.stream_words": (f"{PACKAGE}.stream_linear",),
-    f"{PACKAGE}.wide_linear": (f"{PACKAGE}.stream_linear",),
-    f"{PACKAGE}.wide_words": (f"{PACKAGE}.stream_linear", f"{PACKAGE}.wide_linear"),
-}
+def _used(path: Path) -> list[str]:
+    """The modules of kernels in Gluon that one imports."""
+    names = re.findall(rf"^from ({PACKAGE}\.\w+) import", path.read_text(), re.MULTILINE)
+    return [name for name in names if f"from {_GLUON} import" in _file_of(name).read_text()]
+
+
+def _file_of(name: str) -> Path:
+    source = importlib.util.find_spec(name)
+    assert source is not None
+    assert source.origin is not None
+    return Path(source.origin)
 
 
 class _Program:

@@ -20,12 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_cli.kernels.triton.device import gated
+from trtllm_cli.kernels.triton.over_ranks import over_ranks, read_deltas, read_flag
 from trtllm_cli.kernels.triton.stream_linear import (
-    over_ranks,
     pieces_at_once,
     read_biases,
-    read_deltas,
-    read_flag,
     read_in_one,
     read_norm_weights,
     read_residual,
@@ -371,11 +369,9 @@ def stream_words(
     y = _of_parts(sums[0], BM, of_parts) * factors + bias
     if GATED != "":
         y = gated(y, _of_parts(sums[1], BM, of_parts) * factors + up_bias, GATED)
-    if RANKS > 1:
-        if calls > 0:
-            y = over_ranks(
-                y, staging_ptr, deltas, flag, block * 16, token, num_tokens, outputs, RANKS, RANK, STAGING, PUSH, PULL
-            )  # fmt: skip
+    y = over_ranks(
+        y, staging_ptr, deltas, flag, calls, block * 16, token, num_tokens, outputs, RANKS, RANK, STAGING, PUSH, PULL
+    )  # fmt: skip
     if RANKS == 1 or PULL:
         if SUMS:
             y += residual
