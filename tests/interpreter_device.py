@@ -28,7 +28,7 @@ def fake_compile(sources, arch, progress=None):
     """In place of compile_kernels: everything about a kernel but its machine code."""
     compiled = {}
     for source in sources:
-        function = _function(source.module, source.function)
+        function = function_of(source.module, source.function)
         types, constants = dict(source.args), dict(source.constants)
         assert types.keys() | constants.keys() == set(function.arg_names), source
         names = tuple(name for name in function.arg_names if name in types)
@@ -37,7 +37,7 @@ def fake_compile(sources, arch, progress=None):
     return compiled
 
 
-def _function(module: str, function: str) -> Any:
+def function_of(module: str, function: str) -> Any:
     return getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)
 
 
@@ -170,7 +170,7 @@ class _Launch:
     def __init__(self, device, kernel, grid, values) -> None:
         self.device, self.kernel, self.grid, self.values = device, kernel, list(grid), list(values)
         source = kernel["source"]
-        self.function = _function(source["module"], source["function"])
+        self.function = function_of(source["module"], source["function"])
         self.num_warps, self.constants = source["num_warps"], dict(source["constants"]) | {"PDL": False}
         self.types = dict(source["args"])
 
@@ -184,12 +184,11 @@ class _Launch:
 
     def _launch(self, grid, values):
         self.device.launches += 1
-        args, names = [], self.kernel["names"]
-        for name, value in zip(names, values, strict=True):
+        args, by_name = [], dict(zip(self.kernel["names"], values, strict=True))
+        for name, value in by_name.items():
             kind = self.types[name]
             args.append(self.device.at(value, kind) if kind.startswith("*") else value)
-        meets_none = "RANKS" in self.constants and "calls" in names and values[names.index("calls")] == 0
-        if meets_none or not self.constants.get("PUSH"):
+        if by_name.get("calls") == 0 or not self.constants.get("PUSH"):  # it meets no other
             self._run(grid, args, self.constants)
             return
         self._run(grid, args, self.constants | {"PULL": False})

@@ -45,8 +45,8 @@ def engine_of(root, monkeypatch, qformat=None):
     return build_engine(root / "ckpt", root / "engine", backend="cuda", kernels="auto", tokens_per_block=16)
 
 
-def load(engine, device=Checked):
-    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], device(), SingleRank())
+def load(engine, device=Checked, comm=SingleRank()):  # noqa: B008
+    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[comm.rank], device(), comm)
     runner.allocate_kv_cache(64)
     return runner
 

@@ -17,7 +17,6 @@ from trtllm_cli.build.backends.cuda_linears import Tactic, adapted
 from trtllm_cli.convert.options import RandomWeights
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.run.backends import cuda_check
-from trtllm_cli.run.backends.cuda import CudaRunner
 
 SIZES = {
     "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
@@ -106,8 +105,7 @@ def work_of_ranks(engine, device):
     """Each rank's logits, runner, and whether it called NCCL."""
 
     def work(comm):
-        runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[comm.rank], device(comm), comm)
-        runner.allocate_kv_cache(64)
+        runner = load(engine, functools.partial(device, comm), comm)
         return logits_of(runner), runner, bool(runner._device.calls)
 
     return zip(*run_ranks(2, work), strict=True)

@@ -35,12 +35,9 @@ def compute(module):
 
 @pytest.mark.parametrize(("line", "instead", "says"), CHANGES)
 def test_what_is_not_waited_for_is_seen(tmp_path, line, instead, says):
-    source = Path(stream_linear.__file__).read_text()
-    assert source.count(line) == 1
-    changed = tmp_path / "kernel.py"
-    changed.write_text(source.replace(line, instead))
+    module = gluon_interpreter.load_changed(stream_linear, line, instead, tmp_path)
     with pytest.raises(InterpreterError, match=says):
-        compute(gluon_interpreter.load(stream_linear.__name__, changed))
+        compute(module)
 
 
 def test_what_is_waited_for_is_computed():

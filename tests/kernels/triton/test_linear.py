@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.interpreter_device import function_of
 from tests.kernels.triton.test_collectives import PHASES, STAGING, Ranks
 from trtllm_cli.build.backends import cuda_linears
 from trtllm_cli.build.backends.cuda_linears import LinearShape, Tactic
 from trtllm_cli.kernels import reference
 from trtllm_cli.kernels.cuda.compile_worker import check_assembly
 from trtllm_cli.kernels.quantization import dequantize, quantize_int4, quantize_int8
-from trtllm_cli.kernels.triton import collectives, linear, stream_linear, stream_words, wide_linear, wide_words
+from trtllm_cli.kernels.triton import collectives, linear, stream_linear, stream_words
 
 LLAMA = {
     "qkv": (6144, 4096, ""),
@@ -36,9 +37,7 @@ def run(launch, way, tokens, phase=MappingProxyType({}), **roles):
     if dict(way.source.args)["w_ptr"] == "*i32":
         values["w"] = values["w"].view(torch.int32)
     grid = tuple(-(-tokens // dim[1]) if isinstance(dim, tuple) else dim for dim in way.grid)
-    modules = (linear, stream_linear, stream_words, wide_linear, wide_words)
-    module = next(module for module in modules if module.__name__.endswith(f".{way.source.module}"))
-    kernel = getattr(module, way.source.function)
+    kernel = function_of(way.source.module, way.source.function)
     args = [values.get(role, none) for role in way.operands]
     for _ in range(2 if way.scratch else 1):
         launch(kernel, grid, *args, num_warps=way.source.num_warps, num_stages=way.source.num_stages, **constants)

@@ -1,6 +1,6 @@
-"""The tactics that are timed for a linear: those that won, or came near it, in sweeps on an H200.
+"""The tactics that are timed for a linear: those that won, or came near it, in sweeps on an H200, and `wide` ones.
 
-A score of kernels a shape: each has to be compiled, and a build waits for that.
+One to three dozen kernels a shape: each has to be compiled, and a build waits for that.
 """
 
 from __future__ import annotations

@@ -47,9 +47,9 @@ class RowLaunches(CudaLowering):
     def norm_launches(self, node: Node, function: str, *, few: bool) -> list[Launch]:
         """A norm, for few rows or for many."""
         x, residual, out, rows = node.inputs["x"], node.inputs.get("residual"), node.outputs[0], None
-        gathered = self._gathered_sum(node)
-        if gathered is not None:
-            x, residual, rows = *gathered[0].inputs.values(), self.ref(gathered[1].inputs["indices"])
+        if (gathered := self._gathered_sum(node)) is not None:
+            summed, gather = gathered
+            x, residual, rows = summed.inputs["x"], summed.inputs["y"], self.ref(gather.inputs["indices"])
         total, heads = self.width(x), node.attrs.get("num_heads") or 1
         args: dict[str, tuple[str, Any]] = {
             "x_ptr": self._out(x), "residual_ptr": self._out(residual) if residual else ("*fp32", None),
@@ -182,9 +182,7 @@ class RowLaunches(CudaLowering):
         summed = self.producers.get(gather.inputs.get("x", "")) if gather else None
         if gather is None or summed is None or (summed.op, gather.op, norm.op) != ("add", "gather_last", "rms_norm"):
             return None
-        alone = (
-            self.only_reader(summed.output, gather.op) is gather and self.only_reader(gather.output, norm.op) is norm
-        )
+        alone = self.only_reader(summed.output, gather.op) and self.only_reader(gather.output, norm.op)
         return (summed, gather) if alone and summed.inputs["y"] not in self.graph.weights else None
 
     def _is_gathered_sum(self, gather: Node) -> bool:

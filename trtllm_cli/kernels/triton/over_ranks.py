@@ -76,7 +76,6 @@ def _exchanged(
     layout: gl.constexpr = own.type.layout
     pairs = first // 2 + gl.arange(0, PAIRS, gl.SliceLayout(1, layout))
     tokens = token + gl.arange(0, BM, gl.SliceLayout(0, layout))
-    there = (tokens < num_tokens)[None, :] & (pairs < outputs // 2)[:, None]
     # past the last token its words, so that nobody waits for what is not sent
     at = gl.minimum(tokens, num_tokens - 1)[None, :] * (outputs // 2) + pairs[:, None]
     slot = (flag & 1).to(gl.int64) * OTHERS
@@ -85,7 +84,9 @@ def _exchanged(
             if peer != RANK:
                 place = (slot + (RANK - (RANK > peer))) * STAGING  # this rank's among the peer's others
                 theirs = (staging_ptr.to(gl.int64) + deltas[peer]).to(staging_ptr.dtype)
-                gl.store(theirs + place + at, flagged(own, flag), mask=there, cache_modifier=".wt")
+                gl.store(
+                    theirs + place + at, flagged(own, flag), mask=(tokens < num_tokens)[None, :], cache_modifier=".wt"
+                )
     if PULL:
         low, high = gl.zeros_like(own).to(gl.float32), gl.zeros_like(own).to(gl.float32)
         for source in gl.static_range(RANKS):

@@ -28,22 +28,22 @@ def side_by_side(dtype):
 
 
 @gluon.constexpr_function
-def rows_of_pieces(dtype, warps):
+def _rows_of_pieces(dtype, warps):
     """The layout of [rows, 128 bytes] in which threads copy, 16 bytes each."""
     return gl.BlockedLayout([1, side_by_side(dtype)], [4, 8], [warps, 1], [1, 0])
 
 
 @gluon.jit
-def _copy_weights(w_smem, w_ptr, first, r, slot, PART: gl.constexpr, outputs: gl.constexpr, K: gl.constexpr,
-                  ROUND: gl.constexpr, HALVES: gl.constexpr):  # fmt: skip
+def copy_weights(w_smem, w_ptr, first, r, slot, PART: gl.constexpr, outputs: gl.constexpr, K: gl.constexpr,
+                 ROUND: gl.constexpr, HALVES: gl.constexpr):  # fmt: skip
     """Asks for a round's pieces of the program's rows, seen as ROWS of PART inputs; of gate's and up's with HALVES 2.
 
     In one copy: between two of them the compiler puts a barrier.
     """
     DTYPE: gl.constexpr = w_ptr.dtype.element_ty
-    ROWS: gl.constexpr = 16 * gl.num_warps()
+    ROWS: gl.constexpr = w_smem.shape[1] // (ROUND * HALVES)
     BK: gl.constexpr = 8 * side_by_side(DTYPE)
-    layout: gl.constexpr = rows_of_pieces(DTYPE, gl.num_warps())
+    layout: gl.constexpr = _rows_of_pieces(DTYPE, gl.num_warps())
     rows = gl.arange(0, ROUND * HALVES * ROWS, gl.SliceLayout(1, layout))
     columns = gl.arange(0, BK, gl.SliceLayout(0, layout))
     at = rows % ROWS * PART + rows // ROWS % HALVES * (outputs * K) + rows // (HALVES * ROWS) * BK
@@ -52,12 +52,12 @@ def _copy_weights(w_smem, w_ptr, first, r, slot, PART: gl.constexpr, outputs: gl
 
 
 @gluon.jit
-def _copy_inputs(x_smem, x_ptr, num_tokens, r, slot, PART: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
-                 PARTS: gl.constexpr, ROUND: gl.constexpr):  # fmt: skip
+def copy_inputs(x_smem, x_ptr, num_tokens, r, slot, PART: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
+                PARTS: gl.constexpr, ROUND: gl.constexpr):  # fmt: skip
     """Asks for a round's pieces of x, seen as [PARTS * BM, PART]; tokens past the last one are copies of it."""
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     BK: gl.constexpr = 8 * side_by_side(DTYPE)
-    layout: gl.constexpr = rows_of_pieces(DTYPE, gl.num_warps())
+    layout: gl.constexpr = _rows_of_pieces(DTYPE, gl.num_warps())
     rows = gl.arange(0, ROUND * PARTS * BM, gl.SliceLayout(1, layout))
     columns = gl.arange(0, BK, gl.SliceLayout(0, layout))
     at = gl.minimum(rows % BM, num_tokens - 1) * K + rows // BM % PARTS * PART + rows // (PARTS * BM) * BK
@@ -80,7 +80,7 @@ def _of_tokens(warps):
 @gluon.jit
 def _sums_in(x_ptr, token, num_tokens, piece, C: gl.constexpr, PART: gl.constexpr, K: gl.constexpr, BM: gl.constexpr,
              PARTS: gl.constexpr, BK: gl.constexpr):  # fmt: skip
-    """C pieces of x from `piece` on, in bfloat16 and in _copy_inputs' order: [C * PARTS, BM, BK]."""
+    """C pieces of x from `piece` on, in bfloat16 and in copy_inputs' order: [C * PARTS, BM, BK]."""
     layout: gl.constexpr = _of_tokens(gl.num_warps())
     rows = gl.arange(0, C * PARTS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     tokens = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
@@ -132,6 +132,17 @@ def read_biases(bias_ptr, rows, outputs: gl.constexpr, HAS_BIAS: gl.constexpr, G
         if GATED != "":
             up_bias = gl.load(bias_ptr + outputs + rows).to(gl.float32)[:, None]
     return bias, up_bias
+
+
+@gluon.jit
+def read_scale(w_scale_ptr, rows, FIRST: gl.constexpr, W_SCALE: gl.constexpr):
+    """Of rows of weights from FIRST on: one, or [rows, 1]."""
+    scale = 1.0
+    if W_SCALE == "one":
+        scale = gl.load(w_scale_ptr)
+    elif W_SCALE == "row":
+        scale = gl.load(w_scale_ptr + FIRST + rows)[:, None]
+    return scale
 
 
 @gluon.jit
@@ -201,11 +212,21 @@ def read_residual(residual_ptr, rows, tokens, num_tokens, outputs: gl.constexpr,
 
 
 @gluon.jit
-def store_sums(new_residual_ptr, squares_ptr, sums, rows, tokens, num_tokens, outputs: gl.constexpr):
-    """The new residual [rows, tokens], and the sum of squares of each token's rows: a program's number of them all."""
-    store_outputs(new_residual_ptr, sums, rows, tokens, num_tokens, outputs)
-    at = squares_ptr + tokens * (outputs // rows.shape[0]) + gl.program_id(0)
-    gl.store(at, gl.sum(sums * sums, 0), mask=tokens < num_tokens)
+def store_sums(
+    y, residual, norm_weights, new_residual_ptr, squares_ptr, rows, tokens, num_tokens, outputs: gl.constexpr,
+    SUMS: gl.constexpr,
+):  # fmt: skip
+    """y, or with SUMS it and the residual, which go to memory as that, times the norm's weights.
+
+    Of each token's rows the sum of squares goes to memory too: a program's number of them all.
+    """
+    if SUMS:
+        y += residual
+        store_outputs(new_residual_ptr, y, rows, tokens, num_tokens, outputs)
+        at = squares_ptr + tokens * (outputs // rows.shape[0]) + gl.program_id(0)
+        gl.store(at, gl.sum(y * y, 0), mask=tokens < num_tokens)
+        y *= norm_weights
+    return y
 
 
 @gluon.jit
@@ -253,7 +274,7 @@ def stream_linear(
     first = gl.program_id(0) * (ROWS // PARTS)
     token = gl.program_id(1) * BM
     for s in gl.static_range(STAGES):
-        _copy_weights(w_smem, w_ptr, first, s, s, PART, outputs, K, ROUND, HALVES)
+        copy_weights(w_smem, w_ptr, first, s, s, PART, outputs, K, ROUND, HALVES)
 
     # What is no output of the kernel in front is read here too: after the products it would have to be waited for.
     lines: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [gl.num_warps(), 1], [0, 1])
@@ -264,14 +285,9 @@ def stream_linear(
     in_one = read_in_one(y_ptr, out_scale_ptr)
     norm_weights = read_norm_weights(norm_weight_ptr, rows, SUMS)
     deltas, flag = read_deltas(deltas_ptr, RANKS), read_flag(step_ptr, calls, call, RANKS)
-    w_scale, up_scale, x_scale = 1.0, 1.0, 1.0
-    if W_SCALE == "one":
-        w_scale = gl.load(w_scale_ptr)
-        up_scale = w_scale
-    elif W_SCALE == "row":
-        w_scale = gl.load(w_scale_ptr + rows)[:, None]
-        if GATED != "":
-            up_scale = gl.load(w_scale_ptr + outputs + rows)[:, None]
+    w_scale, up_scale, x_scale = read_scale(w_scale_ptr, rows, 0, W_SCALE), 1.0, 1.0
+    if GATED != "":
+        up_scale = read_scale(w_scale_ptr, rows, outputs, W_SCALE)
     if X_SCALE == "one":
         x_scale = gl.load(x_scale_ptr)
     x_in_one = 1.0 / x_scale
@@ -284,7 +300,7 @@ def stream_linear(
     else:
         x_ptr += token.to(gl.int64) * K
         for s in gl.static_range(STAGES):
-            _copy_inputs(x_smem, x_ptr, num_tokens - token, s, s, PART, K, BM, PARTS, ROUND)
+            copy_inputs(x_smem, x_ptr, num_tokens - token, s, s, PART, K, BM, PARTS, ROUND)
         if SQUARES:
             squares = read_squares(squares_ptr, token, num_tokens, BM, SQUARES)
     residual = read_residual(residual_ptr, rows, tokens, num_tokens, outputs, SUMS)
@@ -314,9 +330,9 @@ def stream_linear(
         if STAGES < rounds:  # else all is on its way
             ahead = r - 1 + STAGES
             if (r > 0) & (ahead < rounds):
-                _copy_weights(w_smem, w_ptr, first, ahead, (r - 1) % STAGES, PART, outputs, K, ROUND, HALVES)
+                copy_weights(w_smem, w_ptr, first, ahead, (r - 1) % STAGES, PART, outputs, K, ROUND, HALVES)
                 if not QUANTIZES:
-                    _copy_inputs(x_smem, x_ptr, num_tokens - token, ahead, (r - 1) % STAGES, PART, K, BM, PARTS, ROUND)
+                    copy_inputs(x_smem, x_ptr, num_tokens - token, ahead, (r - 1) % STAGES, PART, K, BM, PARTS, ROUND)
         async_copy.commit_group()
         if GATED != "":
             acc, up = warpgroup_mma_wait(0, [acc, up])
@@ -332,8 +348,7 @@ def stream_linear(
         y, staging_ptr, deltas, flag, calls, first, token, num_tokens, outputs, RANKS, RANK, STAGING, PUSH, PULL
     )  # fmt: skip
     if RANKS == 1 or PULL:
-        if SUMS:
-            y += residual
-            store_sums(new_residual_ptr, squares_ptr, y, rows, tokens, num_tokens, outputs)
-            y *= norm_weights
+        y = store_sums(
+            y, residual, norm_weights, new_residual_ptr, squares_ptr, rows, tokens, num_tokens, outputs, SUMS
+        )  # fmt: skip
         store_outputs(y_ptr, y * in_one, rows, tokens, num_tokens, outputs)

@@ -373,8 +373,7 @@ def stream_words(
         y, staging_ptr, deltas, flag, calls, block * 16, token, num_tokens, outputs, RANKS, RANK, STAGING, PUSH, PULL
     )  # fmt: skip
     if RANKS == 1 or PULL:
-        if SUMS:
-            y += residual
-            store_sums(new_residual_ptr, squares_ptr, y, rows, tokens, num_tokens, outputs)
-            y *= norm_weights
+        y = store_sums(
+            y, residual, norm_weights, new_residual_ptr, squares_ptr, rows, tokens, num_tokens, outputs, SUMS
+        )  # fmt: skip
         store_outputs(y_ptr, y * in_one, rows, tokens, num_tokens, outputs)

@@ -20,37 +20,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from trtllm_cli.kernels.triton.device import gated
 from trtllm_cli.kernels.triton.linear import COUNTERS
 from trtllm_cli.kernels.triton.stream_linear import (
+    copy_inputs,
+    copy_weights,
     read_biases,
     read_in_one,
-    rows_of_pieces,
+    read_scale,
     side_by_side,
     store_outputs,
 )
-
-
-@gluon.jit
-def _copy_weights(smem, w_ptr, first, piece, R: gl.constexpr, P: gl.constexpr, outputs: gl.constexpr, K: gl.constexpr):
-    """Asks for a round's pieces [rows, 128 bytes] of a program's rows, from `first` on; of gate's, then up's."""
-    layout: gl.constexpr = rows_of_pieces(smem.dtype, gl.num_warps())
-    ROWS: gl.constexpr = 16 * gl.num_warps()
-    BK: gl.constexpr = smem.shape[1]
-    rows = gl.arange(0, smem.shape[0], gl.SliceLayout(1, layout))
-    columns = gl.arange(0, BK, gl.SliceLayout(0, layout))
-    of_piece = rows % (P * ROWS)
-    at = of_piece // (R * ROWS) * (outputs * K) + of_piece % (R * ROWS) * K + rows // (P * ROWS) * BK
-    w_ptr += first.to(gl.int64) * K + piece * BK
-    async_copy.async_copy_global_to_shared(smem, w_ptr + (at[:, None] + columns[None, :]))
-
-
-@gluon.jit
-def _copy_inputs(smem, x_ptr, num_tokens, piece, BM: gl.constexpr, K: gl.constexpr):
-    """Asks for a round's pieces [tokens, 128 bytes] of x; tokens past the last one are copies of it."""
-    layout: gl.constexpr = rows_of_pieces(smem.dtype, gl.num_warps())
-    BK: gl.constexpr = smem.shape[1]
-    rows = gl.arange(0, smem.shape[0], gl.SliceLayout(1, layout))
-    columns = gl.arange(0, BK, gl.SliceLayout(0, layout))
-    at = gl.minimum(rows % BM, num_tokens - 1) * K + rows // BM * BK
-    async_copy.async_copy_global_to_shared(smem, x_ptr + piece * BK + (at[:, None] + columns[None, :]))
 
 
 @gluon.jit
@@ -127,17 +104,6 @@ def end_split(
 
 
 @gluon.jit
-def _read_scale(w_scale_ptr, rows, W_SCALE: gl.constexpr):
-    """Of rows of weights: one, or [rows, 1]."""
-    scale = 1.0
-    if W_SCALE == "one":
-        scale = gl.load(w_scale_ptr)
-    elif W_SCALE == "row":
-        scale = gl.load(w_scale_ptr + rows)[:, None]
-    return scale
-
-
-@gluon.jit
 def wide_linear(
     x_ptr, w_ptr, w_scale_ptr, x_scale_ptr, bias_ptr, out_scale_ptr, scratch_ptr, y_ptr, num_tokens,
     N: gl.constexpr, K: gl.constexpr, BM: gl.constexpr, R: gl.constexpr, STAGES: gl.constexpr, ROUND: gl.constexpr,
@@ -155,7 +121,8 @@ def wide_linear(
     BK: gl.constexpr = 8 * side_by_side(DTYPE)
     WARPS: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = 16 * WARPS
-    P: gl.constexpr = R if GATED == "" else 2 * R
+    HALVES: gl.constexpr = 1 if GATED == "" else 2
+    P: gl.constexpr = HALVES * R
     rounds: gl.constexpr = K // (BK * ROUND * SPLIT)
     gl.static_assert(rounds * ROUND * BK * SPLIT == K and outputs % (R * ROWS) == 0 and outputs * K < 2**31)
     gl.static_assert(2 < STAGES and STAGES <= rounds and BM % 8 == 0)
@@ -164,11 +131,11 @@ def wide_linear(
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, DTYPE.primitive_bitwidth, 2)
     w_smem = gl.allocate_shared_memory(DTYPE, [STAGES, ROUND * P * ROWS, BK], swizzled)
     x_smem = gl.allocate_shared_memory(DTYPE, [STAGES, ROUND * BM, BK], swizzled)
-    start = gl.program_id(0) * (rounds * ROUND)
+    start = gl.program_id(0) * rounds
     token = gl.program_id(1) * BM
     first = gl.program_id(2) * (R * ROWS)
     for s in gl.static_range(STAGES):
-        _copy_weights(w_smem.index(s), w_ptr, first, start + s * ROUND, R, P, outputs, K)
+        copy_weights(w_smem, w_ptr, first, start + s, s, K, outputs, K, ROUND, HALVES)
 
     # What is no output of the kernel in front is read here too: after the products it would have to be waited for.
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 2 * side_by_side(DTYPE)])
@@ -176,9 +143,9 @@ def wide_linear(
     for r in gl.static_range(R):
         rows = first + r * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, mma))
         biases += read_biases(bias_ptr, rows, outputs, HAS_BIAS, GATED)
-        scales += (_read_scale(w_scale_ptr, rows, W_SCALE),)
+        scales += (read_scale(w_scale_ptr, rows, 0, W_SCALE),)
         if GATED != "":
-            up_scales += (_read_scale(w_scale_ptr, outputs + rows, W_SCALE),)
+            up_scales += (read_scale(w_scale_ptr, rows, outputs, W_SCALE),)
     in_one = read_in_one(y_ptr, out_scale_ptr)
     x_scale = 1.0
     if X_SCALE == "one":
@@ -188,7 +155,7 @@ def wide_linear(
         gdc_wait()
     x_ptr += token.to(gl.int64) * K
     for s in gl.static_range(STAGES):
-        _copy_inputs(x_smem.index(s), x_ptr, num_tokens - token, start + s * ROUND, BM, K)
+        copy_inputs(x_smem, x_ptr, num_tokens - token, start + s, s, K, K, BM, 1, ROUND)
     async_copy.commit_group()
     if X_SCALE == "row":
         tokens = token + gl.arange(0, BM, gl.SliceLayout(0, mma))
@@ -215,9 +182,9 @@ def wide_linear(
         if STAGES < rounds:  # else all is on its way
             ahead = i - 2 + STAGES
             if (i > 1) & (ahead < rounds):
-                free, piece = (i - 2) % STAGES, start + ahead * ROUND
-                _copy_weights(w_smem.index(free), w_ptr, first, piece, R, P, outputs, K)
-                _copy_inputs(x_smem.index(free), x_ptr, num_tokens - token, piece, BM, K)
+                free = (i - 2) % STAGES
+                copy_weights(w_smem, w_ptr, first, start + ahead, free, K, outputs, K, ROUND, HALVES)
+                copy_inputs(x_smem, x_ptr, num_tokens - token, start + ahead, free, K, K, BM, 1, ROUND)
         async_copy.commit_group()
         sums = waited(parts, sums)
     sums = waited(0, sums)

@@ -28,12 +28,12 @@ TILE = gl.constexpr(128)  # inputs of a product
 @gluon.constexpr_function
 def _as_words(blocks, warps):
     """The layout of [blocks, words] in which a lane has the words that are its own of each piece, and copies them."""
-    of_pieces = [[0, 128 << i] for i in range((TILE.value // 64).bit_length() - 1)]
+    of_pieces = [[0, i] for i in _doubled(128, 2 * TILE.value)]
     registers = [[0, 1], [0, 2], *of_pieces, *([i, 0] for i in _doubled(warps, blocks))]
-    lanes = [[0, 4 << i] for i in range(5)]
+    lanes = [[0, i] for i in _doubled(4, 128)]
     return gl.DistributedLinearLayout(
-        registers, lanes, [[1 << i, 0] for i in range(warps.bit_length() - 1)], [], [blocks, 2 * TILE.value]
-    )
+        registers, lanes, [[i, 0] for i in _doubled(1, warps)], [], [blocks, 2 * TILE.value]
+    )  # fmt: skip
 
 
 @gluon.constexpr_function

@@ -110,7 +110,9 @@ def checked(
                 f"GPU ({gpu}; {by:.2g} apart): others take its place, which are slower for few tokens. "
                 "Please report it"
             )
-            wrong.update(places if "without_peers" in steps[places[0]] else ())
+            if "without_peers" in steps[places[0]]:
+                wrong.update(places)
+                continue
             for place in places:
                 ways = [list(each) for each in out[place]["ways"]]
                 ways[way][1] = _many(steps, place)
