@@ -131,7 +131,8 @@ def test_what_ships_is_a_candidate():
                 group=128 if form in ("int4", "fp8 group") else 0, gated="silu" * gated,
                 x_type="*fp8e4nv" if form.startswith("fp8") else "*bf16", **scales,
             )  # fmt: skip
-            assert shipped_tactics(shape) == [(most, Tactic(kernel, tiles)) for most, kernel, tiles in ways]
+            firsts = {most: Tactic(kernel, tiles) for most, kernel, tiles in reversed(ways)}
+            assert shipped_tactics(shape) == sorted(firsts.items())
             for most, kernel, tiles in ways:
                 assert Tactic(kernel, tiles) in candidates(shape, most)
 
@@ -144,6 +145,16 @@ def test_stream_is_for_hopper(arch):
     assert any(t.kernel == "stream" for t in candidates(QKV, 1, arch)) == (arch == "sm_90a")
     uneven = LinearShape("bf16", 960, 576)  # whose rows are no whole pieces
     assert {way.source.function for _, way in LinearTactics(arch).few_tokens(uneven)} >= {"vector_linear"}
+
+
+def test_what_ships_for_others_than_hopper():
+    """Of several for as many tokens the first that an architecture or a form of weights allows."""
+    down = LinearShape("int4", 4096, 14336, group=128)
+    assert [tactic.kernel for _, tactic in shipped_tactics(down)[-3:]] == ["wide"] * 3
+    for ways in (shipped_tactics(down, "sm_89"), shipped_tactics(replace(down, form="int8"))):
+        assert [(most, tactic.kernel) for most, tactic in ways[-2:]] == [(16, "fragment"), (64, "fragment")]
+    gate = LinearShape("fp8", 28672, 4096, gated="silu", x_type="*fp8e4nv")
+    assert (64, Tactic("skinny", (64, 64, 128, 1, 5, 4))) in shipped_tactics(gate, "sm_89")
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,6 @@ def work_of_ranks(engine, device):
 
 def test_linears_in_front_sum_over_ranks(tmp_path, monkeypatch):
     ckpt = checkpoint(tmp_path, None, num_hidden_layers=1, tp_size=2, **WIDE)
-    assert chains_of(engine_of(ckpt, tmp_path / "not yet")) == []
-    monkeypatch.setattr(cuda_norms_between, "OVER_RANKS", True)
     engine = engine_of(ckpt, tmp_path / "engine")
     assert chains_of(engine) == ["linear+all_reduce+add_rms_norm+linear+gated_act"]
     (found, again), _, calls = work_of_ranks(engine, InterpreterDevice)
@@ -131,7 +129,6 @@ def test_linears_in_front_sum_over_ranks(tmp_path, monkeypatch):
 
 def test_ranks_whose_first_loads_find_different_things(tmp_path, monkeypatch):
     """One that computes such a sum by a kernel of its own exchanges the same words."""
-    monkeypatch.setattr(cuda_norms_between, "OVER_RANKS", True)
     engine = engine_of(checkpoint(tmp_path, None, num_hidden_layers=1, tp_size=2, **WIDE), tmp_path / "engine")
     (expected, _), _, _ = work_of_ranks(engine, InterpreterDevice)
     apart = cuda_check.apart

@@ -107,7 +107,6 @@ def test_some_rows_go_without_flags(tmp_path, snapshot, one_rank, monkeypatch, t
 
 
 def test_few_logits_are_gathered_in_words(tmp_path, snapshot, one_rank, monkeypatch):
-    monkeypatch.setattr(cuda_collectives, "GATHERED_IN_WORDS", 1 << 20)
     runners = []
     check(logits_of(build(tmp_path, snapshot, options={"tp_size": 2}), runners)[0], one_rank)
     gather = next(step for step in runners[0]._plan["steps"] if step["op"] == "all_gather")

@@ -17,8 +17,7 @@ from trtllm_cli.graph import Node
 # moves no more bytes than any other way does; among more, what a rank sends to all the others together is to be little.
 ONE_SHOT = 128 << 20
 ONE_SHOT_OF_MORE = 4 << 20
-IN_WORDS = 512 << 10  # up to which each word has its flag
-GATHERED_IN_WORDS = 0  # of an all-gather, where it is one kernel; IN_WORDS once it is measured on GPUs
+IN_WORDS = 512 << 10  # up to which each word has its flag, of an all-gather too
 ROW_BLOCK = 4096  # elements that a program sums of what goes without
 _SLOTS = 2  # calls that staging memory is for at a time
 _WIDEST_NORM = 16384  # elements of a row that a program has in registers
@@ -115,7 +114,7 @@ class CollectiveLaunches(RowLaunches):
         grid: list[Dim] = [self._dim(x), -(-width // block)]
         copy = self.launch("collectives", "all_gather", grid, copied, WIDTH=width, BLOCK=block, **group)
         ways: list[tuple[int | None, list[Launch]]] = [(None, [sync, copy, sync])]
-        few = min(GATHERED_IN_WORDS // self._row_bytes(node.inputs["x"]), self.build_config.max_batch_size)
+        few = min(IN_WORDS // self._row_bytes(node.inputs["x"]), self.build_config.max_batch_size)
         if few and self._reduces and self._is_words(node):
             ways.insert(0, (few, [self._gathered_in_words(node, few)]))
         self.ways(node.op, symbol, ways, without_peers=[self._over_group(node)])

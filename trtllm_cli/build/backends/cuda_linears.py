@@ -99,7 +99,8 @@ _Table = dict[tuple[int, int, bool], list[tuple[int, str, tuple[int, ...]]]]
 # what cuBLASLt does as fast within 3%, with the 3 us that a gated activation by itself takes; int8 and int4 compete
 # with cuBLASLt on dequantized weights. Up to 8 tokens what counts is a whole step's time: what takes less of a
 # multiprocessor has more of its weights on their way when the kernel in front ends, and kernels that are the fastest by
-# themselves make steps up to 10% longer.
+# themselves make steps up to 10% longer. Of several for as many tokens it is the first that shape and architecture
+# allow.
 _SHIPPED: dict[str, _Table] = {
     "bf16": {
         (6144, 4096, False): [
@@ -137,7 +138,7 @@ _SHIPPED: dict[str, _Table] = {
         (6144, 4096, False): [
             (1, "stream", (1, 8, 2, 1, 4)), (2, "stream", (2, 4, 6, 1, 4)),
             (4, "stream", (4, 4, 4, 1, 4)), (8, "stream", (8, 4, 4, 1, 4)),
-            (16, "stream", (16, 2, 6, 1, 4)),
+            (16, "stream", (16, 2, 6, 1, 4)), (32, "wide", (32, 1, 6, 1, 1, 4)), (64, "wide", (64, 1, 6, 1, 1, 4)),
         ],
         (4096, 4096, False): [
             (1, "stream", (1, 8, 1, 4, 4)), (2, "stream", (2, 4, 6, 1, 4)),
@@ -147,7 +148,8 @@ _SHIPPED: dict[str, _Table] = {
         (14336, 4096, True): [
             (1, "stream", (1, 8, 1, 4, 4)), (2, "stream", (2, 4, 3, 1, 4)),
             (4, "stream", (4, 4, 3, 1, 4)), (8, "stream", (8, 2, 6, 1, 4)),
-            (16, "stream", (16, 2, 4, 1, 4)), (64, "skinny", (64, 64, 128, 1, 5, 4)),
+            (16, "stream", (16, 2, 4, 1, 4)), (32, "skinny", (64, 64, 128, 1, 5, 4)),
+            (64, "wide", (64, 1, 4, 1, 1, 4)), (64, "skinny", (64, 64, 128, 1, 5, 4)),
         ],
         (4096, 14336, False): [
             (1, "stream", (1, 8, 3, 2, 4)), (2, "stream", (2, 4, 4, 1, 4)),
@@ -158,19 +160,24 @@ _SHIPPED: dict[str, _Table] = {
     "int4": {
         (6144, 4096, False): [
             (1, "words", (1, 6, 1, 4)), (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 2, 1, 8)),
-            (32, "fragment", (16, 1, 2, 4, 1, 4)),
+            (16, "wide", (16, 1, 4, 2, 4, 4)), (32, "wide", (32, 1, 3, 2, 4, 4)), (32, "fragment", (16, 1, 2, 4, 1, 4)),
+            (64, "wide", (64, 1, 2, 2, 2, 8)),
         ],
         (4096, 4096, False): [
             (1, "words", (1, 2, 2, 8)), (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 4, 1, 8)),
-            (16, "fragment", (16, 1, 2, 2, 1, 8)), (32, "fragment", (32, 1, 1, 4, 1, 8)),
+            (16, "wide", (16, 1, 4, 2, 4, 4)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
+            (32, "wide", (32, 1, 2, 2, 4, 8)), (32, "fragment", (32, 1, 1, 4, 1, 8)),
+            (64, "wide", (64, 1, 3, 1, 4, 8)),
         ],
         (14336, 4096, True): [
             (1, "words", (1, 4, 1, 4)), (2, "words", (2, 4, 1, 4)), (8, "fragment", (8, 1, 2, 2, 1, 2)),
-            (16, "fragment", (16, 1, 1, 2, 1, 4)), (64, "fragment", (32, 2, 1, 1, 1, 4)),
+            (16, "wide", (16, 1, 4, 1, 2, 4)), (16, "fragment", (16, 1, 1, 2, 1, 4)),
+            (32, "wide", (32, 1, 4, 1, 1, 8)), (64, "wide", (64, 1, 3, 1, 1, 8)), (64, "fragment", (32, 2, 1, 1, 1, 4)),
         ],
         (4096, 14336, False): [
             (1, "words", (1, 7, 1, 8)), (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 4, 1, 8)),
-            (16, "fragment", (16, 1, 2, 2, 1, 8)), (64, "fragment", (32, 2, 1, 2, 1, 8)),
+            (16, "wide", (16, 1, 4, 2, 4, 4)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
+            (32, "wide", (32, 1, 2, 2, 4, 8)), (64, "wide", (64, 1, 2, 2, 4, 8)), (64, "fragment", (32, 2, 1, 2, 1, 8)),
         ],
     },
     "fp8 group": {
@@ -196,6 +203,8 @@ def shipped_tactics(shape: LinearShape, arch: str = STREAMS) -> list[tuple[int, 
     table = _table(shape)
     ways: list[tuple[int, Tactic]] = []
     for most, kernel, tiles in table[min(table, key=distance)]:
+        if ways and ways[-1][0] == most:
+            continue
         tactic = adapted(shape, Tactic(kernel, tiles)) if kernel not in AHEAD or arch == STREAMS else None
         if tactic is None and kernel == "stream":
             plain = _without_streams(shape, most)

@@ -29,8 +29,6 @@ from trtllm_cli.graph import Node
 # kernel of its own, in whole steps on an H200.
 MOST_TOKENS = {"bf16": 8, "fp8": 1, "int4": 8}
 
-OVER_RANKS = False  # whether a sum over ranks may lie between: not measured on GPUs yet
-
 
 @dataclass(frozen=True)
 class NormBetween:
@@ -94,7 +92,7 @@ class NormsBetween(LinearLaunches, CollectiveLaunches):
         reduce = self.only_reader(before.outputs[0], "all_reduce")
         norm = self._norm_after(reduce) if reduce else self.only_reader(before.outputs[0], "add_rms_norm")
         after = norm and self.only_reader(norm.outputs[0], "linear")
-        if norm is None or after is None or before.outputs[0] in self._between or (reduce and not OVER_RANKS):
+        if norm is None or after is None or before.outputs[0] in self._between:
             return None
         act = self._activation_after(after)
         residual, new_residual = norm.inputs["residual"], norm.outputs[1]
