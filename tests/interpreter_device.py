@@ -149,12 +149,16 @@ class InterpreterDevice:
                 return region[start:end].view(dtype)
         raise AssertionError("an address outside of all memory")
 
-    def mm(self, x, w, bias, y):
-        self.do(lambda: y.copy_(x.float() @ w.float() + (0 if bias is None else bias.float())))
+    blas = ""
 
-    def scaled_mm(self, x, w, x_scale, w_scale, bias, y):
+    def algorithms(self, product):
+        return []
+
+    def product(self, product, algorithm):
+        x, w, y, bias, scales = product
+        of_x, of_w = scales or (1, 1)
         more = 0 if bias is None else bias.float()
-        self.do(lambda: y.copy_((x.float() @ w.float()) * x_scale * w_scale + more))
+        return lambda: self.do(lambda: y.copy_((x.float() @ w.float()) * of_x * of_w + more))
 
     def active(self):
         return contextlib.nullcontext()

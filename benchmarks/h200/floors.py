@@ -17,7 +17,7 @@ BANDWIDTH = 4.3e12  # bytes/s, read and written, of a copy
 BF16_RATE, FP8_RATE = 790e12, 1400e12  # dense FLOP/s
 PEAK_BF16 = 989e12  # FLOP/s on paper: what published shares of peak are of
 HOST_BANDWIDTH = 55e9  # bytes/s, from pinned host memory: results/gpu_links_h200.md
-MEMORY = 141e9 * 0.94  # bytes, less what the driver and the libraries take
+MEMORY = (139.8 * 2**30) * 0.94  # bytes, less what the driver and the libraries take
 VOCAB = 128256
 
 
@@ -81,7 +81,7 @@ WORKLOADS = {
     "sat-128-128": Workload(2048, 8192, 128, 128),
     "sat-1000-1000": Workload(600, 2048, 1000, 1000),
     "sat-2048-128": Workload(512, 2048, 2048, 128),
-    "sat-2048-2048": Workload(440, 1280, 2048, 2048),
+    "sat-2048-2048": Workload(480, 1280, 2048, 2048),
 }
 
 
@@ -174,12 +174,12 @@ def most_at_once(model: Model, fmt: str, kv: str, length: int) -> int:
 
 
 def throughput(model: Model, fmt: str, kv: str, work: Workload, most: int, requests: int | None = None) -> float:
-    """Output tokens/s: waves of as many requests as fit, prompts first, then a token each a step."""
+    """Output tokens/s: as few waves of as many requests each as fit, prompts first, then a token each a step."""
     left = requests or work.full
     fit = max(1, min(most, most_at_once(model, fmt, kv, work.prompt + work.output)))
     seconds, tokens = 0.0, left * work.output
-    while left > 0:
-        batch = min(left, fit)
+    for waves in range(-(-left // fit), 0, -1):
+        batch = -(-left // waves)
         steps = work.output - 1  # the prefill gives the first
         context = work.prompt + work.output / 2
         seconds += prefill(model, fmt, batch, work.prompt) + steps * decode(model, fmt, kv, batch, context)

@@ -149,6 +149,7 @@ def runner_of(
         device.is_checked = False  # the weights are zeros until they are filled
         runner = CudaRunner(FakeEngine(FakeConfig(build_config), path), rank, device, comm)
         _fill(runner, lowered)
+    runner.choose_algorithms()
     runner.allocate_kv_cache(num_blocks)
     _fill_cache(runner._kv, options.get("kv_cache_dtype"))
     torch.cuda.synchronize()

@@ -76,6 +76,7 @@ def test_what_is_right_stays(tmp_path, monkeypatch, qformat):
     runner = load(engine)
     assert runner.notes == []
     assert runner._device.launches > 5  # of five kinds
+    assert (48 in runner._graph_sizes) == (qformat is None)
     logits, ours = logits_and_ways(runner)
     assert all(ours)
     (file,) = (cache_dir() / "checked").iterdir()

@@ -26,6 +26,7 @@ from trtllm_cli.run.backends.cuda_inputs import (
     SpecialSlot,
     count_tokens,
 )
+from trtllm_cli.run.backends.cuda_products import Chosen, chosen, has_fp8_products
 from trtllm_cli.run.backends.cuda_program import Program, key_of, without_peers
 from trtllm_cli.run.backends.cuda_settle import settled
 from trtllm_cli.run.backends.cuda_weights import DeviceWeights
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 # Sequences of a decode step's graph: a step is padded to the next. Linears take what is padded as well.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, *range(128, 513, 32), *range(576, 1025, 64), 1280, 1536, 1792, 2048)
+_SLOW_IN_FP8 = (48,)  # of them: cuBLASLt takes longer than for the next one (an H200's step of 8B 3.58 ms, of 64 3.26)
 _MIXED_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # of a step with prompts, where tokens are padded
 _MOST_AT_ONCE = 512  # tokens of a step with prompts that is captured when it is first met: the host would be too slow
 _GRAPH_STEP = 32  # tokens to which such a step is padded, larger ones to twice that
@@ -83,6 +85,7 @@ class CudaRunner:
         self._kv: torch.Tensor | None = None
         self._caches: list[tuple[int, int]] = []  # each layer's k and v: where they begin
         self._programs: dict[Any, Program] = {}
+        self._chosen: Chosen = {}
         self._graphs: dict[tuple[bool, int, int], Callable[[], None]] = {}
         self._met: set[tuple[int, int]] = set()
         self.notes: list[str] = []  # for users
@@ -114,12 +117,17 @@ class CudaRunner:
         )
         self.has_peers = self._find_peers(whole)  # whether kernels here write to the memory of other ranks' GPUs
         self._steps = plan["steps"] if self.has_peers else without_peers(plan["steps"])
-        gpu = f"{device.name}, torch {torch.__version__}"
-        self._steps = settled(self._steps, self._file.metadata["plan"], gpu, self._rows, self._measure)
+        self._gpu = f"{device.name}, torch {torch.__version__}"  # what times depend on
+        if device.is_checked:
+            self.choose_algorithms()
+        self._steps = settled(self._steps, self._file.metadata["plan"], self._gpu, self._rows, self._measure)
         if device.is_checked:
             comparison = Comparison(plan["kernels"], self._tensor, self._trial)
             with device.active():
-                self._steps, self.notes = checked(self._steps, self._file.metadata["plan"], gpu, self._rows, comparison)
+                self._steps, self.notes = checked(
+                    self._steps, self._file.metadata["plan"], self._gpu, self._rows, comparison
+                )
+        self._graph_sizes = [n for n in GRAPH_SIZES if n not in _SLOW_IN_FP8 or not has_fp8_products(self._steps)]
         self._last = device.empty((limits.max_batch_size + 1) * 4, "the tokens")
         self._last.zero_()
         self._layouts = [InputLayout(limits, mixed=mixed) for mixed in (False, True)]
@@ -138,6 +146,13 @@ class CudaRunner:
             [device.host(4 * shape[0] * shape[1]).view(dtype).view(shape) for dtype in (torch.int32, torch.float32)]
             for _ in range(_SLOTS)
         ]  # token ids, and their log probabilities
+
+    def choose_algorithms(self) -> None:
+        """Finds what computes the plan's matrix products the fastest, with the weights that are there."""
+        with self._device.active():
+            self._chosen = chosen(
+                self._steps, self._gpu, self._rows, self._device, self._tensor, self._comm.activity.tick
+            )  # fmt: skip
 
     @property
     def bytes_per_block(self) -> int:
@@ -232,7 +247,7 @@ class CudaRunner:
 
     def _padded(self, tokens: int, seqs: int, mixed: bool) -> tuple[int, int]:
         """A step's tokens and sequences as a graph has them."""
-        sizes = _MIXED_SIZES if mixed else GRAPH_SIZES
+        sizes = _MIXED_SIZES if mixed else self._graph_sizes
         seqs = min(next((s for s in sizes if s >= seqs), seqs), self._limits.max_batch_size)
         step = _GRAPH_STEP if tokens <= _MOST_AT_ONCE else 2 * _GRAPH_STEP
         return (min(-(-tokens // step) * step, self._limits.max_num_tokens) if mixed else seqs), seqs
@@ -301,7 +316,7 @@ class CudaRunner:
         if key not in self._programs:
             self._programs[key] = Program(
                 self._device, self._kernels, steps, lambda ref: self._address(ref, mixed), self._tensor, self._rows,
-                ways, mixed=mixed,
+                ways, mixed=mixed, chosen=self._chosen,
             )  # fmt: skip
         return self._programs[key]
 
@@ -316,7 +331,8 @@ class CudaRunner:
         self._comm.activity.tick()
         way = (0,) * len(steps)
         program = Program(
-            self._device, self._kernels, steps, self._address, self._tensor, self._rows, way, mixed=False
+            self._device, self._kernels, steps, self._address, self._tensor, self._rows, way, mixed=False,
+            chosen=self._chosen,
         )  # fmt: skip
         program.resize({"num_tokens": rows, "num_seqs": rows, "num_logits": rows})
         return program

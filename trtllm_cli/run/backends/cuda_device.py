@@ -11,8 +11,9 @@ import torch
 
 from trtllm_cli.errors import DeviceError, ResourceError
 from trtllm_cli.kernels.cuda.driver import Driver, Launch
-from trtllm_cli.kernels.cuda.graph_time import graph_milliseconds
+from trtllm_cli.kernels.cuda.graph_time import captured, graph_milliseconds
 from trtllm_cli.kernels.cuda.kernel import CompiledKernel
+from trtllm_cli.run.backends.cuda_blas import Blas, Product
 from trtllm_cli.run.backends.nccl import Nccl
 
 if TYPE_CHECKING:
@@ -37,7 +38,12 @@ class Device(Protocol):
 
     torch_device: torch.device
     name: str
-    is_checked: bool  # whether what kernels compute here is compared before it is used
+    is_checked: bool  # whether what kernels compute is compared, and algorithms are timed, before they are used
+
+    @property
+    def blas(self) -> str:
+        """The library that `algorithms` are of, and its version; "": there is none."""
+        ...
 
     def empty(self, nbytes: int, what: str) -> torch.Tensor:
         """uint8 [nbytes] on the device. Raises ResourceError, naming `what` it is for, where there is no room."""
@@ -55,15 +61,12 @@ class Device(Protocol):
         """A launch with these arguments: addresses and numbers."""
         ...
 
-    def mm(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
-        """`y = x @ w + bias`, bfloat16 but for y, which may be float32."""
+    def algorithms(self, product: Product) -> list[str]:
+        """By which the product may be computed, what is likely the fastest first; none: there is no choice."""
         ...
 
-    def scaled_mm(
-        self, x: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None,
-        y: torch.Tensor,
-    ) -> None:  # fmt: skip
-        """`y = (x * x_scale) @ (w * w_scale) + bias`, x and w E4M3; scales [] each, or [rows, 1] and [1, columns]."""
+    def product(self, product: Product, algorithm: str) -> Callable[[], object]:
+        """What enqueues the product, by one of its `algorithms` or, "", as torch does."""
         ...
 
     def join(self, rank: Rank, comm: Communicator) -> None:
@@ -136,6 +139,7 @@ class CudaDevice:
         self.driver = Driver.open(index)
         self.name = self.driver.name
         self.stream = torch.cuda.Stream(self.torch_device)
+        self._blas = Blas(self.stream.cuda_stream, self.torch_device)
         self._nccl: Nccl | None = None
         self._mapped: list[int] = []  # other ranks' memory
 
@@ -166,24 +170,18 @@ class CudaDevice:
         """See Device."""
         return _StreamLaunch(kernel.prepare(grid, values), self.stream.cuda_stream)
 
-    def mm(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    @property
+    def blas(self) -> str:
         """See Device."""
-        if y.dtype == torch.float32:
-            assert bias is None
-            torch.mm(x, w, out_dtype=torch.float32, out=y)
-        elif bias is not None:
-            torch.addmm(bias, x, w, out=y)
-        else:
-            torch.mm(x, w, out=y)
+        return self._blas.name
 
-    def scaled_mm(
-        self, x: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None,
-        y: torch.Tensor,
-    ) -> None:  # fmt: skip
+    def algorithms(self, product: Product) -> list[str]:
         """See Device."""
-        torch._scaled_mm(
-            x, w, scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=y.dtype, use_fast_accum=True, out=y
-        )
+        return self._blas.algorithms(product)
+
+    def product(self, product: Product, algorithm: str) -> Callable[[], object]:
+        """See Device."""
+        return self._blas.bound(product, algorithm)
 
     def join(self, rank: Rank, comm: Communicator) -> None:
         """See Device."""
@@ -249,14 +247,7 @@ class CudaDevice:
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """See Device."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):  # not torch.cuda.graph, which first waits for the GPU and empties caches
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                enqueue()
-            finally:
-                graph.capture_end()
-        return graph.replay
+        return captured(self.stream, enqueue)
 
     def milliseconds(self, enqueue: Callable[[], None]) -> float:
         """See Device."""

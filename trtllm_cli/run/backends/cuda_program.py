@@ -8,13 +8,12 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
+from trtllm_cli.run.backends.cuda_products import Chosen, ProductLaunch, TensorAt
 
 if TYPE_CHECKING:
     from trtllm_cli.run.backends.cuda_device import Device
 
 Counts = Mapping[str, int]  # of tokens, sequences, logits, samples
-TensorAt = Callable[[Any, str, tuple[int, int]], "torch.Tensor"]  # of a dtype, [rows, columns], at a reference
 
 
 class Program:
@@ -23,10 +22,10 @@ class Program:
     def __init__(
         self, device: Device, kernels: Sequence[Any], steps: Sequence[Mapping[str, Any]], address: Callable[[Any], int],
         tensor: TensorAt, most_rows: Counts, key: tuple[int, ...], *,
-        mixed: bool,
+        mixed: bool, chosen: Chosen,
     ) -> None:  # fmt: skip
-        """`address` gives a reference's address; `key`: see `key_of`."""
-        self._parts: list[_Kernel | _Product | _Collective] = []
+        """`address` gives a reference's address; `key`: see `key_of`; `chosen`: products' algorithms."""
+        self._parts: list[_Kernel | ProductLaunch | _Collective] = []
         for step, way in zip(steps, key, strict=True):
             for launch in step["ways"][way][1]:
                 if launch.get("when") == ("decode" if mixed else "mixed"):
@@ -34,7 +33,7 @@ class Program:
                 if "kernel" in launch:
                     self._parts.append(_Kernel(device, kernels, launch, address))
                 elif launch["call"] in ("mm", "scaled_mm"):
-                    self._parts.append(_Product(device, launch, tensor, most_rows[launch["rows"]]))
+                    self._parts.append(ProductLaunch(device, launch, tensor, most_rows, chosen))
                 else:
                     self._parts.append(_Collective(device, launch, tensor, most_rows[launch["rows"]]))
 
@@ -132,45 +131,6 @@ def _extent(dim: int | Sequence[Any], counts: Counts) -> int:
     other, *times = rest
     more = other if isinstance(other, int) else counts[other]
     return int((count // per + more) * (times[0] if times else 1))
-
-
-class _Product:
-    """A matrix product by torch: cuBLASLt, or CUTLASS where rows have scales."""
-
-    def __init__(self, device: Device, call: Mapping[str, Any], tensor: TensorAt, most: int) -> None:
-        n, k = call["n"], call["k"]
-        self._device, self._symbol = device, call["rows"]
-        self._x = tensor(call["x"], call["x_dtype"], (most, k))
-        self._w = tensor(call["w"], call["x_dtype"], (n, k)).t()
-        self._bias = None if call["bias"] is None else tensor(call["bias"], "bfloat16", (1, n))[0]
-        y, dtype = call["y"], call["y_dtype"]
-        if isinstance(y, list):  # behind so many bytes for each row
-            base, _, size = y
-            self._y: Callable[[int], torch.Tensor] = lambda rows: tensor([base, None, rows * size], dtype, (rows, n))
-        else:
-            whole = tensor(y, dtype, (most, n))
-            self._y = lambda rows: whole[:rows]
-        self._scales: tuple[torch.Tensor, torch.Tensor] | None = None
-        if call["call"] == "scaled_mm":
-            by_row = call["x_scale_rows"] or call["w_scale_rows"]
-            x_scale = tensor(call["x_scale"], "float32", (most if call["x_scale_rows"] else 1, 1))
-            w_scale = tensor(call["w_scale"], "float32", (1, n if call["w_scale_rows"] else 1))
-            if by_row:
-                self._scales = x_scale.expand(most, 1).contiguous(), w_scale.expand(1, n).contiguous()
-            else:
-                self._scales = x_scale.reshape(()), w_scale.reshape(())
-            # a copy would not see what a later step writes
-            assert not call["x_scale_rows"] or self._scales[0].data_ptr() == x_scale.data_ptr()
-
-    def resize(self, counts: Counts) -> None:
-        rows = counts[self._symbol]
-        x, y = self._x[:rows], self._y(rows)
-        if self._scales is None:
-            self.enqueue = functools.partial(self._device.mm, x, self._w, self._bias, y)
-            return
-        x_scale, w_scale = self._scales
-        x_scale = x_scale if x_scale.ndim == 0 else x_scale[:rows]
-        self.enqueue = functools.partial(self._device.scaled_mm, x, self._w, x_scale, w_scale, self._bias, y)
 
 
 class _Collective:
