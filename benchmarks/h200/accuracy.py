@@ -14,15 +14,14 @@ import argparse
 import json
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 
-from benchmarks.h200.synthetic import FORMATS, SHAPES, config_of, graph_of, prefill_inputs, runner_of
+from benchmarks.h200.synthetic import FORMATS, SHAPES, config_of, decode_inputs, graph_of, prefill_inputs, runner_of
 from trtllm_cli.engine import BuildConfig
 from trtllm_cli.graph import Graph, Node
 from trtllm_cli.kernels.reference import Reference
-from trtllm_cli.run.model_inputs import ModelInputs
 
+BLOCKS = 64  # of the cache
 MOST = 2.0  # times the error that rounding alone makes
 
 
@@ -44,35 +43,37 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--formats", choices=FORMATS, nargs="*", default=["bf16", "fp8"])
-    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=200, help="of a prompt")
+    parser.add_argument("--sequences", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--output", default="")
     a = parser.parse_args()
     results = []
     for fmt in a.formats:
-        options = {"max_batch_size": 8, "max_num_tokens": 512, "max_seq_len": 1024}
-        runner, config = runner_of(a.shape, fmt, num_blocks=64, layers=a.layers, **options)
+        options = {"max_batch_size": max(a.sequences, 8), "max_num_tokens": 512, "max_seq_len": 1024}
+        runner, config = runner_of(a.shape, fmt, num_blocks=BLOCKS, layers=a.layers, **options)
         graph = graph_of(config_of(a.shape, fmt, a.layers), 0, config)
         with torch.device("cuda"), torch.inference_mode():
             torch.backends.cuda.matmul.allow_tf32 = False
             weights = {name: _weight(runner, graph, name) for name in graph.weights}
             exact, rounded = (_reference(kind, graph, weights, config) for kind in (Reference, Rounded))
-            prompt = prefill_inputs(config, [a.tokens])
-            decodes = (_next(prompt, a.tokens + i, config.tokens_per_block) for i in range(a.steps))
-            inputs = [prompt, *decodes]
-            for i, step in enumerate(inputs):
+            prompt = prefill_inputs(config, [a.tokens] * a.sequences)
+            decodes = [decode_inputs(config, a.sequences, a.tokens + i) for i in range(a.steps)]
+            assert all(len(d.block_tables[0]) == len(prompt.block_tables[0]) for d in decodes), "they begin a block"
+            for i, step in enumerate([prompt, *decodes]):
                 got = torch.from_numpy(runner.forward(step).copy()).cuda()
                 on_device = {k: torch.from_numpy(v).cuda() for k, v in vars(step).items()}
                 [want], [coarse] = exact.step(on_device), rounded.step(on_device)
                 error, noise = (((x - want).norm() / want.norm()).item() for x in (got, coarse))
-                same = bool((got.argmax(1) == want.argmax(1)).all())
-                results.append(
-                    {"shape": a.shape, "format": fmt, "step": i, "error": error, "rounding": noise, "same_best": same}
-                )
+                same = (got.argmax(1) == want.argmax(1)).float().mean().item()
+                row = {"shape": a.shape, "format": fmt, "sequences": a.sequences, "step": i}
+                results.append({**row, "error": error, "rounding": noise, "same_best": same})
                 verdict = "ok" if error < MOST * noise else "TOO FAR"
-                kind = "prompt" if i == 0 else "decode"
-                print(f"{a.shape} {fmt} {kind}: {error:.2e}, rounding alone {noise:.2e}: {verdict}, best token {same}")
+                kind = f"{'decode' if i else 'prompt'} x{a.sequences}"
+                print(
+                    f"{a.shape} {fmt} {kind}: {error:.2e}, rounding alone {noise:.2e}: {verdict}, best token {same:.0%}"
+                )
         del exact, rounded, weights
         runner.close()
         torch.cuda.empty_cache()
@@ -85,7 +86,7 @@ def _reference(kind: type[Reference], graph: Graph, weights: dict[str, torch.Ten
     """One over weights that are in float32 already."""
     made = kind.__new__(kind)
     made.graph, made.block_size, made.comm, made.weights = graph, config.tokens_per_block, None, weights
-    made.caches, made.tables, made.num_slots = {}, {}, 64 * config.tokens_per_block
+    made.caches, made.tables, made.num_slots = {}, {}, BLOCKS * config.tokens_per_block
     return made
 
 
@@ -104,19 +105,6 @@ def _weight(runner, graph, name: str) -> torch.Tensor:
     if tensor.numel() == 1 and w.shape != (1,):
         tensor = tensor.expand(w.shape)
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _next(prompt: ModelInputs, position: int, block_size: int) -> ModelInputs:
-    """One more token of the sequence, whose blocks are 0, 1 and so on."""
-    arrays = {name: value[:1].copy() for name, value in vars(prompt).items()}
-    blocks = position // block_size + 1
-    tables = np.arange(blocks, dtype=np.int32)[None]
-    arrays |= {"positions": arrays["positions"] * 0 + position, "slot_mapping": arrays["slot_mapping"] * 0 + position}
-    arrays |= {"input_ids": arrays["input_ids"] * 0 + 17 * position % 30000, "block_tables": tables}
-    arrays |= {"query_start": prompt.query_start[:2] * 0, "seq_lens": arrays["seq_lens"] * 0 + position + 1}
-    arrays["query_start"][1] = 1
-    arrays["logits_indices"] = arrays["logits_indices"] * 0
-    return ModelInputs(**arrays)
 
 
 if __name__ == "__main__":

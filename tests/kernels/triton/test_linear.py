@@ -298,7 +298,8 @@ def test_streamed_linears_sum_over_ranks(launch, form, ranks, tokens):
     total.copy_(residual)
     x, packed, part = made[0]
     to_norm = {"residual": total, "new_residual": total, "norm_weight": weight, "squares": squares}
-    run(launch, way, tokens, {"PUSH": False}, x=x, x_scale=one, y=y, **packed, **to_norm)
+    of_ranks = dict(zip(cuda_linears.RANK_ROLES, (world.staging[0], deltas[0], world.step, 0, 0), strict=True))
+    run(launch, way, tokens, {"PUSH": False}, x=x, x_scale=one, y=y, **packed, **to_norm, **of_ranks)
     assert error(total, residual + part) < 1e-3
 
 
