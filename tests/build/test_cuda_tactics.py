@@ -15,7 +15,7 @@ from tests.interpreter_device import InterpreterDevice, fake_compile
 from tests.tiny_configs import config
 from trtllm_cli.build import builder, timing_cache
 from trtllm_cli.build.backends import cuda, cuda_linears, cuda_tactics, cuda_timing
-from trtllm_cli.build.backends.cuda_candidates import TOKENS, candidates
+from trtllm_cli.build.backends.cuda_candidates import TOKENS, candidates, timed_tokens
 from trtllm_cli.build.backends.cuda_linears import LinearShape, Tactic, launch_of, shipped_tactics
 from trtllm_cli.build.backends.cuda_tactics import LinearTactics, fastest
 from trtllm_cli.build.backends.cuda_timing import find_timer  # before the tests' fixture takes it away
@@ -109,7 +109,7 @@ def shapes():
 def test_candidates_are_few_and_of_the_shape(shape):
     """A rank's own shapes too: half of the outputs, half of the inputs."""
     kernels = set()
-    for tokens in TOKENS:
+    for tokens in timed_tokens(shape):
         for tactic in candidates(shape, tokens):
             assert cuda_linears.adapted(shape, tactic) == tactic
             assert re.fullmatch(timing_cache._TACTIC, str(tactic))
@@ -119,6 +119,17 @@ def test_candidates_are_few_and_of_the_shape(shape):
                 assert tactic.tiles[0] >= tokens
                 assert shape.k % tactic.tiles[2] == 0
     assert 8 <= len(kernels) <= 36
+
+
+def test_int4_is_timed_for_more_tokens():
+    """As cuBLASLt has to have it as bfloat16 first."""
+    down = LinearShape("int4", 4096, 14336, group=128)
+    assert timed_tokens(down) == [*TOKENS, 128, 256]
+    assert timed_tokens(down, "sm_89") == timed_tokens(replace(down, form="int8")) == timed_tokens(QKV) == [*TOKENS]
+    sizes = [tactic.tiles[0] for _, tactic in shipped_tactics(down)[-2:]]
+    assert sizes == [64, 128]
+    scratch = [launch_of(down, tactic).scratch for _, tactic in shipped_tactics(down)[-2:]]
+    assert scratch == [4 * (cuda_linears.COUNTERS + 4096 * 4 * tokens) for tokens in (64, 256)]
 
 
 def test_what_ships_is_a_candidate():
@@ -604,7 +615,7 @@ def test_a_gpu_times_a_small_shape(monkeypatch, form):
     tactics.prepare([shape])
     (entry,) = tactics.cache.linears
     assert (entry.gpu, entry.arch) == (timer.gpu, arch)
-    assert [t.tokens for t in entry.times] == list(TOKENS)
+    assert [t.tokens for t in entry.times] == timed_tokens(shape, arch)
     for measured in entry.times:
         assert 0.5 < measured.cublas_us < 1000
         assert all(0.5 < us < 1000 for us in measured.tactics.values() if us is not None)

@@ -19,6 +19,7 @@ from trtllm_cli.build.backends.cuda_linears import (
 )
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)  # that are timed; a tactic is for all up to its own
+_MORE = (128, 256)  # that are too where there are candidates: of int4, which cuBLASLt has to have as bfloat16
 _WIDE = 16384  # outputs that have tiles enough for all multiprocessors without splitting sums
 
 # By form and most tokens; int8 has int4's.
@@ -60,6 +61,7 @@ _WIDE_TILES: _Tiles = {
     ("int4", 16): [(16, 1, 4, 2, 4, 4), (16, 1, 4, 2, 2, 4)],
     ("int4", 32): [(32, 1, 3, 2, 4, 4), (32, 1, 2, 2, 4, 8), (32, 1, 2, 2, 2, 8)],
     ("int4", 64): [(64, 1, 2, 2, 4, 4), (64, 1, 2, 2, 4, 8), (64, 1, 2, 2, 2, 8), (64, 1, 3, 1, 4, 8)],
+    ("int4", 128): [(128, 1, 4, 1, 4, 8), (128, 1, 2, 2, 4, 8), (128, 1, 4, 1, 2, 8)],
 }  # fmt: skip
 _GATED_WIDE_TILES: _Tiles = {
     ("bf16", 16): [(16, 1, 5, 1, 1, 4)],
@@ -70,6 +72,7 @@ _GATED_WIDE_TILES: _Tiles = {
     ("int4", 16): [(16, 1, 4, 1, 2, 4), (16, 1, 4, 1, 4, 4), (16, 1, 3, 2, 1, 4)],
     ("int4", 32): [(32, 1, 4, 1, 1, 8), (32, 1, 4, 1, 2, 4), (32, 1, 4, 1, 1, 4)],
     ("int4", 64): [(64, 1, 3, 1, 1, 8), (64, 1, 4, 1, 1, 8), (64, 1, 4, 1, 1, 4)],
+    ("int4", 128): [(128, 1, 3, 1, 1, 8)],
 }  # fmt: skip
 _VECTOR: _Tiles = {
     ("bf16", 1): [(1, 2, 2048, 4, 2)],
@@ -120,11 +123,16 @@ def candidates(shape: LinearShape, tokens: int, arch: str = STREAMS) -> list[Tac
     return list(dict.fromkeys(tactic for tactic in found if tactic is not None))
 
 
+def timed_tokens(shape: LinearShape, arch: str = STREAMS) -> list[int]:
+    """The numbers of tokens that a linear is timed for."""
+    return [*TOKENS, *(tokens for tokens in _MORE if candidates(shape, tokens, arch))]
+
+
 def _listed(shape: LinearShape, tokens: int) -> Iterator[Tactic]:
     form: Form = "int4" if weight_only(shape) else shape.form
     if is_grouped(shape):
-        most = min(most for most in _GROUPED if tokens <= most)
-        yield from (Tactic("skinny", tiles) for tiles in _GROUPED[most])
+        most = min((most for most in _GROUPED if tokens <= most), default=0)
+        yield from (Tactic("skinny", tiles) for tiles in _GROUPED.get(most, []))
         return
     lists = {
         "stream": _STREAM,
@@ -138,7 +146,7 @@ def _listed(shape: LinearShape, tokens: int) -> Iterator[Tactic]:
         for (of, most), every in of_form.items():
             # The narrowest tiles that hold the tokens; wider ones of other kernels too; int4 may read weights twice.
             fits = most // 2 < tokens <= most or (kernel == "skinny" and most == 16 and 1 < tokens <= 16)
-            twice = form == "int4" and tokens == 2 * most and kernel != "wide"
+            twice = form == "int4" and tokens == 2 * most and (kernel != "wide" or most == 128)
             if of == form and (fits or twice or (most == 8 and tokens <= 8 and kernel not in AHEAD)):
                 for tiles in every:
                     if shape.n <= _WIDE or shape.gated or kernel not in _SPLIT or tiles[_SPLIT[kernel]] == 1:

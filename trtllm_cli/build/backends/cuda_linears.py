@@ -24,7 +24,7 @@ STREAMS = "sm_90a"  # the architecture whose instructions these multiply by, the
 STREAMED = ("stream", "words")  # which compute norms too
 AHEAD = (*STREAMED, "wide")
 KERNELS = (*AHEAD, "vector", "skinny", "fragment")
-MOST_TOKENS = 64  # that any of the kernels here is for
+MOST_TOKENS = 256  # that any of the kernels here is for: those whose tiles have 128; the others are for 64
 COUNTERS = 8192  # kernels/triton/linear.py's
 _PIECE = 128  # inputs of wide_words, bytes of the other kernels'
 _FEWEST_PROGRAMS = 64  # that are worth streaming weights for: fewer leave most multiprocessors without any
@@ -161,23 +161,26 @@ _SHIPPED: dict[str, _Table] = {
         (6144, 4096, False): [
             (1, "words", (1, 6, 1, 4)), (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 2, 1, 8)),
             (16, "wide", (16, 1, 4, 2, 4, 4)), (32, "wide", (32, 1, 3, 2, 4, 4)), (32, "fragment", (16, 1, 2, 4, 1, 4)),
-            (64, "wide", (64, 1, 2, 2, 2, 8)),
+            (64, "wide", (64, 1, 2, 2, 2, 8)), (256, "wide", (128, 1, 4, 1, 2, 8)),
         ],
         (4096, 4096, False): [
             (1, "words", (1, 2, 2, 8)), (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 4, 1, 8)),
             (16, "wide", (16, 1, 4, 2, 4, 4)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
             (32, "wide", (32, 1, 2, 2, 4, 8)), (32, "fragment", (32, 1, 1, 4, 1, 8)),
-            (64, "wide", (64, 1, 3, 1, 4, 8)),
+            (64, "wide", (64, 1, 3, 1, 4, 8)), (128, "wide", (128, 1, 4, 1, 4, 8)),
+            (256, "wide", (128, 1, 4, 1, 2, 8)),
         ],
         (14336, 4096, True): [
             (1, "words", (1, 4, 1, 4)), (2, "words", (2, 4, 1, 4)), (8, "fragment", (8, 1, 2, 2, 1, 2)),
             (16, "wide", (16, 1, 4, 1, 2, 4)), (16, "fragment", (16, 1, 1, 2, 1, 4)),
             (32, "wide", (32, 1, 4, 1, 1, 8)), (64, "wide", (64, 1, 3, 1, 1, 8)), (64, "fragment", (32, 2, 1, 1, 1, 4)),
+            (256, "wide", (128, 1, 3, 1, 1, 8)),
         ],
         (4096, 14336, False): [
             (1, "words", (1, 7, 1, 8)), (2, "words", (2, 8, 1, 4)), (8, "fragment", (8, 1, 2, 4, 1, 8)),
             (16, "wide", (16, 1, 4, 2, 4, 4)), (16, "fragment", (16, 1, 2, 2, 1, 8)),
             (32, "wide", (32, 1, 2, 2, 4, 8)), (64, "wide", (64, 1, 2, 2, 4, 8)), (64, "fragment", (32, 2, 1, 2, 1, 8)),
+            (256, "wide", (128, 1, 2, 2, 4, 8)),
         ],
     },
     "fp8 group": {
@@ -495,7 +498,12 @@ def _group(shape: LinearShape) -> int:
 
 def _split_fits(shape: LinearShape, bm: int, bn: int) -> bool:
     """Whether there are counters for all output tiles."""
-    return -(-_outputs(shape) // bn) * -(-MOST_TOKENS // bm) <= COUNTERS
+    return -(-_outputs(shape) // bn) * _tiles_of_tokens(bm) <= COUNTERS
+
+
+def _tiles_of_tokens(bm: int) -> int:
+    """At most, of so many tokens each."""
+    return -(-(MOST_TOKENS if bm >= 128 else MOST_TOKENS // 4) // bm)
 
 
 _TYPES = {
@@ -535,11 +543,11 @@ def _of_words(shape: LinearShape) -> dict[str, Constant]:
 
 
 def _scratch(shape: LinearShape, outputs: int, tokens: int, split: int) -> int:
-    """Bytes of a launch with tiles [outputs, tokens], up to MOST_TOKENS."""
+    """Bytes of a launch with tiles [outputs, tokens]."""
     if split == 1:
         return 0
     assert _split_fits(shape, tokens, outputs), "too many output tiles"
-    tiles = -(-_outputs(shape) // outputs) * -(-MOST_TOKENS // tokens)
+    tiles = -(-_outputs(shape) // outputs) * _tiles_of_tokens(tokens)
     return 4 * (COUNTERS + tiles * split * outputs * tokens * (2 if shape.gated else 1))
 
 

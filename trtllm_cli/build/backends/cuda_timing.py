@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from trtllm_cli.build.backends.cuda_candidates import TOKENS, candidates
+from trtllm_cli.build.backends.cuda_candidates import candidates, timed_tokens
 from trtllm_cli.build.backends.cuda_linears import (
     MOST_TOKENS,
     LinearLaunch,
@@ -85,11 +85,11 @@ class Work:
 
 
 def missing(
-    shape: TimedShape, known: Mapping[int, TokenTimes], arch: str, tokens: Sequence[int] = TOKENS
+    shape: TimedShape, known: Mapping[int, TokenTimes], arch: str, tokens: Sequence[int] = ()
 ) -> list[Work]:  # fmt: skip
-    """What is not timed yet of a linear."""
+    """What is not timed yet of a linear, for `tokens` or all that it is timed for."""
     work = []
-    for count in tokens:
+    for count in tokens or timed_tokens(shape.linear, arch):
         times = known.get(count)
         done = times.tactics if times else {}
         tactics = [tactic for tactic in candidates(shape.linear, count, arch) if str(tactic) not in done]
