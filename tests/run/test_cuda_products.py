@@ -5,9 +5,17 @@ import json
 import pytest
 import torch
 
+from tests.batches import Sequences
+from tests.engines import build_engine
+from tests.interpreter_device import InterpreterDevice, fake_compile
+from tests.tiny_models import save_tiny_model
+from trtllm_cli.build.backends import cuda, cuda_tactics
+from trtllm_cli.convert.pipeline import ConvertOptions, convert
 from trtllm_cli.kernels.compile_cache import cache_dir
 from trtllm_cli.run.backends import cuda_products
+from trtllm_cli.run.backends.cuda import CudaRunner
 from trtllm_cli.run.backends.cuda_products import ProductLaunch, chosen, kind_of
+from trtllm_cli.run.communicator import SingleRank
 
 ROWS = {"num_tokens": 100, "num_logits": 8}
 N, K = 64, 32
@@ -147,3 +155,49 @@ def test_without_a_choice(tensor):
     launch.resize({"num_tokens": 5})
     launch.enqueue()
     assert device._enqueued[-1][1] == ""
+
+
+class Timed(InterpreterDevice):
+    """Its library has two algorithms, of which the second is the faster one."""
+
+    is_checked = True
+    blas = "a library"
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def algorithms(self, product):
+        return [A, B]
+
+    def product(self, product, algorithm):
+        enqueue = super().product(product, algorithm)
+
+        def noted():
+            self.asked.append(algorithm)
+            enqueue()
+
+        return noted
+
+    def milliseconds(self, enqueue):
+        self.asked.clear()
+        enqueue()
+        return 1.0 if self.asked[0] == B else 2.0
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_an_engine_computes_by_what_was_chosen(tmp_path, monkeypatch, fixed):
+    """Unless it was built so that its loads choose nothing."""
+    monkeypatch.setattr(cuda, "compile_kernels", fake_compile)
+    monkeypatch.setattr(cuda_tactics.LinearTactics, "ways", lambda self, shape: [])
+    save_tiny_model(tmp_path / "snapshot", "llama", num_hidden_layers=1)
+    convert(tmp_path / "snapshot", tmp_path / "ckpt", ConvertOptions(dtype="bfloat16"))
+    engine = build_engine(
+        tmp_path / "ckpt", tmp_path / "engine", backend="cuda", kernels="auto", tokens_per_block=16, fixed_tactics=fixed
+    )  # fmt: skip
+    runner = CudaRunner(engine, engine.config.pretrained_config.mapping.ranks[0], Timed(), SingleRank())
+    runner.allocate_kv_cache(64)
+    runner._device.asked.clear()
+    runner.forward(Sequences(block_size=16).step({0: [5, 3, 2, 8, 1, 9, 4]}))
+    assert set(runner._device.asked) == ({""} if fixed else {"", B})  # the head has one row
+    runner.close()

@@ -125,6 +125,7 @@ def lower(
         "exchange": lowering.exchange,
         "peers": lowering.peers,
         "steps": lowering.steps,
+        "fixed_tactics": tactics.fixed,
         "sampling": lowering.sampling,
         "token_counts": lowering.count_dtype,
         "most_logprobs": MOST_LOGPROBS,

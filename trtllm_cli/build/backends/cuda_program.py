@@ -18,6 +18,7 @@ A plan is JSON:
               ways what may take the place of its launches, which the first load on a GPU settles; "instead": how many
               steps that follow have no launches where this one has any, as it computes them: up to the `most` of their
               first way
+    fixed_tactics    whether the first load times nothing: no others, nor algorithms of cuBLASLt's for "mm", "scaled_mm"
     sampling  such steps by name, which follow where they are asked for: penalties, bans, plain, filtered, logprobs
     token_counts, most_logprobs    the dtype of the scratch "token counts"; how many likely tokens "logprobs" gives
 

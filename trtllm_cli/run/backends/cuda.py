@@ -118,7 +118,7 @@ class CudaRunner:
         self.has_peers = self._find_peers(whole)  # whether kernels here write to the memory of other ranks' GPUs
         self._steps = plan["steps"] if self.has_peers else without_peers(plan["steps"])
         self._gpu = f"{device.name}, torch {torch.__version__}"  # what times depend on
-        if device.is_checked:
+        if device.is_checked and not plan["fixed_tactics"]:
             self.choose_algorithms()
         self._steps = settled(self._steps, self._file.metadata["plan"], self._gpu, self._rows, self._measure)
         if device.is_checked:
