@@ -93,8 +93,8 @@ def build(
         bool,
         typer.Option(
             "--fixed-tactics",
-            help="For a GPU that is not here: take what was measured on an H200. Else, where no times decide, the "
-            "engine holds several kernels, and its first load on a GPU takes the fastest.",
+            help="For a GPU that is not here: take what was measured on an H200, and cuBLASLt's own choices. Else, "
+            "where no times decide, the engine holds several kernels, and its first load on a GPU takes the fastest.",
         ),
     ] = False,
     workers: Annotated[
