@@ -94,12 +94,12 @@ class CublasLt:
     @staticmethod
     def loaded() -> ctypes.CDLL | None:
         """The library as this process has loaded it, or None."""
-        maps = Path("/proc/self/maps")
-        for line in maps.read_text().splitlines() if maps.exists() else ():
-            path = line.partition("/")[2]
-            if "libcublasLt.so" in path:
-                return ctypes.CDLL(f"/{path}")
-        return None
+        try:
+            lines = Path("/proc/self/maps").read_text().splitlines()
+            paths = (f"/{line.partition('/')[2]}" for line in lines if "libcublasLt.so" in line)
+            return next(map(ctypes.CDLL, paths), None)
+        except OSError:
+            return None
 
     def algorithms(self, operands: Operands) -> list[str]:
         """What computes it, what the library's heuristic takes for the fastest first. Names are of this version."""

@@ -127,7 +127,7 @@ class CudaRunner:
                 self._steps, self.notes = checked(
                     self._steps, self._file.metadata["plan"], self._gpu, self._rows, comparison
                 )
-        self._graph_sizes = [n for n in GRAPH_SIZES if n not in _SLOW_IN_FP8 or not has_fp8_products(self._steps)]
+        self._graph_sizes = [n for n in GRAPH_SIZES if n not in _SLOW_IN_FP8 or not has_fp8_products(plan["steps"])]
         self._last = device.empty((limits.max_batch_size + 1) * 4, "the tokens")
         self._last.zero_()
         self._layouts = [InputLayout(limits, mixed=mixed) for mixed in (False, True)]
