@@ -364,6 +364,8 @@ def test_tactics_are_chosen_by_whole_steps():
     assert [(s.n, s.k, s.gated) for s in shapes] == [
         (3072, 2048, ""), (2048, 2048, ""), (16384, 2048, "silu"), (2048, 8192, ""), (128256, 2048, ""),
     ]  # fmt: skip
+    halves = synthetic.linears_of("8b", "bf16", tp=2, max_batch_size=8, max_num_tokens=64, max_seq_len=128)
+    assert [(s.n, s.k) for s in halves[:4]] == [(3072, 4096), (4096, 2048), (14336, 4096), (4096, 7168)]
     one, two = shapes[:2]
     options = {shape: step_sweep.candidates(shape, 1) for shape in (one, two)}
     start, slow = step_sweep.first_way(two, 1), 5.0

@@ -107,9 +107,9 @@ def plan_of(
     return lower(graph, config, build_config, arch, rank=rank, tactics=tactics), build_config
 
 
-def linears_of(shape: str, fmt: str, **options) -> list[LinearShape]:
-    """The distinct linears of a model, in the order of a layer, as kernels for few tokens compute them."""
-    config, build_config, graph = _traced(config_of(shape, fmt, layers=1), 0, options)
+def linears_of(shape: str, fmt: str, *, tp: int = 1, **options) -> list[LinearShape]:
+    """The distinct linears of a model's rank, in the order of a layer, as kernels for few tokens compute them."""
+    config, build_config, graph = _traced(config_of(shape, fmt, layers=1, tp=tp), 0, options)
     lowering = CudaGraphLowering(graph, build_config, vocab_size=config.vocab_size)
     lowering.prepare()
     return list(dict.fromkeys(lowering.linear_shapes()))

@@ -30,6 +30,8 @@ def wide(launch, group, has_zero, gated, has_bias, tiles, m, rounds):
 def test_groups(launch, group, gated, has_bias, has_zero):
     torch.manual_seed(11)
     wide(launch, group, has_zero, gated, has_bias, (16, 1, 2, 1, 1, 4), 13, 3)
+    if has_zero:
+        wide(launch, group, has_zero, gated, has_bias, (128, 1, 2, 1, 1, 8), 70, 2)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ _ROWS = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)  # that are tim
 _FEWEST_WEIGHTS = 1 << 20  # of a product that is worth it
 _FASTER = 0.98  # of the time of the library's own choice: what takes more is not taken
 _LAYERS = 2  # whose weights are read one after another, as an L2 cache may hold one's
-_AT_ONCE = 1024  # rows that random numbers are made for
+_AT_ONCE = 128  # rows that random numbers are made for: in float32 first, of which torch keeps the memory
 
 
 class ProductLaunch:
