@@ -8,7 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.h200 import attention, floors, real_model, results, serving, startup, step_sweep, synthetic, ttft
+from benchmarks.h200 import (
+    attention,
+    floors,
+    host_steps,
+    real_model,
+    results,
+    serving,
+    startup,
+    step_sweep,
+    synthetic,
+    ttft,
+)
 from tests.fake_runner import FakeSamplingRunner, expected_tokens
 from tests.run.tiny import fake_runners as fake_runners
 from tests.run.tiny import write_engine
@@ -356,6 +367,12 @@ def test_no_results_is_said(tmp_path, monkeypatch, capsys):
 def test_start_up_says_what_a_command_said_that_failed(tmp_path):
     with pytest.raises(RuntimeError, match="no such engine directory"):
         startup.run_once(tmp_path / "none")
+
+
+def test_the_hosts_steps_are_timed():
+    times = host_steps.step_times(floors.Workload(requests=6, full=6, prompt=5, output=4), batch=4)
+    assert len(times) == 8  # four requests, then two; each a prompt's step and three more
+    assert all(ms > 0 for ms in times)
 
 
 def test_tactics_are_chosen_by_whole_steps():

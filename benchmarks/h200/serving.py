@@ -38,6 +38,7 @@ from benchmarks.h200 import floors
 from benchmarks.h200.machine import machine
 from trtllm_cli.run.communicator import SingleRank
 from trtllm_cli.run.executor import Executor
+from trtllm_cli.run.load import leave_out_of_collection
 from trtllm_cli.run.request import SamplingParams
 
 Prompts = Sequence[list[int]]
@@ -398,6 +399,7 @@ def open_target(a: argparse.Namespace, *, longest: int, at_once: int) -> Any:
         f"{a.shape} {a.format}, kv {a.kv}: {blocks} blocks of {a.block_size}, "
         f"ready in {time.perf_counter() - started:.1f} s"
     )
+    leave_out_of_collection()  # as an engine's load does
     return OnExecutor(
         runner, limits, vocab_size=floors.VOCAB, num_blocks=blocks, policy=a.policy, prefix=a.prefix_cache
     )

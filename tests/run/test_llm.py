@@ -230,6 +230,18 @@ def test_closing_frees_the_runner_and_ends_what_waits(engine, fake_runners):  # 
     assert fake_runners[0].closed
 
 
+def test_what_was_loaded_holds_up_no_steps(engine):
+    """A full collection of garbage looks at what came after, until the engine is closed."""
+    gc.unfreeze()
+    with LLM(engine) as llm:
+        frozen = gc.get_freeze_count()
+        assert frozen > 10_000
+        assert len(gc.get_objects()) < frozen / 5
+        llm.generate([[1]], GREEDY)
+        assert gc.get_freeze_count() > 0.9 * frozen
+    assert gc.get_freeze_count() == 0
+
+
 def test_an_llm_that_is_dropped_closes(engine, fake_runners):  # noqa: F811
     llm = LLM(engine)
     llm.generate([[1]], GREEDY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections import deque
@@ -195,6 +196,7 @@ class Session:
         """Frees the engine."""
         self.executor.close()
         self.runner.close()
+        gc.unfreeze()
 
     def __enter__(self) -> Self:
         return self

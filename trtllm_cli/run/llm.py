@@ -11,6 +11,7 @@ text. `LLM` and `AsyncLLM` may be called from any thread; requests from all of t
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import queue
 import time
@@ -66,7 +67,8 @@ class _Model:
         default the cache holds max_batch_size requests of max_seq_len, in at most half of the free memory.
         `max_num_blocks` caps it. On a GPU the cache takes `kv_cache_free_gpu_memory_fraction` (0.9) of what is free
         once all else is there, and `max_gpu_memory` caps all that the engine takes. The rank file's SHA-256 is checked
-        meanwhile: the first result waits for it.
+        meanwhile: the first result waits for it. What is alive once it is loaded is left out of Python's garbage
+        collection (gc.freeze) until the engine is closed: a full one would hold up all requests.
 
         Under mpirun every rank's program comes here. Rank 0 goes on with it and leads; the others serve rank 0 until it
         closes the engine, and then exit. `num_threads` and `kv_cache_memory` are each rank's.
@@ -310,6 +312,7 @@ class AsyncLLM(_Model):
 
 def _close(loop: StepLoop, world: World) -> None:
     loop.close()
+    gc.unfreeze()
     if world.ends_with_engine:
         if world.is_over:
             world.leave()

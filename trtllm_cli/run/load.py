@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Thread
@@ -178,7 +179,17 @@ def load_executor(
     except BaseException:
         runner.close()
         raise
+    leave_out_of_collection()
     return runner, executor
+
+
+def leave_out_of_collection() -> None:
+    """Takes what is alive now out of Python's garbage collection, until `gc.unfreeze`.
+
+    A full collection of all that was imported and loaded takes 0.1 to 0.2 s, for which every request waits.
+    """
+    gc.collect(1)
+    gc.freeze()
 
 
 def follow_rank(engine: Engine, world: World, options: LoadOptions) -> None:
@@ -189,6 +200,7 @@ def follow_rank(engine: Engine, world: World, options: LoadOptions) -> None:
     assert world.rank != 0
     limits = engine.config.build_config
     runner, _ = load_rank(engine, world, limits, options)
+    leave_out_of_collection()
     try:
         verify_aside(engine, world)
         follow(runner, world.comm, InputBuilder.of(limits), _logits_rank(engine))
