@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trtllm_cli.kernels.cuda.cublaslt import Operands
+from trtllm_cli.kernels.cuda.cublaslt import CublasLt, Operands
 from trtllm_cli.run.backends.cuda_blas import Blas, Product, by_torch
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
@@ -20,6 +20,24 @@ def test_what_is_not_aligned_is_left_to_torch(change):
 def test_rows_of_bytes_are_longer_for_as_many_inputs():
     assert OPERANDS._replace(k=24).are_aligned
     assert not OPERANDS._replace(k=24, x_type="float8_e4m3fn", scales=(256, 512)).are_aligned
+
+
+def test_the_library_is_left_alone_until_it_is_asked(monkeypatch):
+    """Products as torch does them need nothing of it; a process may not have it at all."""
+    asked = []
+    monkeypatch.setattr(CublasLt, "loaded", lambda: asked.append(True))
+    blas = Blas(0, torch.device("cpu"))
+    x, w, bias = torch.randn(4, K).bfloat16(), torch.randn(N, K).bfloat16(), torch.randn(N).bfloat16()
+    for added in (None, bias):
+        product = Product(x, w.t(), torch.empty(4, N, dtype=torch.bfloat16), added)
+        blas.bound(product, "")()
+        expected = x.float() @ w.float().t() + (0 if added is None else added.float())
+        assert (product.y.float() - expected).norm() < 4e-3 * expected.norm()
+    assert not asked
+    assert (blas.name, blas.algorithms(product), len(asked)) == ("", [], 1)
+    product.y.zero_()
+    blas.bound(product, "00" * 64)()
+    assert (product.y.float() - expected).norm() < 4e-3 * expected.norm()
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ STREAMS = "sm_90a"  # the architecture whose instructions these multiply by, the
 STREAMED = ("stream", "words")  # which compute norms too
 AHEAD = (*STREAMED, "wide")
 KERNELS = (*AHEAD, "vector", "skinny", "fragment")
-MOST_TOKENS = 256  # that any of the kernels here is for: those whose tiles have 128; the others are for 64
+MOST_TOKENS = 256  # that any of the kernels here is for: those whose tiles have 128
+_MOST_IN_SMALL_TILES = 64  # that the others are for
 COUNTERS = 8192  # kernels/triton/linear.py's
 _PIECE = 128  # inputs of wide_words, bytes of the other kernels'
 _FEWEST_PROGRAMS = 64  # that are worth streaming weights for: fewer leave most multiprocessors without any
@@ -503,7 +504,7 @@ def _split_fits(shape: LinearShape, bm: int, bn: int) -> bool:
 
 def _tiles_of_tokens(bm: int) -> int:
     """At most, of so many tokens each."""
-    return -(-(MOST_TOKENS if bm >= 128 else MOST_TOKENS // 4) // bm)
+    return -(-(MOST_TOKENS if bm >= 128 else _MOST_IN_SMALL_TILES) // bm)
 
 
 _TYPES = {

@@ -1,4 +1,4 @@
-"""Linears of 8 to 64 tokens whose int4 weights are on their way to shared memory before the kernel in front has ended.
+"""Linears of 8 to 256 tokens whose int4 weights are on their way to shared memory before the kernel in front has ended.
 
 stream_words' sibling for more tokens than fit beside each other. Weights are linear.py's words, whose fragment_linear
 is the slow twin. They become bf16 in the registers of wgmma, each word an operand of 16 inputs, times their scales; x

@@ -38,20 +38,24 @@ def by_torch(product: Product) -> Callable[[], object]:
     if y.dtype == torch.float32:
         assert bias is None
         return functools.partial(torch.mm, x, w, out_dtype=torch.float32, out=y)
-    return (
-        functools.partial(torch.mm, x, w, out=y) if bias is None else functools.partial(torch.addmm, bias, x, w, out=y)
-    )
+    if bias is not None:
+        return functools.partial(torch.addmm, bias, x, w, out=y)
+    return functools.partial(torch.mm, x, w, out=y)
 
 
 class Blas:
-    """cuBLASLt, for products of one stream of one device."""
+    """cuBLASLt, for products of one stream of one device; its memory is taken when it is first asked."""
 
     def __init__(self, stream: int, device: torch.device) -> None:
+        self._stream, self._device = stream, device
+
+    @functools.cached_property
+    def _lt(self) -> CublasLt | None:
         lib = CublasLt.loaded()
-        self._stream, self._lt = stream, None
-        if lib is not None:
-            self._workspace = torch.empty(_WORKSPACE, dtype=torch.uint8, device=device)
-            self._lt = CublasLt(lib, self._workspace.data_ptr(), _WORKSPACE)
+        if lib is None:
+            return None
+        self._workspace = torch.empty(_WORKSPACE, dtype=torch.uint8, device=self._device)
+        return CublasLt(lib, self._workspace.data_ptr(), _WORKSPACE)
 
     @property
     def name(self) -> str:
@@ -61,12 +65,12 @@ class Blas:
     def algorithms(self, product: Product) -> list[str]:
         """What computes it, what the library takes for the fastest first; none where torch alone does."""
         operands = _operands(product)
-        return self._lt.algorithms(operands) if self._lt and operands else []
+        return self._lt.algorithms(operands) if operands and self._lt else []
 
     def bound(self, product: Product, algorithm: str) -> Callable[[], object]:
         """What enqueues the product by an algorithm; by torch where that is "" or does not compute it."""
-        operands = _operands(product) if self._lt and algorithm else None
-        found = self._lt.bound(operands, algorithm, self._stream) if self._lt and operands else None
+        operands = _operands(product) if algorithm else None
+        found = self._lt.bound(operands, algorithm, self._stream) if operands and self._lt else None
         return found or by_torch(product)
 
 

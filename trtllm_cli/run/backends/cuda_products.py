@@ -95,18 +95,22 @@ def chosen(
     tick: Callable[[], None],
 ) -> Chosen:  # fmt: skip
     """The algorithms that are the fastest here for the products of a plan; `gpu` is what times depend on."""
-    calls = [call for call in _products(steps) if most_rows[call["rows"]] > _FEW and device.blas]
+    calls = [
+        call for call in _products(steps)
+        if most_rows[call["rows"]] > _FEW and call["n"] * call["k"] >= _FEWEST_WEIGHTS
+    ]  # fmt: skip
+    if not calls or not device.blas:
+        return {}
     kinds: dict[str, list[int]] = defaultdict(list)
     for place, call in enumerate(calls):
-        if call["n"] * call["k"] >= _FEWEST_WEIGHTS:
-            kinds[kind_of(call)].append(place)
+        kinds[kind_of(call)].append(place)
 
     def find(places: Sequence[int]) -> list[Any]:
         tick()
         return _fastest([calls[place] for place in places[:_LAYERS]], most_rows, device, tensor)
 
     depends = (gpu, device.blas, json.dumps(dict(most_rows)), *kinds)
-    return found_once("products", depends, kinds, find, lambda _, of: all(map(_is_row, of))) if kinds else {}
+    return found_once("products", depends, kinds, find, lambda _, of: all(map(_is_row, of)))
 
 
 def has_fp8_products(steps: Sequence[Step]) -> bool:
