@@ -3,7 +3,8 @@
 Layouts say which thread has what, which changes no result: they are ignored, but for where shared memory puts things.
 What threads must wait for is checked: asynchronous copies land when they are waited for and not before, as do products;
 memory that others wrote is read behind a barrier, by tensor cores behind a fence as well; and nothing is overwritten
-that was read since the last barrier, or that a product under way reads.
+that was read since the last barrier, or that a product under way reads. Warps that are specialized run one at a time,
+each until it waits for what the others have not done yet.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import functools
 import importlib.util
 import re
 import sys
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -97,7 +99,13 @@ class _Program:
         self.asked: list[_Copy] = []  # copies, not in a group yet
         self.groups: list[list[_Copy]] = []
         self.products: list[tuple[Callable[[], None], list[_Memory]]] = []
+        self.of_others: list[list[tuple[Callable[[], None], list[_Memory]]]] = []  # products of specialized warps
         self.buffers: list[_Buffer] = []
+
+    @property
+    def under_way(self) -> list[tuple[Callable[[], None], list[_Memory]]]:
+        """All products that nobody has waited for."""
+        return [*self.products, *(product for products in self.of_others for product in products)]
 
 
 _program = _Program()
@@ -118,6 +126,17 @@ class _Buffer:
         self.behind_barrier = np.zeros(size, bool)
         self.behind_fence = np.zeros(size, bool)
         self.read = np.zeros(size, bool)  # since the last barrier
+        self.barriers: dict[int, _Barrier] = {}  # that lie in it
+
+
+@dataclass
+class _Barrier:
+    """An mbarrier: how many arrivals end a phase, how many are left, the phase, and copies that arrive with them."""
+
+    count: int
+    left: int
+    phase: int = 0
+    copies: list[_Copy] = field(default_factory=list)
 
 
 class _Memory:
@@ -166,7 +185,7 @@ class _Memory:
 
     def overwrite(self) -> None:
         assert not self.buffer.read[self.places].any(), "no barrier between a read and a write"
-        for _, operands in _program.products:
+        for _, operands in _program.under_way:
             for operand in operands:
                 shared = operand.buffer is self.buffer and np.isin(operand.places, self.places).any()
                 assert not shared, "a product under way reads what is overwritten"
@@ -232,6 +251,108 @@ def _barrier() -> None:
 def _fence() -> None:
     for buffer in _program.buffers:
         buffer.behind_fence |= buffer.there
+
+
+class _Partitions:
+    """Specialized warps, each in a thread; who has the turn runs."""
+
+    def __init__(self, parts: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
+        self._turn = threading.Condition()
+        self._running, self._left = 0, dict.fromkeys(range(len(parts)))
+        self._error: BaseException | None = None
+        self._idle = 0  # how many have found nothing to do since one did something
+        self._parts = parts
+
+    def run(self) -> None:
+        """Until all have ended."""
+        _program.of_others = [[] for _ in self._parts]
+        threads = [threading.Thread(target=self._run, args=(i, *part)) for i, part in enumerate(self._parts)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, index: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+        self._take(index)
+        try:
+            if self._error is None:
+                function(*args)
+                assert not _program.products, "a product was never waited for"
+        except BaseException as e:  # noqa: BLE001 - whoever started the warps raises it
+            self._error = self._error or e
+        self._left.pop(index)
+        self._idle = 0
+        self._pass_on(index)
+
+    def _take(self, index: int) -> None:
+        with self._turn:
+            self._turn.wait_for(lambda: self._running == index)
+        _program.products = _program.of_others[index]
+        self.index = index
+
+    def _pass_on(self, index: int) -> None:
+        with self._turn:
+            later = [i for i in self._left if i > index]
+            self._running = min(later or self._left or [-1])
+            self._turn.notify_all()
+
+    def wait(self, is_done: Callable[[], bool]) -> None:
+        """Until others have done what this one waits for."""
+        index = self.index
+        while not is_done():
+            self._idle += 1
+            assert self._error is None, "other warps failed"
+            assert self._idle <= len(self._left), "all warps wait for each other"
+            self._pass_on(index)
+            self._take(index)
+        self._idle = 0
+
+
+_partitions: list[_Partitions] = []
+
+
+def _warp_specialize(parts: Any, warps: Any, registers: Any) -> None:  # noqa: ARG001
+    _partitions.append(_Partitions([(function, tuple(args)) for function, args in parts]))
+    try:
+        _partitions[-1].run()
+    finally:
+        _partitions.pop()
+
+
+def _barrier_at(memory: _Memory) -> _Barrier:
+    return memory.buffer.barriers[int(memory.places.reshape(-1)[0])]
+
+
+def _init_barrier(memory: _Memory, count: Any) -> None:
+    memory.buffer.barriers[int(memory.places.reshape(-1)[0])] = _Barrier(int(count), int(count))
+
+
+def _arrive(memory: _Memory, *, count: Any = 1) -> None:
+    barrier = _barrier_at(memory)
+    barrier.left -= int(count)
+    assert barrier.left >= 0, "more arrivals than a phase has"
+    if barrier.left == 0:
+        barrier.left, barrier.phase = barrier.count, barrier.phase + 1
+
+
+def _arrive_with_copies(memory: _Memory, increment_count: Any = True) -> None:
+    """Each thread of a warpgroup, once its copies have landed."""
+    assert not increment_count
+    _barrier_at(memory).copies += _program.asked
+    _program.asked = []
+    _arrive(memory, count=128)
+
+
+def _wait_for(memory: _Memory, phase: Any) -> None:
+    """The end of a phase of this parity; what was written before others arrived may be read from then on."""
+    barrier, parity = _barrier_at(memory), int(phase)
+    _partitions[-1].wait(lambda: barrier.phase % 2 != parity)
+    for copy in barrier.copies:
+        copy.memory.land(copy.values)
+    barrier.copies = []
+    _barrier()
 
 
 def _mma(a: Any, b: Any, acc: tl.tensor, *, use_acc: bool = True, is_async: bool = False) -> tl.tensor:
@@ -357,6 +478,9 @@ def _modules() -> dict[str, ModuleType]:
     hopper.async_copy = ampere.async_copy = SimpleNamespace(
         async_copy_global_to_shared=_copy, commit_group=_commit_group, wait_group=_wait_group
     )
+    hopper.async_copy.mbarrier_arrive = _arrive_with_copies
+    hopper.mbarrier = SimpleNamespace(init=_init_barrier, arrive=_arrive, wait=_wait_for, MBarrierLayout=_layout)
+    gl.warp_specialize = _warp_specialize
     ampere.mma_v2 = _mma_v2
     hopper.fence_async_shared, hopper.warpgroup_mma, hopper.warpgroup_mma_wait = _fence, _mma, _mma_wait
     return modules

@@ -40,6 +40,9 @@ TYPES = {"bf16": "*bf16", "fp8": "*fp8e4nv"}
 POINTERS = (
     "q", "k_cache", "v_cache", "block_tables", "query_start", "seq_lens", "sinks", "kv_scale", "out_scale", "out"
 )  # fmt: skip
+_PROMPTS = {
+    "first_prompt_ptr": "*i32", "num_prompts": "i32", "num_seqs": "i32", "k_new_ptr": "*bf16", "v_new_ptr": "*bf16"
+}  # fmt: skip
 LAUNCHES = {"decode": 8, "prefill": 4}  # in a graph, at least
 _KINDS = {"block_tables": "*i32", "query_start": "*i32", "seq_lens": "*i32", "kv_scale": "*fp32", "out_scale": "*fp32"}
 
@@ -58,10 +61,11 @@ def _constants(kv: str, block_size: int) -> dict[str, Any]:
 
 
 def decode_source(kv: str, block_size: int, warps: int, stages: int, block_n: int, splits: int) -> KernelSource:
-    args = _args(kv) | {"partial_ptr": "*i64", "lse_ptr": "*i64", "step_ptr": "*i32", "calls": "i32", "call": "i32"}
+    args = _args(kv) | {"row_seqs_ptr": "*i32", "partial_ptr": "*i64", "lse_ptr": "*i64", "step_ptr": "*i32"}
+    args |= {"calls": "i32", "call": "i32"}
     return KernelSource.of(
         "decode_attention", "decode_attention", args, num_warps=warps, num_stages=stages, BLOCK_G=16, BLOCK_N=block_n,
-        NUM_SPLITS=splits, PUSH=True, PULL=True, **_constants(kv, block_size),
+        NUM_SPLITS=splits, OF_ROWS=False, PUSH=True, PULL=True, **_constants(kv, block_size),
     )  # fmt: skip
 
 
@@ -69,11 +73,23 @@ def prefill_source(
     kv: str, block_size: int, context: int, rows: int, warps: int, stages: int, block_n: int
 ) -> KernelSource:
     """Of an FP8 cache the prompt's keys and values have been widened, as engines do it."""
-    args = _args(kv) | {"num_seqs": "i32", "k_new_ptr": "*bf16", "v_new_ptr": "*bf16"}
+    args = _args(kv) | _PROMPTS
     return KernelSource.of(
         "prefill_attention", "prefill_attention", args, num_warps=warps, num_stages=stages,
         NEW_STRIDE=_stride(context) if kv == "fp8" else 0,
         SKIP_DECODES=True, PACK=GROUP, BLOCK_Q=rows // GROUP, BLOCK_N=block_n, **_constants(kv, block_size),
+    )  # fmt: skip
+
+
+def prompt_source(
+    kv: str, block_size: int, context: int, registers: int, stages: int, block_n: int
+) -> KernelSource:
+    args = _args(kv) | _PROMPTS
+    constants = _constants(kv, block_size)
+    del constants["V_HEAD_DIM"]
+    return KernelSource.of(
+        "prompt_attention", "prompt_attention", args, NEW_STRIDE=_stride(context) if kv == "fp8" else 0, PACK=GROUP, BLOCK_N=block_n, STAGES=stages, REGISTERS=registers,
+        **constants,
     )  # fmt: skip
 
 
@@ -104,7 +120,11 @@ def prefill_candidates(kv: str, block_size: int, context: int) -> list[KernelSou
     tiles += [(64, 4, stages, block_n) for stages in (2, 3) for block_n in (64, 128)]
     tiles += [(256, 16, stages, block_n) for stages in (2, 3) for block_n in (64, 128)]
     tiles += [(256, 8, 2, 32), (256, 8, 2, 64), (128, 4, 2, 64), (64, 4, 2, 32)]
-    return [prefill_source(kv, block_size, context, *tile) for tile in tiles]
+    specialized = [(232, 2, 128), (224, 2, 128), (240, 2, 128), (208, 3, 64)]
+    return [
+        *(prefill_source(kv, block_size, context, *tile) for tile in tiles),
+        *(prompt_source(kv, block_size, context, *tile) for tile in specialized),
+    ]
 
 
 def name_of(source: KernelSource) -> dict[str, Any]:
@@ -113,6 +133,8 @@ def name_of(source: KernelSource) -> dict[str, Any]:
     what = {"warps": source.num_warps, "stages": source.num_stages, "BLOCK_N": c["BLOCK_N"]}
     if "NUM_SPLITS" in c:
         return what | {"NUM_SPLITS": c["NUM_SPLITS"]}
+    if "REGISTERS" in c:
+        return what | {"STAGES": c["STAGES"], "REGISTERS": c["REGISTERS"]}
     return what | {"BLOCK_Q": c["BLOCK_Q"], "PACK": c["PACK"]}
 
 
@@ -224,13 +246,16 @@ class Bench:
             "q_ptr": q, "block_tables_ptr": tables, "query_start_ptr": starts, "seq_lens_ptr": lens,
             "sinks_ptr": self.one, "kv_scale_ptr": self.one, "out_scale_ptr": self.one, "out_ptr": out,
             "partial_ptr": partial, "lse_ptr": lse, "step_ptr": step, "k_new_ptr": new[0], "v_new_ptr": new[1],
+            "first_prompt_ptr": starts[:1],
         }  # fmt: skip
         values = {name: tensor.data_ptr() for name, tensor in at.items()}
         values |= {
+            "row_seqs_ptr": 0,
             "max_blocks": blocks,
             "scale": HEAD_DIM**-0.5,
             "softcap": 0.0,
             "num_seqs": case.batch,
+            "num_prompts": case.batch,
             "calls": MOST_LAYERS,
         }
         checked = sorted({0, case.batch - 1})
@@ -243,7 +268,7 @@ class Bench:
             if decoding:
                 grid = (c["NUM_SPLITS"], case.batch, KV_HEADS)
             else:
-                grid = (HEADS // c["PACK"], tokens // c["BLOCK_Q"] + case.batch, 1)
+                grid = (HEADS // c["PACK"], tokens // c.get("BLOCK_Q", 128 // c["PACK"]) + case.batch, 1)
             loaded = self.driver.load(kernel)
             launches = []
             for call in range(len(caches) * max(1, LAUNCHES[case.kind] // len(caches))):

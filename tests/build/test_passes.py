@@ -13,6 +13,7 @@ from trtllm_cli.build.passes import CUDA_PASSES, PASSES, run_passes
 from trtllm_cli.build.passes.drop_dead import drop_dead
 from trtllm_cli.build.passes.fuse_add_norm import fuse_add_norm
 from trtllm_cli.build.passes.fuse_gate_up import fuse_gate_up
+from trtllm_cli.build.passes.gather_early import gather_early
 from trtllm_cli.build.passes.join_rounded_halves import join_rounded_halves
 from trtllm_cli.build.passes.plan_buffers import plan_buffers
 from trtllm_cli.functional import trace
@@ -51,6 +52,65 @@ def test_a_layer_is_seven_nodes_after_all_passes(variant):
         "embedding": 1, "rms_norm": 2, "linear": 4 * layers + 1, "rope_append": layers, "paged_attention": layers,
         "add_rms_norm": 2 * layers - 1, "gated_act": layers, "add": 1, "gather_last": 1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_are_chosen_in_front_of_the_last_attention(variant):
+    c = config(variant)
+    graph = trace_model(c, c.mapping.ranks[0])
+    weights = random_weights(graph)
+    expected = outputs(graph, weights)
+    early = run_passes(graph, CUDA_PASSES)
+    ops = [node.op for node in early.nodes]
+    gathers = [i for i, op in enumerate(ops) if op == "gather_last"]
+    attention = max(i for i, op in enumerate(ops) if op in ("attention", "paged_attention"))
+    assert gathers and max(gathers) < attention
+    assert early.nodes[attention].inputs["rows"] == "logits_indices"
+    behind = [early.tensors[name].shape[0] for node in early.nodes[attention:] for name in node.outputs]
+    assert set(behind) == {"num_logits"}
+    appends = [node for node in early.nodes[attention:] if node.op in ("linear", "expert_linear")]
+    assert len(appends) > 2  # the layer's and the head's
+    for got, want in zip(outputs(early, weights), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_some_rows_are_enough():
+    c = config("llama")
+    graph = trace_model(c, c.mapping.ranks[0])
+    weights = random_weights(graph)
+    step = as_torch(Sequences().step({0: [1, 2, 3, 4, 5], 1: [9], 2: [7, 8]}))
+    programs = [Reference(g, weights, num_slots=256, block_size=4) for g in (graph, gather_early(graph))]
+    want, got = (program.step(step)[0] for program in programs)
+    assert got.shape == (3, c.vocab_size)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_not_chosen_early_where_one_sum_over_ranks_would_be_left_out():
+    def traced(sums):
+        with trace("g") as t:
+            x = F.embedding(t.input("input_ids"), F.weight("table", (10, 8), "float32"))
+            y = F.linear(x, F.weight("w", (8, 8), "float32"))
+            for _ in range(sums):
+                y = F.all_reduce(y, (0, 1))
+            return t.finish(F.gather_last(F.add(x, y), t.input("logits_indices")))
+
+    odd, even = traced(1), traced(2)
+    assert gather_early(odd) == odd
+    assert [node.op for node in gather_early(even).nodes] == [
+        "embedding", "gather_last", "linear", "all_reduce", "all_reduce", "add"
+    ]  # fmt: skip
+
+
+def test_inputs_of_fp8_linears_on_both_sides_stay_quantized():
+    """A norm that the whole qkv and the chosen rows' MLP read."""
+    with trace("g") as t:
+        x = F.embedding(t.input("input_ids"), F.weight("table", (10, 8), "float32"))
+        h = F.qdq(x, F.weight("scale", (1,), "float32"), "fp8")
+        F.send(F.linear(h, F.weight("w1", (8, 8), "float32")), 1)
+        y = F.linear(h, F.weight("w2", (8, 8), "float32"))
+        graph = gather_early(t.finish(F.gather_last(F.add(x, y), t.input("logits_indices"))))
+    assert [node.op for node in graph.nodes] == ["embedding", "qdq", "linear", "send", "gather_last", "qdq", "linear",
+                                                 "add"]  # fmt: skip
 
 
 def test_linears_that_are_read_twice_are_not_merged():

@@ -68,13 +68,18 @@ def test_logits_equal_the_references(tmp_path, variant):
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < 2e-2
 
 
-def test_the_last_norm_adds_what_it_norms(tmp_path):
+def test_the_last_layers_tail_is_of_the_rows_whose_logits_are_wanted(tmp_path):
     engine, _, _ = build_tiny(tmp_path, "llama")
     with engine.tensors(engine.config.pretrained_config.mapping.ranks[0]) as file:
         plan = engine.plan(file)
-    assert not {"add", "gather_last"} & {step["op"] for step in plan["steps"]}
-    _, last = (step for step in plan["steps"] if step["op"] == "rms_norm")
-    assert all("i:logits_indices" in launch["args"] for _, (launch,) in last["ways"])
+    steps = plan["steps"]
+    gathers = [i for i, step in enumerate(steps) if step["op"] == "gather_last"]
+    assert len(gathers) == 2  # queries and the residual
+    for i in gathers:  # steps without prompts have nothing to gather
+        assert {launch["when"] for _, launches in steps[i]["ways"] for launch in launches} == {"mixed"}
+    assert "prefill_attention" not in {step["op"] for step in steps[gathers[-1] :]}
+    linears = [step for step in steps if step["op"].startswith("linear")]
+    assert [step["by"] for step in linears[-5:]] == ["num_tokens"] + 4 * ["num_logits"]
 
 
 @pytest.mark.gpu

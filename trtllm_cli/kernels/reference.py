@@ -395,7 +395,13 @@ def _rope_append(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]
 
 def _paged_attention(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:
     k_cache, v_cache = r.cache(node)
-    return [paged_attention(t["q"], k_cache, v_cache, t, node.attrs, r.block_size)]
+    q = t["q"]
+    if "rows" not in t:
+        return [paged_attention(q, k_cache, v_cache, t, node.attrs, r.block_size)]
+    rows = t["rows"].long()  # of just these tokens
+    whole = q.new_zeros(int(t["query_start"][-1]), q.shape[1])
+    whole[rows] = q
+    return [paged_attention(whole, k_cache, v_cache, t, node.attrs, r.block_size)[rows]]
 
 
 def _gather_last(r: Reference, node: Node, t: dict[str, Tensor]) -> list[Tensor]:

@@ -119,22 +119,23 @@ class Case:
         )  # fmt: skip
 
 
-def decode(launch, case, splits=1, block_n=16, block_g=16, times=1):
-    """Runs the kernel and checks all that it wrote."""
-    d, seqs = case.device, len(case.lengths) + case.padding
+def decode(launch, case, splits=1, block_n=16, block_g=16, times=1, row_seqs=None):
+    """Runs the kernel and checks all that it wrote; with `row_seqs` of all tokens, each a row of its own."""
+    of_rows, d = row_seqs is not None, case.device
+    seqs = len(row_seqs) if of_rows else len(case.lengths) + case.padding
     tiles = case.kv_heads * -(-(case.heads // case.kv_heads) // block_g)
     rows = seqs * case.heads * splits
     partial = torch.zeros(rows * case.v_head_dim, dtype=torch.int64, device=d)
     lse = torch.zeros(rows, dtype=torch.int64, device=d)
     phases = [(True, True)] if splits == 1 else [(True, False), (False, True)]
-    single = torch.tensor([n == 1 for n in case.new for _ in range(n)], device=d)
+    single = torch.tensor([n == 1 or of_rows for n in case.new for _ in range(n)], device=d)
     for time in range(times):
         step = torch.full((1,), 1 + time, dtype=torch.int32, device=d)
         for push, pull in phases:
             launch(
-                decode_attention.decode_attention, (splits, seqs, tiles), *case.tensors(), partial, lse, step, 3, 2,
-                case.inputs["block_tables"].shape[1], case.scale, case.softcap, BLOCK_G=block_g, BLOCK_N=block_n,
-                NUM_SPLITS=splits, PUSH=push, PULL=pull, **case.common(),
+                decode_attention.decode_attention, (splits, seqs, tiles), *case.tensors(),
+                row_seqs if of_rows else step, partial, lse, step, 3, 2, case.inputs["block_tables"].shape[1], case.scale, case.softcap, BLOCK_G=block_g,
+                BLOCK_N=block_n, NUM_SPLITS=splits, OF_ROWS=of_rows, PUSH=push, PULL=pull, **case.common(),
             )  # fmt: skip
     case.check(single)
 
@@ -206,6 +207,22 @@ def test_prefills_of_a_mixed_step_are_left_alone(launch, splits):
     decode(launch, Case([40, 25, 9, 17], [3, 1, 9, 1], kv_heads=1, padding=2, device=launch.device), splits)
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"window": 10}, {"cache_dtype": torch.float8_e4m3fn}])
+def test_rows_of_any_sequence(launch, splits, options):
+    """Each sees what its own token does: several of a sequence, and of another none."""
+    d = launch.device
+    case = Case([40, 25, 9], [3, 1, 4], kv_heads=1, **options, device=d)
+    expected = case.expected()
+    seqs, new, rows = [0, 0, 0, 1, 2, 2, 2, 2], case.inputs["query_start"].tolist(), [2, 3, 0, 6]
+    case.q, case.out = case.q[rows].contiguous(), case.out[: len(rows)].contiguous()
+    lengths = [case.lengths[seqs[row]] - (new[seqs[row] + 1] - 1 - row) for row in rows]
+    case.inputs["seq_lens"] = torch.tensor(lengths, dtype=torch.int32, device=d)
+    case.new, case.expected = [len(rows)], lambda: expected[rows]
+    row_seqs = torch.tensor([seqs[row] for row in rows], dtype=torch.int32, device=d)
+    decode(launch, case, splits, row_seqs=row_seqs)
+
+
 POINTERS = {
     "q_ptr": "*bf16", "block_tables_ptr": "*i32", "query_start_ptr": "*i32", "seq_lens_ptr": "*i32",
     "sinks_ptr": "*bf16", "kv_scale_ptr": "*fp32", "out_scale_ptr": "*fp32", "out_ptr": "*bf16",
@@ -215,8 +232,8 @@ LLAMA = {
     "NUM_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "V_HEAD_DIM": 128, "BLOCK_SIZE": 64, "WINDOW": 0, "SOFTCAP": False,
     "SINKS": False, "BLOCK_G": 16, "BLOCK_N": 64, "PDL": True,
 }  # fmt: skip
-BOTH = {"PUSH": True, "PULL": True}
-SCRATCH = {"partial_ptr": "*i64", "lse_ptr": "*i64", "step_ptr": "*i32", "calls": "i32", "call": "i32"}
+BOTH = {"PUSH": True, "PULL": True, "OF_ROWS": False}
+SCRATCH = {"row_seqs_ptr": "*i32", "partial_ptr": "*i64", "lse_ptr": "*i64", "step_ptr": "*i32", "calls": "i32", "call": "i32"}
 
 
 @pytest.mark.parametrize("splits", [1, 16])

@@ -48,8 +48,8 @@ def run(launch, kind, tokens, width, *, heads=1, x_dtype=BF16, residual_dtype=No
     }  # fmt: skip
     full = x.float() + residual.float() if residual_dtype is not None else x.float()
     if kind == "rms":
-        launch(norm.rms_norm, (tokens,), x_wide, residual, weight, out_wide, total, steps, scale, steps, eps,
-               GATHERS=False, **constants)  # fmt: skip
+        launch(norm.rms_norm, (tokens,), x_wide, residual, weight, out_wide, total, scale, steps, eps,
+               **constants)  # fmt: skip
         expected = reference.rms_norm(full, weight.float(), eps, heads if heads > 1 else None)
     else:
         launch(norm.layer_norm, (tokens,), x_wide, residual, weight, bias_row, out_wide, total, scale, steps, eps,
@@ -129,7 +129,7 @@ def test_a_row_of_zeros(launch, kind):
     constants = {"NUM_HEADS": 1, "WIDTH": 32, "BLOCK_HEADS": 1, "BLOCK": 32, "X_STRIDE": 32, "OUT_STRIDE": 32,
                  "HAS_RESIDUAL": False, "QUANT": "token"}  # fmt: skip
     if kind == "rms":
-        launch(norm.rms_norm, (1,), x, x, ones, out, x, ones, ones, steps, 1e-6, GATHERS=False, **constants)
+        launch(norm.rms_norm, (1,), x, x, ones, out, x, ones, steps, 1e-6, **constants)
     else:
         launch(norm.layer_norm, (1,), x, x, ones, ones, out, x, ones, steps, 1e-6, HAS_BIAS=False, **constants)
     assert (out.float() == 0).all()
@@ -141,25 +141,11 @@ def test_the_sum_may_replace_the_residual(launch):
     d = launch.device
     x, residual, weight = torch.randn(2, 64, device=d), torch.randn(2, 64, device=d), torch.rand(64, device=d)
     full, out = x + residual, poison((2, 64), F32, d)
-    launch(norm.rms_norm, (2,), x, residual, weight, out, residual, weight, weight, weight, 1e-5, NUM_HEADS=1,
-           WIDTH=64, BLOCK_HEADS=1, BLOCK=64, X_STRIDE=64, OUT_STRIDE=64, HAS_RESIDUAL=True, GATHERS=False,
+    launch(norm.rms_norm, (2,), x, residual, weight, out, residual, weight, weight, 1e-5, NUM_HEADS=1,
+           WIDTH=64, BLOCK_HEADS=1, BLOCK=64, X_STRIDE=64, OUT_STRIDE=64, HAS_RESIDUAL=True,
            QUANT="none")  # fmt: skip
     assert error(residual, full) < 1e-6
     assert error(out, reference.rms_norm(full, weight, 1e-5)) < TOLERANCE[F32]
-
-
-@pytest.mark.parametrize("has_residual", [True, False])
-def test_some_rows(launch, has_residual):
-    torch.manual_seed(0)
-    d = launch.device
-    x, residual, weight = torch.randn(5, 48, device=d), torch.randn(5, 48, device=d), torch.rand(48, device=d)
-    rows, out, total = torch.tensor([4, 1, 1], dtype=torch.int32, device=d), poison((3, 48), F32, d), residual.clone()
-    launch(norm.rms_norm, (3,), x, residual, weight, out, total, rows, weight, weight, 1e-5, NUM_HEADS=1, WIDTH=48,
-           BLOCK_HEADS=1, BLOCK=64, X_STRIDE=48, OUT_STRIDE=48, HAS_RESIDUAL=has_residual, GATHERS=True,
-           QUANT="none")  # fmt: skip
-    full = (x + residual if has_residual else x)[rows.long()]
-    assert error(out, reference.rms_norm(full, weight, 1e-5)) < TOLERANCE[F32]
-    assert torch.equal(total, residual)
 
 
 @pytest.mark.parametrize("num_warps", [16, 4])
@@ -169,10 +155,10 @@ def test_machine_code_for_llama(compile_kernel, num_warps, residual, out, quant)
     compiled = compile_kernel(
         norm.rms_norm,
         args={"x_ptr": "*bf16", "residual_ptr": residual, "weight_ptr": "*bf16", "out_ptr": out,
-              "new_residual_ptr": residual, "rows_ptr": "*i32", "out_scale_ptr": "*fp32", "row_scale_ptr": "*fp32",
+              "new_residual_ptr": residual, "out_scale_ptr": "*fp32", "row_scale_ptr": "*fp32",
               "eps": "fp32"},
         constexprs={"NUM_HEADS": 1, "WIDTH": 4096, "BLOCK_HEADS": 1, "BLOCK": 4096, "X_STRIDE": 4096,
-                    "OUT_STRIDE": 4096, "HAS_RESIDUAL": True, "GATHERS": False, "QUANT": quant, "PDL": True},
+                    "OUT_STRIDE": 4096, "HAS_RESIDUAL": True, "QUANT": quant, "PDL": True},
         num_warps=num_warps,
     )  # fmt: skip
     assert compiled.spills == 0

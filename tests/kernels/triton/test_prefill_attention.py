@@ -6,46 +6,47 @@ import pytest
 import torch
 
 from tests.kernels.triton.test_decode_attention import LLAMA, POINTERS, Case
-from trtllm_cli.kernels.triton import prefill_attention, rope_append
+from trtllm_cli.kernels.triton import prefill_attention
 
 
-def prefill(launch, case, block_q=8, pack=2, block_n=16, skip_decodes=True, widened=False):
-    """Runs the kernel and checks all that it wrote."""
+def prompts_of(case, first=0):
+    """The arguments that say which sequences are prompts: all from the first on."""
     seqs = len(case.lengths) + case.padding
+    return torch.tensor([first], dtype=torch.int32, device=case.device), seqs - first, seqs
+
+
+def prefill(launch, case, block_q=8, pack=2, block_n=16, skip_decodes=True, widened=False, first=0):
+    """Runs the kernel and checks all that it wrote."""
+    prompts = prompts_of(case, first)
     q, k, v, *others = case.tensors()
     new, stride = (q, q), 0
     if widened:
-        new, stride = widen(launch, case, block_n)
+        new, stride = widen(case, block_n)
     launch(
-        prefill_attention.prefill_attention, (case.heads // pack, len(case.q) // block_q + seqs), q, k, v, *new,
-        *others, seqs, case.inputs["block_tables"].shape[1], case.scale, case.softcap, NEW_STRIDE=stride,
+        prefill_attention.prefill_attention, (case.heads // pack, len(case.q) // block_q + prompts[1]), q, k, v,
+        *new, *others, *prompts, case.inputs["block_tables"].shape[1], case.scale, case.softcap, NEW_STRIDE=stride,
         SKIP_DECODES=skip_decodes, PACK=pack, BLOCK_Q=block_q, BLOCK_N=block_n, **case.common(),
     )  # fmt: skip
     computed = [n > 1 or not skip_decodes for n in case.new for _ in range(n)]
     case.check(torch.tensor(computed, device=case.device))
 
 
-def widen(launch, case, block_n):
-    """The step's keys and values out of the cache, in which nothing of them is left."""
+def widen(case, block_n):
+    """The step's keys and values as rope_append leaves them beside the cache, in which nothing of them is left."""
     case.expected = functools.partial(lambda found: found, case.expected())
-    tables, starts = case.inputs["block_tables"], case.inputs["query_start"]
-    slots = []
-    for seq, (length, count) in enumerate(zip(case.lengths, case.new, strict=True)):
-        at = torch.arange(length - count, length, device=case.device)
-        slots.append(tables[seq][at // case.block_size] * case.block_size + at % case.block_size)
-    slots = torch.cat(slots).int()
-    assert len(slots) == starts[len(case.new)] == len(case.q)
-    stride = len(slots) + block_n
-    new = [torch.full((case.kv_heads, stride, w), torch.nan, device=case.device).to(case.dtype)
-           for w in (case.head_dim, case.v_head_dim)]  # fmt: skip
-    launch(
-        rope_append.widen, (-(-len(slots) // 4), 2 * -(-case.kv_heads // 2)), case.k, case.v, slots, *new, len(slots),
-        NUM_KV_HEADS=case.kv_heads, HEAD_DIM=case.head_dim, V_HEAD_DIM=case.v_head_dim, BLOCK_SIZE=case.block_size,
-        NEW_STRIDE=stride, TOKENS=4, HEADS=2,
-    )  # fmt: skip
+    tables = case.inputs["block_tables"].long()
+    places = [(tables[seq][at // case.block_size], at % case.block_size)
+              for seq, (length, count) in enumerate(zip(case.lengths, case.new, strict=True))
+              for at in [torch.arange(length - count, length, device=case.device)]]  # fmt: skip
+    blocks, offsets = (torch.cat(part) for part in zip(*places, strict=True))
+    stride = len(blocks) + block_n
+    new = []
     for cache in (case.k, case.v):
+        rows = torch.full((case.kv_heads, stride, cache.shape[-1]), torch.nan, device=case.device).to(case.dtype)
+        rows[:, : len(blocks)] = cache[blocks, :, offsets].transpose(0, 1).to(case.dtype)
+        new.append(rows)
         spoilt = cache.float()
-        spoilt[slots.long() // case.block_size, :, slots.long() % case.block_size] = 99.0
+        spoilt[blocks, :, offsets] = 99.0
         cache.copy_(spoilt.to(cache.dtype))
     return new, stride
 
@@ -111,11 +112,15 @@ def test_widths_and_groups(launch, heads, kv_heads, head_dim, v_head_dim, pack):
     prefill(launch, case, block_q=16 // pack, pack=pack)
 
 
+PROMPTS = {
+    "first_prompt_ptr": "*i32", "num_prompts": "i32", "num_seqs": "i32", "k_new_ptr": "*bf16", "v_new_ptr": "*bf16"
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("cache", ["*bf16", "*fp8e4nv", "*i8"])
 @pytest.mark.parametrize("window", [0, 1024])
 def test_compiles_for_the_real_shapes(compile_kernel, cache, window):
-    types = {**POINTERS, "k_cache_ptr": cache, "v_cache_ptr": cache, "num_seqs": "i32"}
-    types |= {"k_new_ptr": "*bf16", "v_new_ptr": "*bf16"}
+    types = {**POINTERS, **PROMPTS, "k_cache_ptr": cache, "v_cache_ptr": cache}
     tiles = {"BLOCK_Q": 32, "PACK": 4, "SKIP_DECODES": True, "NEW_STRIDE": 0 if cache == "*bf16" else 8256}
     llama = {name: value for name, value in LLAMA.items() if name != "BLOCK_G"}
     compiled = compile_kernel(

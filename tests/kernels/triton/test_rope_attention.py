@@ -78,12 +78,13 @@ def test_as_one_after_another(launch, lengths, options):
     q = torch.zeros(seqs, heads * dim, device=d).bfloat16()
     launch(
         rope_append.rope_append, (seqs, heads + 2 * KV_HEADS), qkv, *norms, angles, positions, slots, kv_scale, q, k, v,
-        seqs, 1e-5, NUM_HEADS=heads, DIM=dim, NEOX=True, NORM=norm, TOKENS=1, HEADS=1, **common,
+        q, q, seqs, 1e-5, NUM_HEADS=heads, DIM=dim, NEOX=True, NORM=norm, NEW_STRIDE=0, TOKENS=1, HEADS=1,
+        **common,
     )  # fmt: skip
     for push, pull in phases:
         launch(
-            decode_attention.decode_attention, grid(16), q, k, v, *batch, expected, *scratch, step, 5, 2, *scales,
-            V_HEAD_DIM=dim, BLOCK_G=16, BLOCK_N=16, PUSH=push, PULL=pull, **attention,
+            decode_attention.decode_attention, grid(16), q, k, v, *batch, expected, step, *scratch, step, 5, 2, *scales,
+            V_HEAD_DIM=dim, BLOCK_G=16, BLOCK_N=16, OF_ROWS=False, PUSH=push, PULL=pull, **attention,
         )  # fmt: skip
     (new_k, new_v), found, scratch = outputs()
     for push, pull in phases:

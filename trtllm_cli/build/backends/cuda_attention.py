@@ -6,15 +6,20 @@ from typing import Any
 
 from trtllm_cli.build.backends.cuda_program import TYPES, CudaLowering, Dim, Launch
 from trtllm_cli.errors import UnsupportedError
-from trtllm_cli.functional import NUM_SEQS, NUM_TOKENS
+from trtllm_cli.functional import NUM_LOGITS, NUM_SEQS, NUM_TOKENS
 from trtllm_cli.graph import Node
 from trtllm_cli.kernels.reference import v_head_dim
 
 _KV_DTYPES = {"bfloat16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
 NUM_COPIES = "num_copies"
+# Of a step's sequences those from the first one on that has several tokens; all, or none if none has one token alone.
+NUM_PROMPTS, NUM_ALONE = "num_prompts", "num_alone"
 _COPIED_AT_ONCE = 16  # bytes
 _COPY_BLOCK = 4096  # words of four bytes that a program copies
-_WIDENED = 8  # tokens of which a program widens four heads
+_BLOCK_N = 64  # tokens that a program of prefill attention takes at once, at most
+_MANY = 4, 4  # tokens, and heads of each, that a program appends of more
+# Of prompt_attention: tokens that it takes at once, for how many times as many there is room, and registers.
+_WARPGROUPS = {"BLOCK_N": 128, "STAGES": 2, "REGISTERS": 232}
 _FEW = 64  # tokens up to which a program appends few heads of one token, so that there are programs enough
 _FEW_ROWS = 1024  # tokens of a step up to which a program of prefill attention takes 128 rows, of more it takes 256
 # By how many sequences there are: programs that share one's cache, warps of a program, tokens that it takes at once.
@@ -48,9 +53,7 @@ class AttentionLaunches(CudaLowering):
         a = node.attrs
         heads, kv_heads, dim = a["num_heads"], a["num_kv_heads"], a["head_dim"]
         spec = self.add_rope_table(a["rope"])[1] if "rope" in a else None
-        args = self._rotated(node) | {
-            "q_ptr": (self.type_of(node.output), self.ref(node.output)), **self._caches(node), **self._appended(),
-        }  # fmt: skip
+        args = self._rotated(node) | {"q_ptr": (self.type_of(node.output), self.ref(node.output)), **self._caches(node)}
         constants: dict[str, Any] = {
             "NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, "HEAD_DIM": dim,
             "BLOCK_SIZE": self.build_config.tokens_per_block, "DIM": spec.dim if spec else 0,
@@ -58,18 +61,21 @@ class AttentionLaunches(CudaLowering):
             "KV_QUANT": self._is_quantized(node),
         }  # fmt: skip
 
-        def way(tokens: int, some: int, when: str = "") -> list[Launch]:
+        def way(tokens: int, some: int, *, mixed_only: bool = False) -> list[Launch]:
             grid: list[Dim] = [[NUM_TOKENS, tokens], -(-heads // some) + 2 * -(-kv_heads // some)]
             return [
                 self.launch(
-                    "rope_append", "rope_append", grid, args, TOKENS=tokens, HEADS=some, when=when, **constants
+                    "rope_append", "rope_append", grid, args | appended, TOKENS=tokens, HEADS=some,
+                    when="mixed" if mixed_only else when, NEW_STRIDE=stride, **constants,
                 )
+                for when, appended, stride in self._appended(attention)
+                if when != "decode" or not mixed_only
             ]  # fmt: skip
 
-        ways: list[tuple[int | None, list[Launch]]] = [(_FEW, way(1, 4)), (None, way(4, 4))]
-        readers = self.consumers.get(node.output, [])
-        if len(readers) == 1 and self._joined(readers[0]) is node:
-            ways.insert(0, (max(_AS_ONE), way(1, 4, "mixed")))
+        (attention,) = (n for n in self.graph.nodes if n.op == "paged_attention" and n.attrs["layer"] == a["layer"])
+        ways: list[tuple[int | None, list[Launch]]] = [(_FEW, way(1, 4)), (None, way(*_MANY))]
+        if self._joined(attention) is node:
+            ways.insert(0, (max(_AS_ONE), way(1, 4, mixed_only=True)))
         self.ways(node.op, NUM_TOKENS, ways)
 
     def _rotated(self, node: Node) -> dict[str, tuple[str, Any]]:
@@ -87,31 +93,32 @@ class AttentionLaunches(CudaLowering):
 
     def _joined(self, node: Node) -> Node | None:
         """The rotary positions and append that this attention may do itself: of whole heads, in halves."""
-        maker = self.producers.get(node.inputs.get("q", ""))
+        maker = self.producers.get(self.whole(node.inputs["q"]))
         if node.op != "paged_attention" or maker is None or maker.op != "rope_append" or "rope" not in maker.attrs:
             return None
         dim, spec = maker.attrs["head_dim"], self.add_rope_table(maker.attrs["rope"])[1]
         whole = spec.layout == "neox" and spec.dim == dim == v_head_dim(node.attrs) and dim in (32, 64, 128, 256)
         few = node.attrs["num_heads"] <= 16 * node.attrs["num_kv_heads"]
-        return maker if whole and few and self.consumers[maker.output] == [node] else None
+        alone = len(self.consumers[maker.output]) == len(self.consumers[node.inputs["q"]]) == 1
+        return maker if whole and few and alone else None
 
     def _attention(self, node: Node) -> None:
         a = node.attrs
         kv_heads = a["num_kv_heads"]
         args = {
             "k_ptr": (self.type_of(node.inputs["k"]), self.ref(node.inputs["k"])),
-            "v_ptr": (self.type_of(node.inputs["v"]), self.ref(node.inputs["v"])),
-            **self._caches(node), **self._appended(),
+            "v_ptr": (self.type_of(node.inputs["v"]), self.ref(node.inputs["v"])), **self._caches(node),
         }  # fmt: skip
 
         def way(tokens: int, some: int) -> list[Launch]:
             grid: list[Dim] = [[NUM_TOKENS, tokens], 2 * -(-kv_heads // some)]
             return [
                 self.launch(
-                    "rope_append", "append", grid, args, NUM_KV_HEADS=kv_heads, HEAD_DIM=a["head_dim"],
-                    V_HEAD_DIM=v_head_dim(a), BLOCK_SIZE=self.build_config.tokens_per_block,
-                    KV_QUANT=self._is_quantized(node), TOKENS=tokens, HEADS=some,
+                    "rope_append", "append", grid, args | appended, NUM_KV_HEADS=kv_heads, HEAD_DIM=a["head_dim"],
+                    V_HEAD_DIM=v_head_dim(a), BLOCK_SIZE=self.build_config.tokens_per_block, when=when,
+                    KV_QUANT=self._is_quantized(node), NEW_STRIDE=stride, TOKENS=tokens, HEADS=some,
                 )
+                for when, appended, stride in self._appended(node)
             ]  # fmt: skip
 
         self.ways("append", NUM_TOKENS, [(_FEW, way(1, 1)), (None, way(4, 4))])
@@ -119,20 +126,26 @@ class AttentionLaunches(CudaLowering):
 
     def _paged_attention(self, node: Node) -> None:
         self._count_cache(node)
-        rope = self._joined(node)
+        rope, of_rows = self._joined(node), "rows" in node.inputs
         ways: list[tuple[int | None, list[Launch]]] = []
-        for most, splits, warps, block_n in _DECODE:
+        for most, *about in _DECODE:
             if rope is not None and most is not None and most in _AS_ONE:
-                mixed = self._decode(node, most, splits, warps, block_n, when="mixed")
-                ways.append((most, [self._rope_decode(node, rope, most, *_AS_ONE[most]), mixed]))
+                decode = self._rope_decode(node, rope, most, *_AS_ONE[most])
+            elif of_rows:
+                decode = self._decode(node, most, *about, when="decode")
             else:
-                ways.append((most, [self._decode(node, most, splits, warps, block_n)]))
-        self.ways(node.op, NUM_SEQS, ways)
-        self._prefill(node)
+                ways.append((most, [self._decode(node, most, *about)]))
+                continue
+            ways.append((most, [decode, self._decode(node, most, *about, when="mixed", of_rows=of_rows)]))
+        self.ways(node.op, NUM_LOGITS if of_rows else NUM_SEQS, ways)
+        if not of_rows:
+            self._prefill(node)
 
     def _decode(
-        self, node: Node, most: int | None, splits: int, warps: int, block_n: int, when: str = ""
+        self, node: Node, most: int | None, splits: int, warps: int, block_n: int, *, when: str = "",
+        of_rows: bool = False,
     ) -> Launch:  # fmt: skip
+        """Of the sequences that have one token in a step; or of the tokens that the node's `rows` name."""
         a = node.attrs
         block_g, tiles = self._tiles_of_heads(node)
         under_way = 4 if self._is_quantized(node) and block_n == 64 else 3  # tiles; of bytes they are half as large
@@ -141,10 +154,13 @@ class AttentionLaunches(CudaLowering):
             block_n = 64 if self._width(node) <= 320 else 32
         tile = self._tile_bytes(node, block_n)
         stages = self.stages(max(2, min(under_way, (112 << 10) // tile)), tile)
+        args = self._common(node) | self._shared_out(node, most, splits) | {"row_seqs_ptr": ("*i32", None)}
+        if of_rows:
+            args |= {"row_seqs_ptr": ("*i32", "i:logits_seqs"), "seq_lens_ptr": ("*i32", "i:logits_lens")}
         return self.launch(
-            "decode_attention", "decode_attention", [splits, [NUM_SEQS, 1], tiles],
-            self._common(node) | self._shared_out(node, most, splits), num_warps=warps, num_stages=stages, when=when,
-            BLOCK_G=block_g, BLOCK_N=block_n, NUM_SPLITS=splits, PUSH=True, PULL=True, **self._options(node),
+            "decode_attention", "decode_attention", [splits, [NUM_LOGITS if of_rows else NUM_ALONE, 1], tiles], args,
+            num_warps=warps, num_stages=stages, when=when, BLOCK_G=block_g, BLOCK_N=block_n, NUM_SPLITS=splits,
+            OF_ROWS=of_rows, PUSH=True, PULL=True, **self._options(node),
         )  # fmt: skip
 
     def _rope_decode(
@@ -156,7 +172,7 @@ class AttentionLaunches(CudaLowering):
         if node.attrs["head_dim"] > 128:  # a warp's sums lie in registers, and what they are combined in is shared
             warps, block_n = 2, 32
         args = self._common(node) | self._shared_out(node, most, splits) | self._rotated(rope)
-        args["slot_mapping_ptr"] = self._appended()["slot_mapping_ptr"]
+        args["slot_mapping_ptr"] = ("*i32", "i:slot_mapping")
         options = self._options(node)
         del args["q_ptr"], options["V_HEAD_DIM"]
         return self.launch(
@@ -193,49 +209,58 @@ class AttentionLaunches(CudaLowering):
         a = node.attrs
         group, width = a["num_heads"] // a["num_kv_heads"], self._width(node)
         pack = max(p for p in (1, 2, 4, 8) if group % p == 0)
-        block_n, most = (64, 3) if width <= 256 else (64, 2) if width <= 320 else (32, 2) if width <= 512 else (16, 2)
-        widened: list[Launch] = []
-        new: tuple[str | None, str | None] = None, None
-        stride = 0
-        if self._is_quantized(node) and width <= 512:  # wider ones are MLA's latents, which have one head
-            stride = self.build_config.max_num_tokens + block_n
-            new, widen = self._widen(node, stride)
-            widened.append(widen)
+        block_n = _BLOCK_N if width <= 320 else 32 if width <= 512 else 16
+        most = 3 if width <= 256 else 2
+        stride = self._new_stride(node)
         stages = self.stages(most, block_n * width * 2 if stride else self._tile_bytes(node, block_n))
-        args = self._common(node) | {
-            "num_seqs": ("i32", f"n:{NUM_SEQS}"), "k_new_ptr": ("*bf16", new[0]), "v_new_ptr": ("*bf16", new[1])
+        args = self._common(node) | self._new_rows(node, stride) | {
+            "first_prompt_ptr": ("*i32", "i:first_prompt"), "num_prompts": ("i32", f"n:{NUM_PROMPTS}"),
+            "num_seqs": ("i32", f"n:{NUM_SEQS}"),
         }  # fmt: skip
+        if self._by_warpgroups(node):
+            options = self._options(node)
+            del options["V_HEAD_DIM"]
+            attend = self.launch(
+                "prompt_attention", "prompt_attention", [a["num_heads"] // pack, [NUM_TOKENS, 128 // pack, NUM_PROMPTS]],
+                args, num_warps=4, when="mixed", NEW_STRIDE=stride, PACK=pack, **_WARPGROUPS, **options,
+            )  # fmt: skip
+            self.ways("prefill_attention", NUM_TOKENS, [(None, [attend])])
+            return
 
         def way(rows: int, warps: int) -> list[Launch]:
-            grid: list[Dim] = [a["num_heads"] // pack, [NUM_TOKENS, rows // pack, NUM_SEQS]]
-            prefill = self.launch(
-                "prefill_attention", "prefill_attention", grid, args, num_warps=warps, num_stages=stages, when="mixed",
-                NEW_STRIDE=stride, SKIP_DECODES=True, PACK=pack, BLOCK_Q=rows // pack, BLOCK_N=block_n,
-                **self._options(node),
-            )  # fmt: skip
-            return [*widened, prefill]
+            grid: list[Dim] = [a["num_heads"] // pack, [NUM_TOKENS, rows // pack, NUM_PROMPTS]]
+            return [
+                self.launch(
+                    "prefill_attention", "prefill_attention", grid, args, num_warps=warps, num_stages=stages,
+                    when="mixed", NEW_STRIDE=stride, SKIP_DECODES=True, PACK=pack, BLOCK_Q=rows // pack,
+                    BLOCK_N=block_n, **self._options(node),
+                )
+            ]  # fmt: skip
 
         ways: list[tuple[int | None, list[Launch]]] = [(None, way(128 if v_head_dim(a) <= 256 else 64, 8))]
         if width <= 256:
             ways = [(_FEW_ROWS, ways[0][1]), (None, way(256, 16))]
         self.ways("prefill_attention", NUM_TOKENS, ways)
 
-    def _widen(self, node: Node, stride: int) -> tuple[tuple[str, str], Launch]:
-        """Where the step's keys and values lie in bfloat16, `stride` rows a head, and what puts them there."""
-        a = node.attrs
-        heads, widths = a["num_kv_heads"], (a["head_dim"], v_head_dim(a))
-        new = (
-            self.room("new keys", heads * stride * widths[0] * 2),
-            self.room("new values", heads * stride * widths[1] * 2),
-        )
-        caches = {name: arg for name, arg in self._caches(node).items() if name != "kv_scale_ptr"}
-        args = caches | self._appended() | {"k_new_ptr": ("*bf16", new[0]), "v_new_ptr": ("*bf16", new[1])}
-        launch = self.launch(
-            "rope_append", "widen", [[NUM_TOKENS, _WIDENED], 2 * -(-heads // 4)], args, when="mixed",
-            NUM_KV_HEADS=heads, HEAD_DIM=widths[0], V_HEAD_DIM=widths[1], NEW_STRIDE=stride,
-            BLOCK_SIZE=self.build_config.tokens_per_block, TOKENS=_WIDENED, HEADS=4,
-        )  # fmt: skip
-        return new, launch
+    def _by_warpgroups(self, node: Node) -> bool:
+        """Whether there is a kernel for prompts whose warpgroups divide the labour: on Hopper, of common heads."""
+        dim = node.attrs["head_dim"]
+        return self.arch == "sm_90a" and dim == v_head_dim(node.attrs) and dim in (64, 128)
+
+    def _new_stride(self, node: Node) -> int:
+        """Rows of a head where the step's keys and values also lie in bfloat16, as prefill reads them; 0: nowhere."""
+        if not self._is_quantized(node) or self._width(node) > 512:  # wider ones are MLA's latents, which have one head
+            return 0
+        return self.build_config.max_num_tokens + _WARPGROUPS["BLOCK_N"]
+
+    def _new_rows(self, node: Node, stride: int) -> dict[str, tuple[str, Any]]:
+        """Where these are."""
+        per_column = node.attrs["num_kv_heads"] * stride * 2
+        widths = {"keys": node.attrs["head_dim"], "values": v_head_dim(node.attrs)}
+        return {
+            f"{what[0]}_new_ptr": ("*bf16", self.room(f"new {what}", per_column * width) if stride else None)
+            for what, width in widths.items()
+        }
 
     def _width(self, node: Node) -> int:
         """Columns of a token's key and value in one head."""
@@ -276,8 +301,13 @@ class AttentionLaunches(CudaLowering):
             "k_cache_ptr": (kind, f"k:{layer}"), "v_cache_ptr": (kind, f"v:{layer}"), "kv_scale_ptr": ("*fp32", scale)
         }  # fmt: skip
 
-    def _appended(self) -> dict[str, tuple[str, Any]]:
-        return {"slot_mapping_ptr": ("*i32", "i:slot_mapping"), "num_tokens": ("i32", f"n:{NUM_TOKENS}")}
+    def _appended(self, node: Node) -> list[tuple[str, dict[str, tuple[str, Any]], int]]:
+        """In which steps an attention's keys and values are appended how: `when`, operands, rows of a head beside."""
+        slots = {"slot_mapping_ptr": ("*i32", "i:slot_mapping"), "num_tokens": ("i32", f"n:{NUM_TOKENS}")}
+        stride = 0 if "rows" in node.inputs else self._new_stride(node)
+        if not stride:
+            return [("", slots | self._new_rows(node, 0), 0)]
+        return [(when, slots | self._new_rows(node, rows), rows) for when, rows in (("decode", 0), ("mixed", stride))]
 
     def _count_cache(self, node: Node) -> None:
         """Notes what a block of this layer takes; layers come in order."""

@@ -10,7 +10,6 @@ import triton
 from trtllm_cli.build.backends.cuda_program import RESIDUAL, Dim, Launch
 from trtllm_cli.build.backends.cuda_rows import BLOCK, RowLaunches
 from trtllm_cli.errors import UnsupportedError
-from trtllm_cli.functional import NUM_TOKENS
 from trtllm_cli.graph import Node
 
 # Bytes that a rank has in an all-reduce up to which it is one-shot (benchmarks/h200/two_gpus.py). Between two ranks it
@@ -163,7 +162,7 @@ class CollectiveLaunches(RowLaunches):
 
     def exchanged_by(self, node: Node, *, in_words: bool) -> tuple[dict[str, tuple[str, Any]], dict[str, Any]]:
         """What a one-shot all-reduce reads and where it exchanges it, and how large that is."""
-        assert self.rows(node.output) == NUM_TOKENS, "a call that some steps leave out would upset the slots"
+        # Whose turn a slot is follows from the calls before, of which steps leave out an even number (gather_early).
         others, rows = len(node.attrs["group"]) - 1, self.most_rows(node, in_words=in_words)
         row_bytes, width = self._row_bytes(node.inputs["x"]), self.width(node.output)
         # All that share memory agree on where things lie there: a sum's programs may be fewer than there are flags.

@@ -56,28 +56,34 @@ class ExpertLaunches(RowLaunches):
             "slot_mapping_ptr": ("*i32", "i:slot_mapping"), "weights_ptr": self._out(weights),
             "ids_ptr": self._out(ids), "scaling": ("fp32", float(a["scaling"])),
         }  # fmt: skip
-        route = self.launch(
-            "moe", "route", [[NUM_TOKENS, 1]], args, num_warps=1, NUM_EXPERTS=experts, TOP_K=a["top_k"],
-            BLOCK_K=triton.next_power_of_2(a["top_k"]), NUM_GROUPS=groups, TOP_GROUPS=a.get("top_groups") or 1,
-            BLOCK_GROUPS=triton.next_power_of_2(groups), BLOCK_GROUP=triton.next_power_of_2(experts // groups),
-            SCORING=a["scoring"], RENORMALIZE=a["renormalize"], HAS_BIAS=bias is not None, HAS_SLOTS=True,
-        )  # fmt: skip
+        rows = self.rows(ids)
+
+        def by_slots(has: bool, when: str = "") -> Launch:
+            return self.launch(
+                "moe", "route", [[rows, 1]], args, num_warps=1, NUM_EXPERTS=experts, TOP_K=a["top_k"],
+                BLOCK_K=triton.next_power_of_2(a["top_k"]), NUM_GROUPS=groups, TOP_GROUPS=a.get("top_groups") or 1,
+                BLOCK_GROUPS=triton.next_power_of_2(groups), BLOCK_GROUP=triton.next_power_of_2(experts // groups),
+                SCORING=a["scoring"], RENORMALIZE=a["renormalize"], HAS_BIAS=bias is not None, HAS_SLOTS=has, when=when,
+            )  # fmt: skip
+
+        # Of some rows alone, in steps with prompts, none is padding.
+        route = [by_slots(True)] if rows == NUM_TOKENS else [by_slots(True, "decode"), by_slots(False, "mixed")]
         linear = next((n for n in self.consumers.get(ids, []) if n.op == "expert_linear"), None)
         if linear is None:  # the gate of a shared expert
-            self.step(node.op, [route])
+            self.step(node.op, route)
             return
         by_one, before = _SORTED_BY_ONE // a["top_k"], 0
         ways: list[tuple[int | None, list[Launch]]] = []
         for tier in self._tiers(node):
             last = tier.most or self.build_config.max_num_tokens
             if tier.block == 0:
-                ways.append((tier.most, [route]))
+                ways.append((tier.most, route))
             elif before < by_one:
-                ways.append((tier.most if last <= by_one else by_one, [route, self._sort(linear, tier)]))
+                ways.append((tier.most if last <= by_one else by_one, [*route, self._sort(linear, tier)]))
             if tier.block and last > by_one:
-                ways.append((tier.most, [route, *self._sort_by_many(linear, tier)]))
+                ways.append((tier.most, [*route, *self._sort_by_many(linear, tier)]))
             before = last
-        self.ways(node.op, NUM_TOKENS, ways)
+        self.ways(node.op, rows, ways)
 
     def _tiers(self, route: Node) -> list[_Tier]:
         """How the experts of a router compute, by the number of tokens; the last takes any."""
@@ -97,7 +103,7 @@ class ExpertLaunches(RowLaunches):
     def _sort_by_many(self, linear: Node, tier: _Tier) -> list[Launch]:
         args, constants = self._sorting(linear, tier)
         bins, top_k = constants["BINS"], self._top_k(linear)
-        chunks: Dim = [f"{NUM_TOKENS}*{top_k}", _CHUNK]
+        chunks: Dim = [self._pairs(linear), _CHUNK]
         most = -(-self.build_config.max_num_tokens * top_k // _CHUNK)
         counts = {"counts_ptr": ("*i32", self.room("expert counts", bins * most * 4))}
         totals = {"totals_ptr": ("*i32", self.room("expert totals", bins * 4))}
@@ -116,7 +122,7 @@ class ExpertLaunches(RowLaunches):
         experts, _, _ = self.graph.weights[linear.inputs["weight"]].shape
         args = {
             "ids_ptr": self._out(linear.inputs["ids"]), **self._sorted(linear, tier),
-            "num_pairs": ("i32", ["n", [f"{NUM_TOKENS}*{self._top_k(linear)}", 1]]),
+            "num_pairs": ("i32", ["n", [self._pairs(linear), 1]]),
             "first_expert": ("i32", linear.attrs.get("first_expert", 0)),
         }  # fmt: skip
         bins = max(32, triton.next_power_of_2(experts + 2))
@@ -136,7 +142,11 @@ class ExpertLaunches(RowLaunches):
     def _blocks(self, linear: Node, tier: _Tier, times: int = 1) -> Dim:
         """Blocks that a step's pairs can be, `times` as many: every expert's last one may have room left."""
         experts = self.graph.weights[linear.inputs["weight"]].shape[0]
-        return [f"{NUM_TOKENS}*{self._top_k(linear)}", tier.block, experts + 1, times]
+        return [self._pairs(linear), tier.block, experts + 1, times]
+
+    def _pairs(self, linear: Node) -> str:
+        """The symbol that counts pairs of a token and an expert."""
+        return f"{self.rows(linear.output)}*{self._top_k(linear)}"
 
     def _top_k(self, linear: Node) -> int:
         return self.width(linear.inputs["ids"])
@@ -162,7 +172,7 @@ class ExpertLaunches(RowLaunches):
                 operands = {
                     "ids_ptr": self._out(node.inputs["ids"]), "first_expert": ("i32", node.attrs.get("first_expert", 0))
                 }  # fmt: skip
-                grid: list[Dim] = [[f"{NUM_TOKENS}*{top_k}", 1], -(-out // 16)]
+                grid: list[Dim] = [[self._pairs(node), 1], -(-out // 16)]
                 return [
                     self.launch(
                         "moe", "expert_linear_pairs", grid, args | operands, BLOCK_N=16, BLOCK_K=_width(256, inner),
@@ -180,7 +190,7 @@ class ExpertLaunches(RowLaunches):
             return [launch]
 
         tiers = self._tiers(self.producers[node.inputs["ids"]])
-        self.ways(node.op, NUM_TOKENS, [(tier.most, way(tier)) for tier in tiers])
+        self.ways(node.op, self.rows(node.output), [(tier.most, way(tier)) for tier in tiers])
 
     def _per_what(self, x_scale: str) -> str:
         return "one" if x_scale in self.graph.weights else "row"
@@ -265,7 +275,7 @@ class ExpertLaunches(RowLaunches):
         x, top_k = self._out(node.inputs["x"]), node.attrs["top_k"]
         width = self.width(node.outputs[0]) // top_k
         launch = self.gated_rows(
-            node, [f"{NUM_TOKENS}*{top_k}", 1], width, x, x, GATE_STRIDE=2 * width, UP_STRIDE=2 * width,
+            node, [f"{self.rows(node.outputs[0])}*{top_k}", 1], width, x, x, GATE_STRIDE=2 * width, UP_STRIDE=2 * width,
             GATE_OFFSET=width, UP_OFFSET=0,
         )  # fmt: skip
         self.step(node.op, [launch])

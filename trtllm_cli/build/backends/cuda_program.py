@@ -86,13 +86,12 @@ class CudaLowering(Lowering):
     def prepare(self) -> None:
         """Decides every tensor's dtype, and where it lives."""
         self.residuals = _residuals(self.graph)
-        self.logits = _logits(self.graph)
         self.graph = _cast_inputs(self.graph, self.residuals)
         self.consumers = self.graph.consumers()
         self.producers = self.graph.producers()
         nodes = self.graph.nodes
         self.following = {name: after for node, after in itertools.pairwise(nodes) for name in node.outputs}
-        self.buffers: BufferPlan = plan_buffers(_held(self.graph), self.bytes_of)
+        self.buffers: BufferPlan = plan_buffers(_held(self.graph), self.bytes_of, gathers_in_place=True)
 
     def dtype(self, name: str) -> str:
         """Torch's name of what an activation is kept in: bfloat16 but for the residual stream, logits and numbers."""
@@ -131,6 +130,11 @@ class CudaLowering(Lowering):
     def type_of(self, name: str) -> str:
         """Triton's type of a pointer to a step input or an activation."""
         return "*i32" if name in self.graph.inputs else TYPES[self.dtype(name)]
+
+    def whole(self, name: str) -> str:
+        """What rows were gathered from, or the tensor itself."""
+        maker = self.producers.get(name)
+        return maker.inputs["x"] if maker is not None and maker.op == "gather_last" else name
 
     def only_reader(self, name: str, op: str) -> Node | None:
         """The next node, where it alone reads this as x, and is such an op."""
@@ -247,6 +251,8 @@ def _held(graph: Graph) -> Graph:
         held = {}
         for (first, second), (passed, read) in _JOINED.items():
             maker = makers.get(node.inputs.get(passed, ""))
+            if maker is not None and maker.op == "gather_last":  # in place, and in decode steps nothing at all
+                maker = makers.get(maker.inputs["x"])
             if node.op == second and maker is not None and maker.op == first:
                 held["held"] = maker.inputs[read]
                 if node.op == "gated_act" and "held" in maker.inputs:  # a norm, a linear and its activation as one
@@ -268,15 +274,6 @@ def _residuals(graph: Graph) -> set[str]:
             case "add" | "scale" | "mul" | "gather_last" | "all_reduce" | "all_gather":
                 if any(name in found for name in node.inputs.values()):
                     found.add(node.output)
-    return found
-
-
-def _logits(graph: Graph) -> set[str]:
-    """The graph's outputs, and what they are made of by ops that only gather, scale or cap."""
-    found = set(graph.outputs)
-    for node in reversed(graph.nodes):
-        if node.op in ("all_gather", "scale", "softcap") and node.output in found:
-            found.add(node.inputs["x"])
     return found
 
 

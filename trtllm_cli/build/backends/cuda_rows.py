@@ -46,15 +46,12 @@ class RowLaunches(CudaLowering):
 
     def norm_launches(self, node: Node, function: str, *, few: bool) -> list[Launch]:
         """A norm, for few rows or for many."""
-        x, residual, out, rows = node.inputs["x"], node.inputs.get("residual"), node.outputs[0], None
-        if (gathered := self._gathered_sum(node)) is not None:
-            summed, gather = gathered
-            x, residual, rows = summed.inputs["x"], summed.inputs["y"], self.ref(gather.inputs["indices"])
+        x, residual, out = node.inputs["x"], node.inputs.get("residual"), node.outputs[0]
         total, heads = self.width(x), node.attrs.get("num_heads") or 1
         args: dict[str, tuple[str, Any]] = {
             "x_ptr": self._out(x), "residual_ptr": self._out(residual) if residual else ("*fp32", None),
             "weight_ptr": self.vector(node.inputs["weight"]), "out_ptr": self._out(out),
-            "new_residual_ptr": self._out(node.outputs[1]) if residual and not rows else ("*fp32", None),
+            "new_residual_ptr": self._out(node.outputs[1]) if residual else ("*fp32", None),
             **self._steps_of(node), "eps": ("fp32", node.attrs["eps"]),
         }  # fmt: skip
         constants: dict[str, Any] = {
@@ -66,8 +63,6 @@ class RowLaunches(CudaLowering):
             bias = node.inputs.get("bias")
             args["bias_ptr"] = self.vector(bias) if bias else ("*bf16", None)
             constants["HAS_BIAS"] = bias is not None
-        else:
-            args["rows_ptr"], constants["GATHERS"] = ("*i32", rows), rows is not None
         wide = constants["QUANT"] != "none" or total > 4096
         warps = 4 if total < 2048 else 16 if few else 8 if wide else 4
         return [self.launch("norm", function, [self._dim(out)], args, num_warps=warps, **constants)]
@@ -123,9 +118,7 @@ class RowLaunches(CudaLowering):
         self.step(node.op, [self.by_columns("unary", node.output, args, X_STRIDE=width, OP=op)])
 
     def _add(self, node: Node) -> None:
-        gather = self.only_reader(node.output, "gather_last")
-        if gather is None or not self._is_gathered_sum(gather):
-            self._binary(node)
+        self._binary(node)
 
     def _mul(self, node: Node) -> None:
         self._binary(node)
@@ -176,25 +169,23 @@ class RowLaunches(CudaLowering):
         stride = self.width(node.inputs["x"])
         self.step(node.op, [self.by_columns("gather_columns", node.output, args, X_STRIDE=stride)])
 
-    def _gathered_sum(self, norm: Node) -> tuple[Node, Node] | None:
-        """The sum in front of the last norm, and the choice of its rows: the norm computes the sum of just these."""
-        gather = self.producers.get(norm.inputs["x"])
-        summed = self.producers.get(gather.inputs.get("x", "")) if gather else None
-        if gather is None or summed is None or (summed.op, gather.op, norm.op) != ("add", "gather_last", "rms_norm"):
-            return None
-        alone = self.only_reader(summed.output, gather.op) and self.only_reader(gather.output, norm.op)
-        return (summed, gather) if alone and summed.inputs["y"] not in self.graph.weights else None
-
-    def _is_gathered_sum(self, gather: Node) -> bool:
-        norm = self.only_reader(gather.output, "rms_norm")
-        return norm is not None and self._gathered_sum(norm) is not None
-
     def _gather_last(self, node: Node) -> None:
-        if self._is_gathered_sum(node):
+        """In place by way of other memory; steps of one token a sequence have all rows where they belong."""
+        x, out = node.inputs["x"], self._out(node.output)
+        args = {"x_ptr": self._out(x), "indices_ptr": ("*i32", self.ref(node.inputs["indices"])), "out_ptr": out}
+        if self.ref(x) != self.ref(node.output):
+            self.step(node.op, [self.by_columns("gather_rows", node.output, args, X_STRIDE=self.width(x))])
             return
-        x, indices = node.inputs["x"], node.inputs["indices"]
-        args = {"x_ptr": self._out(x), "indices_ptr": ("*i32", self.ref(indices)), "out_ptr": self._out(node.output)}
-        self.step(node.op, [self.by_columns("gather_rows", node.output, args, X_STRIDE=self.width(x))])
+        nbytes = self.build_config.max_batch_size * self.width(x) * self.bytes_of(x)
+        args["out_ptr"] = between = (out[0], self.room("gathered rows", nbytes))
+        back = {"x_ptr": between, "out_ptr": out, "number": ("fp32", 1.0)}
+        self.step(
+            node.op,
+            [
+                self.by_columns("gather_rows", node.output, args, X_STRIDE=self.width(x), when="mixed"),
+                self.by_columns("unary", node.output, back, X_STRIDE=self.width(x), OP="scale", when="mixed"),
+            ],
+        )
 
     def _split(self, node: Node) -> None:
         """Each part copied: who reads them wants whole rows."""

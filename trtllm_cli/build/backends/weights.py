@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trtllm_cli.build.lowered import Packing, ReadWeight
-from trtllm_cli.functional import NUM_LOGITS
 from trtllm_cli.graph import Graph, Node
 from trtllm_cli.kernels.linear_format import INT8_GROUP_SIZE, ROLES, LinearFormat
 from trtllm_cli.kernels.rope import cos_sin_table
@@ -59,11 +58,20 @@ class Lowering:
             return LinearFormat(wanted)
         if node.op == "head_linear" or node.output in self._routed:
             return LinearFormat("bfloat16")
-        is_head = self.graph.type_of(node.output).shape[0] == NUM_LOGITS
+        is_head = node.output in self.logits
         name, size = (
             ("int8", INT8_GROUP_SIZE) if is_head and wanted == "int4" else (wanted, self.build_config.group_size)
         )
         return LinearFormat(name, size and min(size, self._in_features(node)), has_zero=name == "int4")
+
+    @functools.cached_property
+    def logits(self) -> set[str]:
+        """The graph's outputs, and what they are made of by ops that only gather, scale or cap."""
+        found = set(self.graph.outputs)
+        for node in reversed(self.graph.nodes):
+            if node.op in ("all_gather", "scale", "softcap") and node.output in found:
+                found.add(node.inputs["x"])
+        return found
 
     @functools.cached_property
     def _routed(self) -> set[str]:

@@ -31,13 +31,15 @@ class BufferPlan:
         return sum(sizes[b.rows] * b.width for b in self.buffers)
 
 
-def plan_buffers(graph: Graph, size_of: Callable[[str], int] = lambda _: 1) -> BufferPlan:
+def plan_buffers(
+    graph: Graph, size_of: Callable[[str], int] = lambda _: 1, *, gathers_in_place: bool = False
+) -> BufferPlan:
     """Gives each node output a buffer: the best fitting one that is free, widened if need be, or a new one.
 
     Widths are in elements, or with `size_of`, a tensor's bytes an element, in bytes.
 
     A sum takes its residual's buffer over when that is read for the last time there, as does what is made of each
-    element by itself.
+    element by itself. With `gathers_in_place` so do gathered rows, which are then the buffer's first.
     """
     last_read = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs.values()}
     last_read |= dict.fromkeys(graph.outputs, len(graph.nodes))
@@ -53,7 +55,10 @@ def plan_buffers(graph: Graph, size_of: Callable[[str], int] = lambda _: 1) -> B
             assert isinstance(width, int)
             width *= size_of(name)
             heir = _inherited(node.op, node.inputs, node.outputs, name)
-            if heir in of and last_read[heir] == i and _same_size(graph, heir, name, size_of):
+            fits = heir in of and _same_size(graph, heir, name, size_of)
+            if gathers_in_place and node.op == "gather_last":
+                heir, fits = node.inputs["x"], True
+            if fits and last_read[heir] == i:
                 of[name], taken_over = of[heir], heir
             elif free[rows]:
                 index = min(free[rows], key=lambda b: (widths[b] < width, abs(widths[b] - width), b))

@@ -251,11 +251,11 @@ def read_steps(kv_scale_ptr, out_scale_ptr, out_ptr, KV_QUANT: tl.constexpr):
 @triton.jit
 def decode_attention(
     q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, kv_scale_ptr,
-    out_scale_ptr, out_ptr, partial_ptr, lse_ptr, step_ptr, calls, call, max_blocks, scale, softcap,
+    out_scale_ptr, out_ptr, row_seqs_ptr, partial_ptr, lse_ptr, step_ptr, calls, call, max_blocks, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_QUANT: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, PUSH: tl.constexpr, PULL: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, OF_ROWS: tl.constexpr, PUSH: tl.constexpr,
+    PULL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of the sequences that have one token in this step; the others' rows of `out` are left alone.
 
@@ -270,17 +270,24 @@ def decode_attention(
     with SINKS; kv_scale float32 [2], read with KV_QUANT; out_scale float32 [1], read where `out` is float8e4nv. WINDOW
     0: none. max_blocks i32; scale and softcap (read with SOFTCAP) fp32.
 
+    With OF_ROWS the second part of the grid is rows of q and out, each a token of the sequence row_seqs[row], int32,
+    whose first seq_lens[row] tokens it sees. query_start is not read.
+
     With NUM_SPLITS > 1: partial int64 [num_seqs * H * NUM_SPLITS * V_HEAD_DIM] and lse int64 [num_seqs * H *
     NUM_SPLITS] are scratch for what is `flagged`, zeros at first. step int32 [1]: the step's number, above 0; `call`:
     which of a step's `calls` this is. On a GPU programs push what they found and pull the others'. Where one processor
     plays all of them, all push, and then all pull.
     """
-    split, seq = tl.program_id(0), tl.program_id(1)
+    split, row = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_launch_dependents()
-    token = tl.load(query_start_ptr + seq)
-    length = tl.load(seq_lens_ptr + seq)
-    if (tl.load(query_start_ptr + seq + 1) - token != 1) | (length <= 0):
+    length = tl.load(seq_lens_ptr + row)
+    if OF_ROWS:
+        token, seq, num_queries = row, tl.load(row_seqs_ptr + row), 1
+    else:
+        token, seq = tl.load(query_start_ptr + row), row
+        num_queries = tl.load(query_start_ptr + row + 1) - token
+    if (num_queries != 1) | (length <= 0):
         if PDL:
             gdc_wait()  # else this kernel could end before the one in front, and the next one take that for ended too
         return
@@ -307,7 +314,7 @@ def decode_attention(
         flag = tl.load(step_ptr) * calls + call
     if PDL:
         gdc_wait()
-    seq_row = seq.to(tl.int64) * NUM_HEADS
+    seq_row = row.to(tl.int64) * NUM_HEADS
     if PUSH:
         q_rows = token.to(tl.int64) * NUM_HEADS + heads
         q, q_rest = load_whole_q(q_ptr, q_rows, real, HEAD_DIM, DTYPE)

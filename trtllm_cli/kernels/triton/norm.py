@@ -8,7 +8,6 @@ of WIDTH elements, each normed by itself, NUM_HEADS * WIDTH in all.
     weight_ptr        bf16 or float32
     out_ptr           bf16, float32, float8e4nv or int8, rows OUT_STRIDE elements apart
     new_residual_ptr  bf16 or float32 [num_tokens, row]: the sum, with HAS_RESIDUAL; may be residual_ptr
-    rows_ptr          int32 [num_logits]: which rows of x and the residual are normed, with GATHERS; no sum is written
     out_scale_ptr     float32 [1], the step, with QUANT "static"
     row_scale_ptr     float32 [num_tokens], steps found here, with QUANT "token"; [num_tokens, WIDTH / 128] with
                       "group", where there is one head
@@ -42,12 +41,12 @@ def normed(x, weight, eps, WIDTH: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def rms_norm(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, new_residual_ptr, rows_ptr, out_scale_ptr, row_scale_ptr, eps,
+    x_ptr, residual_ptr, weight_ptr, out_ptr, new_residual_ptr, out_scale_ptr, row_scale_ptr, eps,
     NUM_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    X_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATHERS: tl.constexpr,
-    QUANT: tl.constexpr, PDL: tl.constexpr,
+    X_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, QUANT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """functional.rms_norm; weight [WIDTH], the same for all heads. With GATHERS of functional.gather_last."""
+    """functional.rms_norm; weight [WIDTH], the same for all heads."""
     if PDL:
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
@@ -58,14 +57,11 @@ def rms_norm(
     in_one = steps_in_one(out_scale_ptr, QUANT)
     if PDL:
         gdc_wait()
-    source = row
-    if GATHERS:
-        source = tl.load(rows_ptr + row).to(tl.int64)
-    x = tl.load(x_ptr + source * X_STRIDE + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * X_STRIDE + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + source * (NUM_HEADS * WIDTH) + offsets, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(residual_ptr + row * (NUM_HEADS * WIDTH) + offsets, mask=mask, other=0.0).to(tl.float32)
     y = normed(x, weight, eps, WIDTH, 1)
-    if HAS_RESIDUAL and not GATHERS:
+    if HAS_RESIDUAL:
         sums = new_residual_ptr + row * (NUM_HEADS * WIDTH) + offsets
         tl.store(sums, x.to(new_residual_ptr.dtype.element_ty), mask=mask)
     row_scale_ptr += row * steps_of_row(QUANT, WIDTH)

@@ -19,16 +19,26 @@ from trtllm_cli.kernels.triton.device import store
 
 
 @triton.jit
-def _sequence_of(query_start_ptr, tile, num_seqs, BLOCK_Q: tl.constexpr):
-    """The last sequence whose tiles begin at or before `tile`; those of s begin at query_start[s] // BLOCK_Q + s."""
-    low, high = 0, num_seqs
+def tile_of(query_start_ptr, seq_lens_ptr, first_prompt_ptr, num_prompts, num_seqs, BLOCK_Q: tl.constexpr):
+    """A program's sequence, its first query and how many, which of them the program begins with, and its tokens.
+
+    Only sequences from `first_prompt` on have tiles: those of s begin at (query_start[s] - query_start[first_prompt])
+    // BLOCK_Q + s - first_prompt. The longest ones come first.
+    """
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    first = tl.load(first_prompt_ptr)
+    origin = tl.load(query_start_ptr + first)
+    low, high = first, tl.minimum(first + num_prompts, num_seqs)
     while high - low > 1:
         middle = (low + high) // 2
-        if tl.load(query_start_ptr + middle) // BLOCK_Q + middle <= tile:
+        if (tl.load(query_start_ptr + middle) - origin) // BLOCK_Q + middle - first <= tile:
             low = middle
         else:
             high = middle
-    return low
+    query_first = tl.load(query_start_ptr + low)
+    num_queries = tl.load(query_start_ptr + low + 1) - query_first
+    tile_first = (tile - (query_first - origin) // BLOCK_Q - (low - first)) * BLOCK_Q
+    return low, query_first, num_queries, tile_first, tl.load(seq_lens_ptr + low)
 
 
 @triton.jit
@@ -90,15 +100,16 @@ def _attend_to(
 @triton.jit
 def prefill_attention(
     q_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr,
-    kv_scale_ptr, out_scale_ptr, out_ptr, num_seqs, max_blocks, scale, softcap,
+    kv_scale_ptr, out_scale_ptr, out_ptr, first_prompt_ptr, num_prompts, num_seqs, max_blocks, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KV_QUANT: tl.constexpr,
     NEW_STRIDE: tl.constexpr, SKIP_DECODES: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of every token of the step; with SKIP_DECODES, of the sequences that have more than one.
+    """Attention of the tokens of num_prompts sequences from `first_prompt` on, int32 [1] below num_seqs; with
+    SKIP_DECODES, of those that have more than one.
 
-    Grid: (NUM_KV_HEADS * GROUP // PACK, num_tokens // BLOCK_Q + num_seqs). A program takes PACK query heads of one KV
+    Grid: (NUM_KV_HEADS * GROUP // PACK, num_tokens // BLOCK_Q + num_prompts). A program takes PACK query heads of one KV
     head (a power of two that divides GROUP) of BLOCK_Q tokens: BLOCK_Q * PACK rows, 64 or 128 for wgmma. Packing heads
     leaves fewer scores to hide along the diagonal. BLOCK_N tokens of the cache at a time: a power of two that divides
     BLOCK_SIZE or that it divides. Tiles past the last leave early; the longest come first.
@@ -106,22 +117,20 @@ def prefill_attention(
     q [num_tokens, H * HEAD_DIM] and out [num_tokens, H * V_HEAD_DIM], H = NUM_KV_HEADS * GROUP; caches [num_blocks,
     NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM or V_HEAD_DIM]; block_tables int32 [num_seqs, max_blocks]; query_start int32
     [num_seqs + 1]; seq_lens int32 [num_seqs], new tokens included; sinks [H], read with SINKS; kv_scale float32 [2],
-    read with KV_QUANT; out_scale float32 [1], read where `out` is float8e4nv. WINDOW 0: none. num_seqs, max_blocks
-    i32; scale and softcap (read with SOFTCAP) fp32.
+    read with KV_QUANT; out_scale float32 [1], read where `out` is float8e4nv. WINDOW 0: none. num_prompts,
+    num_seqs, max_blocks i32; scale and softcap (read with SOFTCAP) fp32.
 
-    With NEW_STRIDE > 0 the step's own keys and values are read from k_new and v_new (of rope_append.widen; BLOCK_N rows
+    With NEW_STRIDE > 0 the step's own keys and values are read from k_new and v_new (of rope_append; BLOCK_N rows
     more than there are tokens), the cache for the tokens before them: wgmma reads shared memory, to which
     what has to be converted goes twice.
     """
     if PDL:
         gdc_launch_dependents()
+    seq, query_first, num_queries, tile_first, length = tile_of(
+        query_start_ptr, seq_lens_ptr, first_prompt_ptr, num_prompts, num_seqs, BLOCK_Q
+    )
+    if PDL:
         gdc_wait()
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    seq = _sequence_of(query_start_ptr, tile, num_seqs, BLOCK_Q)
-    query_first = tl.load(query_start_ptr + seq)
-    num_queries = tl.load(query_start_ptr + seq + 1) - query_first
-    tile_first = (tile - query_first // BLOCK_Q - seq) * BLOCK_Q
-    length = tl.load(seq_lens_ptr + seq)
     if (tile_first >= num_queries) | (length <= 0):
         return
     if SKIP_DECODES and num_queries == 1:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from trtllm_cli.kernels.triton.device import store
+from trtllm_cli.kernels.triton.device import as_stored
 
 
 @triton.jit
@@ -15,16 +15,22 @@ def cache_offsets(slots, heads, WIDTH: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
 
 
 @triton.jit
-def _store_divided(ptrs, y, mask, step_ptr, QUANT: tl.constexpr):
-    """Stores `y`, with QUANT divided by the number at `step_ptr`."""
+def _store_divided(
+    y, cols, mask, out_ptr, out_starts, step_ptr, again_ptr, again_starts, QUANT: tl.constexpr, AGAIN: tl.constexpr
+):  # fmt: skip
+    """Stores `y`, with QUANT divided by the number at `step_ptr`; with AGAIN what it was rounded to once more."""
     if QUANT:
         y = tl.div_rn(y, tl.load(step_ptr))
-    store(ptrs, y, mask)
+    stored = as_stored(y, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_starts[:, None] + cols, stored, mask=mask)
+    if AGAIN:
+        tl.store(again_ptr + again_starts[:, None] + cols, stored.to(tl.float32).to(again_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _copy_rows(
-    x_ptr, starts, live, out_ptr, out_starts, step_ptr, WIDTH: tl.constexpr, QUANT: tl.constexpr, PDL: tl.constexpr
+    x_ptr, starts, live, out_ptr, out_starts, step_ptr, again_ptr, again_starts,
+    WIDTH: tl.constexpr, QUANT: tl.constexpr, AGAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of WIDTH elements, with PDL once the kernel in front has made them."""
     if PDL:
@@ -32,14 +38,14 @@ def _copy_rows(
     cols = tl.arange(0, triton.next_power_of_2(WIDTH))[None, :]
     mask = live[:, None] & (cols < WIDTH)
     x = tl.load(x_ptr + starts[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
-    _store_divided(out_ptr + out_starts[:, None] + cols, x, mask, step_ptr, QUANT)
+    _store_divided(x, cols, mask, out_ptr, out_starts, step_ptr, again_ptr, again_starts, QUANT, AGAIN)
 
 
 @triton.jit
 def _norm_rope_rows(
-    x_ptr, starts, live, norm_ptr, eps, table_ptr, positions, out_ptr, out_starts, step_ptr,
+    x_ptr, starts, live, norm_ptr, eps, table_ptr, positions, out_ptr, out_starts, step_ptr, again_ptr, again_starts,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, NEOX: tl.constexpr, NORM: tl.constexpr, QUANT: tl.constexpr,
-    PDL: tl.constexpr,
+    AGAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Heads, normed and rotated: one row [HEAD_DIM] for each of `starts`; with PDL once the kernel in front has made
     them.
@@ -47,7 +53,6 @@ def _norm_rope_rows(
     HALF: tl.constexpr = DIM // 2
     REST: tl.constexpr = HEAD_DIM - DIM
     x_rows = x_ptr + starts[:, None]
-    out_rows = out_ptr + out_starts[:, None]
     half = tl.arange(0, triton.next_power_of_2(max(HALF, 1)))[None, :]
     half_mask = live[:, None] & (half < HALF)
     rest = DIM + tl.arange(0, triton.next_power_of_2(max(REST, 1)))[None, :]
@@ -87,22 +92,28 @@ def _norm_rope_rows(
 
     if DIM > 0:
         if NEOX:
-            _store_divided(out_rows + half, a * cos - b * sin, half_mask, step_ptr, QUANT)
-            _store_divided(out_rows + HALF + half, b * cos + a * sin, half_mask, step_ptr, QUANT)
+            _store_divided(
+                a * cos - b * sin, half, half_mask, out_ptr, out_starts, step_ptr, again_ptr, again_starts, QUANT, AGAIN
+            )  # fmt: skip
+            _store_divided(
+                b * cos + a * sin, HALF + half, half_mask, out_ptr, out_starts, step_ptr, again_ptr, again_starts, QUANT, AGAIN
+            )  # fmt: skip
         else:
             a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
             y = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), x.shape)
-            _store_divided(out_rows + whole, y, whole_mask, step_ptr, QUANT)
+            _store_divided(
+                y, whole, whole_mask, out_ptr, out_starts, step_ptr, again_ptr, again_starts, QUANT, AGAIN
+            )  # fmt: skip
     if REST > 0:
-        _store_divided(out_rows + rest, r, rest_mask, step_ptr, QUANT)
+        _store_divided(r, rest, rest_mask, out_ptr, out_starts, step_ptr, again_ptr, again_starts, QUANT, AGAIN)
 
 
 @triton.jit
 def rope_append(
     qkv_ptr, q_norm_ptr, k_norm_ptr, table_ptr, positions_ptr, slot_mapping_ptr, kv_scale_ptr,
-    q_ptr, k_cache_ptr, v_cache_ptr, num_tokens, eps,
+    q_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, num_tokens, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    DIM: tl.constexpr, NEOX: tl.constexpr, NORM: tl.constexpr, KV_QUANT: tl.constexpr,
+    DIM: tl.constexpr, NEOX: tl.constexpr, NORM: tl.constexpr, KV_QUANT: tl.constexpr, NEW_STRIDE: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q, k and v out of one linear's output: q and k normed and rotated, q to `q_ptr`, k and v to the paged cache.
@@ -115,6 +126,10 @@ def rope_append(
     first DIM columns of a head (NEOX: halves, else pairs); positions, slot_mapping int32 [num_tokens], a slot below 0:
     neither k nor v is appended; kv_scale float32 [2], read with KV_QUANT; q [num_tokens, NUM_HEADS * HEAD_DIM];
     caches [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]. num_tokens i32, eps fp32.
+
+    With NEW_STRIDE > 0 what is appended is also written side by side, as the cache holds it but in bfloat16, for
+    prefill_attention: k_new and v_new [NUM_KV_HEADS, NEW_STRIDE, HEAD_DIM], of which num_tokens rows of a head are
+    written.
     """
     if PDL:
         gdc_launch_dependents()
@@ -125,6 +140,7 @@ def rope_append(
     tokens = tl.program_id(0) * TOKENS + rows // HEADS
     live = tokens < num_tokens
     starts = tokens.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
+    NEW: tl.constexpr = NEW_STRIDE > 0
     if group < Q_GROUPS:
         heads = group * HEADS + rows % HEADS
         live = live & (heads < NUM_HEADS)
@@ -132,29 +148,34 @@ def rope_append(
         out_starts = (tokens.to(tl.int64) * NUM_HEADS + heads) * HEAD_DIM
         _norm_rope_rows(
             qkv_ptr, starts + heads * HEAD_DIM, live, q_norm_ptr, eps, table_ptr, positions, q_ptr, out_starts,
-            kv_scale_ptr, HEAD_DIM, DIM, NEOX, NORM, False, PDL,
+            kv_scale_ptr, q_ptr, out_starts, HEAD_DIM, DIM, NEOX, NORM, False, False, PDL,
         )  # fmt: skip
     else:
         heads = (group - Q_GROUPS) % KV_GROUPS * HEADS + rows % HEADS
         slots = tl.load(slot_mapping_ptr + tokens, mask=live, other=-1)
         live = live & (heads < NUM_KV_HEADS) & (slots >= 0)
         out_starts = cache_offsets(slots, heads, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+        new_starts = (heads.to(tl.int64) * NEW_STRIDE + tokens) * HEAD_DIM
         if group < Q_GROUPS + KV_GROUPS:
             positions = tl.load(positions_ptr + tokens, mask=live, other=0)
             _norm_rope_rows(
                 qkv_ptr, starts + (NUM_HEADS + heads) * HEAD_DIM, live, k_norm_ptr, eps, table_ptr, positions,
-                k_cache_ptr, out_starts, kv_scale_ptr, HEAD_DIM, DIM, NEOX, NORM, KV_QUANT, PDL,
+                k_cache_ptr, out_starts, kv_scale_ptr, k_new_ptr, new_starts, HEAD_DIM, DIM, NEOX, NORM, KV_QUANT, NEW,
+                PDL,
             )  # fmt: skip
         else:
             v_starts = starts + (NUM_HEADS + NUM_KV_HEADS + heads) * HEAD_DIM
-            _copy_rows(qkv_ptr, v_starts, live, v_cache_ptr, out_starts, kv_scale_ptr + 1, HEAD_DIM, KV_QUANT, PDL)
+            _copy_rows(
+                qkv_ptr, v_starts, live, v_cache_ptr, out_starts, kv_scale_ptr + 1, v_new_ptr, new_starts, HEAD_DIM,
+                KV_QUANT, NEW, PDL,
+            )  # fmt: skip
 
 
 @triton.jit
 def append(
-    k_ptr, v_ptr, slot_mapping_ptr, kv_scale_ptr, k_cache_ptr, v_cache_ptr, num_tokens,
+    k_ptr, v_ptr, slot_mapping_ptr, kv_scale_ptr, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, num_tokens,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    KV_QUANT: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
+    KV_QUANT: tl.constexpr, NEW_STRIDE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """k and v, as they are, to the paged cache.
 
@@ -163,7 +184,7 @@ def append(
 
     k [num_tokens, NUM_KV_HEADS * HEAD_DIM], v [num_tokens, NUM_KV_HEADS * V_HEAD_DIM]; slot_mapping int32 [num_tokens],
     a slot below 0: not appended; kv_scale float32 [2], read with KV_QUANT; caches [num_blocks, NUM_KV_HEADS,
-    BLOCK_SIZE, HEAD_DIM or V_HEAD_DIM]. num_tokens i32.
+    BLOCK_SIZE, HEAD_DIM or V_HEAD_DIM]. num_tokens i32. NEW_STRIDE, k_new and v_new as in `rope_append`.
     """
     if PDL:
         gdc_launch_dependents()
@@ -175,40 +196,16 @@ def append(
     slots = tl.load(slot_mapping_ptr + tokens, mask=tokens < num_tokens, other=-1)
     live = (heads < NUM_KV_HEADS) & (slots >= 0)
     source = tokens.to(tl.int64) * NUM_KV_HEADS + heads
+    new_rows = heads.to(tl.int64) * NEW_STRIDE + tokens
     if group < GROUPS:
         out_starts = cache_offsets(slots, heads, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
-        _copy_rows(k_ptr, source * HEAD_DIM, live, k_cache_ptr, out_starts, kv_scale_ptr, HEAD_DIM, KV_QUANT, PDL)
+        _copy_rows(
+            k_ptr, source * HEAD_DIM, live, k_cache_ptr, out_starts, kv_scale_ptr, k_new_ptr, new_rows * HEAD_DIM,
+            HEAD_DIM, KV_QUANT, NEW_STRIDE > 0, PDL,
+        )  # fmt: skip
     else:
         out_starts = cache_offsets(slots, heads, V_HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
         _copy_rows(
-            v_ptr, source * V_HEAD_DIM, live, v_cache_ptr, out_starts, kv_scale_ptr + 1, V_HEAD_DIM, KV_QUANT, PDL
-        )
-
-
-@triton.jit
-def widen(
-    k_cache_ptr, v_cache_ptr, slot_mapping_ptr, k_new_ptr, v_new_ptr, num_tokens,
-    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    NEW_STRIDE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The step's keys and values out of a quantized cache, side by side and in bfloat16: for prefill_attention.
-
-    Grid, caches, slot_mapping and num_tokens as in `append`; k_new [NUM_KV_HEADS, NEW_STRIDE, HEAD_DIM], v_new
-    [NUM_KV_HEADS, NEW_STRIDE, V_HEAD_DIM], of which the first num_tokens rows of a head are written.
-    """
-    if PDL:
-        gdc_launch_dependents()
-    GROUPS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
-    group = tl.program_id(1)
-    rows = tl.arange(0, TOKENS * HEADS)
-    tokens = tl.program_id(0) * TOKENS + rows % TOKENS
-    heads = group % GROUPS * HEADS + rows // TOKENS
-    slots = tl.load(slot_mapping_ptr + tokens, mask=tokens < num_tokens, other=-1)
-    live = (heads < NUM_KV_HEADS) & (slots >= 0)
-    out_rows = heads.to(tl.int64) * NEW_STRIDE + tokens
-    if group < GROUPS:
-        starts = cache_offsets(slots, heads, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
-        _copy_rows(k_cache_ptr, starts, live, k_new_ptr, out_rows * HEAD_DIM, k_new_ptr, HEAD_DIM, False, PDL)
-    else:
-        starts = cache_offsets(slots, heads, V_HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
-        _copy_rows(v_cache_ptr, starts, live, v_new_ptr, out_rows * V_HEAD_DIM, v_new_ptr, V_HEAD_DIM, False, PDL)
+            v_ptr, source * V_HEAD_DIM, live, v_cache_ptr, out_starts, kv_scale_ptr + 1, v_new_ptr,
+            new_rows * V_HEAD_DIM, V_HEAD_DIM, KV_QUANT, NEW_STRIDE > 0, PDL,
+        )  # fmt: skip

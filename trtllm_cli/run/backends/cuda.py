@@ -25,6 +25,7 @@ from trtllm_cli.run.backends.cuda_inputs import (
     SpecialLayout,
     SpecialSlot,
     count_tokens,
+    ragged,
 )
 from trtllm_cli.run.backends.cuda_products import Chosen, chosen, has_fp8_products
 from trtllm_cli.run.backends.cuda_program import Program, key_of, without_peers
@@ -52,6 +53,9 @@ _GRAPH_STEP = 32  # tokens to which such a step is padded, larger ones to twice 
 _MOST_GRAPHS = 512  # each holds some hundred nodes
 _NO_TOKEN = 2**31 - 1  # where the vocabulary has fewer likely tokens than were asked for; kernels/triton/logprobs.py
 _SLOTS = 3  # steps whose inputs are in host memory: two under way, and the one that is being filled
+
+
+Padded = tuple[int, int, int, bool]  # tokens, sequences, prompts (0: a decode step), whether some have one token
 
 
 def load(engine: Engine, rank: Rank, comm: Communicator) -> CudaRunner:
@@ -86,8 +90,8 @@ class CudaRunner:
         self._caches: list[tuple[int, int]] = []  # each layer's k and v: where they begin
         self._programs: dict[Any, Program] = {}
         self._chosen: Chosen = {}
-        self._graphs: dict[tuple[bool, int, int], Callable[[], None]] = {}
-        self._met: set[tuple[int, int]] = set()
+        self._graphs: dict[Padded, Callable[[], None]] = {}
+        self._met: set[Padded] = set()
         self.notes: list[str] = []  # for users
         self._file = engine.tensors(rank)
         try:
@@ -224,20 +228,25 @@ class CudaRunner:
         tokens, seqs, logits = inputs.num_tokens, inputs.num_seqs, len(inputs.logits_indices)
         assert tokens <= self._limits.max_num_tokens
         mixed = not (tokens == seqs == logits)
-        padded = self._padded(tokens, seqs, mixed)
+        prompts, has_alone = ragged(inputs) if mixed else (0, True)
+        first_prompt = seqs - prompts
+        padded = self._padded(tokens, seqs, prompts, has_alone)
         is_graph = not mixed or tokens <= _MOST_AT_ONCE or self._is_known(padded)
         if is_graph:
-            tokens, seqs = padded
+            tokens, seqs, prompts, _ = padded
             logits = seqs
         slot = self._slots[mixed][turn]
         self._num_steps = self._num_steps % (2**31 - 1) + 1  # as on every other rank; never 0, which memory holds first
-        slot.fill(inputs, tokens, seqs, logits, self._num_steps)
+        slot.fill(inputs, tokens, seqs, logits, first_prompt, self._num_steps)
         if sampling is not None:
             slot.fill_sampling(sampling)
         slot.upload(seqs)
-        counts = {"num_tokens": tokens, "num_seqs": seqs, "num_logits": logits}
+        counts = {
+            "num_tokens": tokens, "num_seqs": seqs, "num_logits": logits, "num_prompts": prompts,
+            "num_alone": seqs if has_alone else 0,
+        }  # fmt: skip
         if is_graph:
-            self._run_graph(counts, mixed)
+            self._run_graph(padded, counts, mixed)
         else:
             self._program(self._steps, counts, mixed).run(counts)
         if sampling is not None and len(sampling.rows):
@@ -245,23 +254,24 @@ class CudaRunner:
         self._done[turn] = self._device.record()
         return turn
 
-    def _padded(self, tokens: int, seqs: int, mixed: bool) -> tuple[int, int]:
-        """A step's tokens and sequences as a graph has them."""
-        sizes = _MIXED_SIZES if mixed else self._graph_sizes
-        seqs = min(next((s for s in sizes if s >= seqs), seqs), self._limits.max_batch_size)
+    def _padded(self, tokens: int, seqs: int, prompts: int, has_alone: bool) -> Padded:
+        """A step's tokens, sequences and prompts as a graph has them."""
+        if not prompts:
+            seqs = _next(self._graph_sizes, seqs, self._limits.max_batch_size)
+            return seqs, seqs, 0, True
         step = _GRAPH_STEP if tokens <= _MOST_AT_ONCE else 2 * _GRAPH_STEP
-        return (min(-(-tokens // step) * step, self._limits.max_num_tokens) if mixed else seqs), seqs
+        seqs, prompts = (_next(_MIXED_SIZES, n, self._limits.max_batch_size) for n in (seqs, prompts))
+        return min(-(-tokens // step) * step, self._limits.max_num_tokens), seqs, prompts, has_alone
 
-    def _is_known(self, padded: tuple[int, int]) -> bool:
+    def _is_known(self, padded: Padded) -> bool:
         """Whether a large step's size is met again: then capturing it pays."""
         if padded in self._met:
-            return (True, *padded) in self._graphs or len(self._graphs) < _MOST_GRAPHS
+            return padded in self._graphs or len(self._graphs) < _MOST_GRAPHS
         self._met.add(padded)
         return False
 
-    def _run_graph(self, counts: dict[str, int], mixed: bool) -> None:
+    def _run_graph(self, key: Padded, counts: dict[str, int], mixed: bool) -> None:
         """A step of these counts in one launch; the first one by itself, and then it is captured for those after it."""
-        key = (mixed, counts["num_tokens"], counts["num_seqs"])
         if key in self._graphs:
             self._graphs[key]()
             return
@@ -334,7 +344,7 @@ class CudaRunner:
             self._device, self._kernels, steps, self._address, self._tensor, self._rows, way, mixed=False,
             chosen=self._chosen,
         )  # fmt: skip
-        program.resize({"num_tokens": rows, "num_seqs": rows, "num_logits": rows})
+        program.resize(dict.fromkeys(("num_tokens", "num_seqs", "num_logits", "num_prompts", "num_alone"), rows))
         return program
 
     def _address(self, ref: str | list[Any], mixed: bool = False) -> int:
@@ -409,6 +419,11 @@ class CudaRunner:
             whole.zero_()
             self._device.record()()
         return whole, [whole[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def _next(sizes: Sequence[int], count: int, most: int) -> int:
+    """The next of some sizes."""
+    return min(next((size for size in sizes if size >= count), count), most)
 
 
 class _Tokens:

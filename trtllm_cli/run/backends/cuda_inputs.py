@@ -40,9 +40,10 @@ class InputLayout(Layout):
         tokens = limits.max_num_tokens if mixed else limits.max_batch_size
         seqs = limits.max_batch_size
         self.max_blocks = limits.blocks_per_sequence
+        self.mixed = mixed
         super().__init__({
-            "query_start": seqs + 1, "seq_lens": seqs, "logits_indices": seqs,
-            "logits_rows": seqs, "rows": seqs, "seeds": 2 * seqs, "output_positions": seqs, "temperatures": seqs,
+            "query_start": seqs + 1, "seq_lens": seqs, "logits_indices": seqs, "logits_seqs": seqs, "logits_lens": seqs,
+            "first_prompt": 1, "logits_rows": seqs, "rows": seqs, "seeds": 2 * seqs, "output_positions": seqs, "temperatures": seqs,
             "top_k": seqs, "top_p": seqs, "min_p": seqs, "step": 1,
             "input_ids": tokens, "positions": tokens, "slot_mapping": tokens, "block_tables": seqs * self.max_blocks,
         })  # fmt: skip
@@ -58,6 +59,14 @@ class SpecialLayout(Layout):
         )  # fmt: skip
         seqs = limits.max_batch_size
         super().__init__({**dict.fromkeys(names, seqs), "banned": seqs * MOST_BANNED * 2})
+
+
+def ragged(inputs: ModelInputs) -> tuple[int, bool]:
+    """Of a step's sequences: how many come from the first one on that has several tokens, at least the last one; and
+    whether any has one token alone.
+    """
+    several = np.diff(inputs.query_start) > 1
+    return inputs.num_seqs - int(several[:-1].argmax()) if several[:-1].any() else 1, not several.all()
 
 
 class _Slot:
@@ -84,8 +93,10 @@ class InputSlot(_Slot):
         super().__init__(device, layout, on_device)
         self._layout = layout
 
-    def fill(self, inputs: ModelInputs, num_tokens: int, num_seqs: int, num_logits: int, step: int) -> None:
-        """Writes a step's arrays, padded to these counts, and the step's number."""
+    def fill(
+        self, inputs: ModelInputs, num_tokens: int, num_seqs: int, num_logits: int, first_prompt: int, step: int
+    ) -> None:
+        """Writes a step's arrays, padded to these counts, its first prompt and its number."""
         views, tokens, seqs = self._views, inputs.num_tokens, inputs.num_seqs
         for name, count, pad in (
             ("input_ids", num_tokens, 0), ("positions", num_tokens, 0), ("slot_mapping", num_tokens, _PADDED_SLOT),
@@ -94,6 +105,11 @@ class InputSlot(_Slot):
             values = getattr(inputs, name)
             views[name][: len(values)] = values
             views[name][len(values) : count] = pad
+        if self._layout.mixed:  # of each row its sequence, and how many tokens of that it sees
+            indices = views["logits_indices"][:num_logits]
+            views["logits_seqs"][:num_logits] = inputs.query_start.searchsorted(indices, side="right") - 1
+            views["logits_lens"][:num_logits] = inputs.positions[indices] + 1
+            views["first_prompt"][0] = first_prompt
         views["step"][0] = step
         tables = views["block_tables"].reshape(-1, self._layout.max_blocks)
         tables[:seqs, : inputs.block_tables.shape[1]] = inputs.block_tables

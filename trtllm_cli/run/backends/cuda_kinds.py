@@ -15,7 +15,9 @@ Kinds = Mapping[str, Sequence[int]]  # by kind, where its steps are
 
 
 def alike(steps: Sequence[Step], meant: Callable[[Step], bool]) -> Kinds:
-    """The kinds of those that are `meant`: steps are of one if their launches differ by their operands alone."""
+    """The kinds of those that are `meant`: steps are of one if their launches differ by their operands alone, and by
+    whether their rows are all tokens or those whose logits are wanted.
+    """
     kinds: dict[str, list[int]] = defaultdict(list)
     for place, step in enumerate(steps):
         if meant(step):
@@ -54,4 +56,5 @@ def _kind_of(step: Step) -> str:
 
     ways = [[most, kinds(launches)] for most, launches in step["ways"]]
     others = [[kinds(launches) for launches in of_way] for of_way in step.get("others", [])]
-    return hashlib.sha256(json.dumps([step["by"], ways, others]).encode()).hexdigest()[:16]
+    kind = json.dumps([step["by"], ways, others]).replace('"num_logits"', '"num_tokens"')
+    return hashlib.sha256(kind.encode()).hexdigest()[:16]
