@@ -280,7 +280,7 @@ class _Partitions:
             if self._error is None:
                 function(*args)
                 assert not _program.products, "a product was never waited for"
-        except BaseException as e:  # noqa: BLE001 - whoever started the warps raises it
+        except BaseException as e:  # whoever started the warps raises it
             self._error = self._error or e
         self._left.pop(index)
         self._idle = 0
@@ -313,7 +313,7 @@ class _Partitions:
 _partitions: list[_Partitions] = []
 
 
-def _warp_specialize(parts: Any, warps: Any, registers: Any) -> None:  # noqa: ARG001
+def _warp_specialize(parts: Any, warps: Any, registers: Any) -> None:
     _partitions.append(_Partitions([(function, tuple(args)) for function, args in parts]))
     try:
         _partitions[-1].run()

@@ -81,15 +81,13 @@ def prefill_source(
     )  # fmt: skip
 
 
-def prompt_source(
-    kv: str, block_size: int, context: int, registers: int, stages: int, block_n: int
-) -> KernelSource:
+def prompt_source(kv: str, block_size: int, context: int, registers: int, stages: int, block_n: int) -> KernelSource:
     args = _args(kv) | _PROMPTS
     constants = _constants(kv, block_size)
     del constants["V_HEAD_DIM"]
     return KernelSource.of(
-        "prompt_attention", "prompt_attention", args, NEW_STRIDE=_stride(context) if kv == "fp8" else 0, PACK=GROUP, BLOCK_N=block_n, STAGES=stages, REGISTERS=registers,
-        **constants,
+        "prompt_attention", "prompt_attention", args, NEW_STRIDE=_stride(context) if kv == "fp8" else 0, PACK=GROUP,
+        BLOCK_N=block_n, STAGES=stages, REGISTERS=registers, **constants,
     )  # fmt: skip
 
 

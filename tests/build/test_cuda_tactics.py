@@ -281,6 +281,15 @@ def test_scales_of_groups_are_timed_without_a_library():
     assert {entry.cublas_us for entry in tactics.cache.linears[0].times} == {None}
 
 
+def test_what_made_whole_steps_the_shortest_has_no_others():
+    shape = LinearShape("bf16", 4096, 4096)
+    tactics = LinearTactics("sm_90a")
+    tactics.prepare([shape])
+    others = {most: tactics.others(shape, most) for most, _ in tactics.few_tokens(shape)}
+    assert all(others[most] is None for most in (1, 2, 4, 8))  # streamed ones
+    assert others[16]  # was timed by itself
+
+
 def test_what_no_times_decide_has_others():
     shape = LinearShape("bf16", 256, 128)
     tactics = LinearTactics("sm_90a")

@@ -134,8 +134,9 @@ def decode(launch, case, splits=1, block_n=16, block_g=16, times=1, row_seqs=Non
         for push, pull in phases:
             launch(
                 decode_attention.decode_attention, (splits, seqs, tiles), *case.tensors(),
-                row_seqs if of_rows else step, partial, lse, step, 3, 2, case.inputs["block_tables"].shape[1], case.scale, case.softcap, BLOCK_G=block_g,
-                BLOCK_N=block_n, NUM_SPLITS=splits, OF_ROWS=of_rows, PUSH=push, PULL=pull, **case.common(),
+                row_seqs if of_rows else step, partial, lse, step, 3, 2, case.inputs["block_tables"].shape[1],
+                case.scale, case.softcap, BLOCK_G=block_g, BLOCK_N=block_n, NUM_SPLITS=splits, OF_ROWS=of_rows,
+                PUSH=push, PULL=pull, **case.common(),
             )  # fmt: skip
     case.check(single)
 
@@ -233,7 +234,9 @@ LLAMA = {
     "SINKS": False, "BLOCK_G": 16, "BLOCK_N": 64, "PDL": True,
 }  # fmt: skip
 BOTH = {"PUSH": True, "PULL": True, "OF_ROWS": False}
-SCRATCH = {"row_seqs_ptr": "*i32", "partial_ptr": "*i64", "lse_ptr": "*i64", "step_ptr": "*i32", "calls": "i32", "call": "i32"}
+SCRATCH = {
+    "row_seqs_ptr": "*i32", "partial_ptr": "*i64", "lse_ptr": "*i64", "step_ptr": "*i32", "calls": "i32", "call": "i32"
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("splits", [1, 16])

@@ -49,6 +49,6 @@ def test_types_and_widths(launch, cache_dtype, head_dim, block_n, stages):
 )
 def test_options(launch, options):
     options = {"cache_dtype": torch.float8_e4m3fn, **options}
-    case = Case([166, 71], [100, 71], heads=8, kv_heads=1, head_dim=64, v_head_dim=64, block_size=64, dtype=torch.bfloat16,
-                **options, device=launch.device)  # fmt: skip
+    case = Case([166, 71], [100, 71], heads=8, kv_heads=1, head_dim=64, v_head_dim=64, block_size=64,
+                dtype=torch.bfloat16, **options, device=launch.device)  # fmt: skip
     attend(launch, case)

@@ -221,8 +221,9 @@ class AttentionLaunches(CudaLowering):
             options = self._options(node)
             del options["V_HEAD_DIM"]
             attend = self.launch(
-                "prompt_attention", "prompt_attention", [a["num_heads"] // pack, [NUM_TOKENS, 128 // pack, NUM_PROMPTS]],
-                args, num_warps=4, when="mixed", NEW_STRIDE=stride, PACK=pack, **_WARPGROUPS, **options,
+                "prompt_attention", "prompt_attention",
+                [a["num_heads"] // pack, [NUM_TOKENS, 128 // pack, NUM_PROMPTS]], args, num_warps=4, when="mixed",
+                NEW_STRIDE=stride, PACK=pack, **_WARPGROUPS, **options,
             )  # fmt: skip
             self.ways("prefill_attention", NUM_TOKENS, [(None, [attend])])
             return

@@ -130,12 +130,14 @@ class LinearTactics:
     def others(self, shape: LinearShape, most: int) -> list[LinearLaunch] | None:
         """What is timed at the first load beside `few_tokens`' launch for up to `most`, and beside cuBLASLt.
 
-        None where that is decided.
+        None where that is decided: by times, or by whole steps of this very shape.
         """
         choice = self.chosen.get(TimedShape.of(shape))
         if choice is None or choice.source != "shipped table" or self.fixed:
             return None
         taken = fitted(shape, dict(choice.tactics)[most], self.arch)
+        if taken == chosen_by_steps(shape, most):
+            return None
         others = [fitted(shape, tactic, self.arch) for tactic in candidates(shape, most, self.arch)]
         return [launch_of(shape, tactic) for tactic in others if tactic != taken][:_OTHERS]
 

@@ -1,7 +1,7 @@
 """Rewriting: small functions Graph -> Graph that keep the numbers the same.
 
-Order matters: gate and up are merged before dead weights are dropped, and rows are chosen early before sums are joined with
-the norms behind them.
+Order matters: gate and up are merged before dead weights are dropped, and rows are chosen early before sums are joined
+with the norms behind them.
 """
 
 from __future__ import annotations

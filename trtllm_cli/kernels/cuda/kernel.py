@@ -28,7 +28,7 @@ def stages_that_fit(arch: str, most: int, tiles: int) -> int:
 
 
 # An argument's type as Triton's signatures have it, "*bf16" or "i32"; ":16" behind an integer: it is a multiple of 16.
-# Pointers always are: buffers and weights begin at multiples of 64 bytes.
+# Pointers always are: buffers and weights begin at multiples of 256 bytes.
 
 
 @dataclass(frozen=True)

@@ -109,10 +109,10 @@ def prefill_attention(
     """Attention of the tokens of num_prompts sequences from `first_prompt` on, int32 [1] below num_seqs; with
     SKIP_DECODES, of those that have more than one.
 
-    Grid: (NUM_KV_HEADS * GROUP // PACK, num_tokens // BLOCK_Q + num_prompts). A program takes PACK query heads of one KV
-    head (a power of two that divides GROUP) of BLOCK_Q tokens: BLOCK_Q * PACK rows, 64 or 128 for wgmma. Packing heads
-    leaves fewer scores to hide along the diagonal. BLOCK_N tokens of the cache at a time: a power of two that divides
-    BLOCK_SIZE or that it divides. Tiles past the last leave early; the longest come first.
+    Grid: (NUM_KV_HEADS * GROUP // PACK, num_tokens // BLOCK_Q + num_prompts). A program takes PACK query heads of one
+    KV head (a power of two that divides GROUP) of BLOCK_Q tokens: BLOCK_Q * PACK rows, 64 or 128 for wgmma. Packing
+    heads leaves fewer scores to hide along the diagonal. BLOCK_N tokens of the cache at a time: a power of two that
+    divides BLOCK_SIZE or that it divides. Tiles past the last leave early; the longest come first.
 
     q [num_tokens, H * HEAD_DIM] and out [num_tokens, H * V_HEAD_DIM], H = NUM_KV_HEADS * GROUP; caches [num_blocks,
     NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM or V_HEAD_DIM]; block_tables int32 [num_seqs, max_blocks]; query_start int32

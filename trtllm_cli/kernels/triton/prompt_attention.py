@@ -2,8 +2,8 @@
 
 prefill_attention's sibling, with FlashAttention-3's division of labour (arXiv 2407.08608): a warpgroup fills shared
 memory, two others have 64 rows each. They wait for tiles and not for each other, so that one multiplies while the other
-weighs; and the next tile's scores are multiplied while the last one's are weighed (algorithm 2). prefill_attention.py is
-the slow twin.
+weighs; and the next tile's scores are multiplied while the last one's are weighed (algorithm 2). prefill_attention.py
+is the slow twin.
 """
 
 from __future__ import annotations
@@ -229,8 +229,8 @@ def prompt_attention(
 ):  # fmt: skip
     """prefill_attention of the sequences with several tokens; arguments as there.
 
-    Grid: (H / PACK, num_tokens // (128 / PACK) + num_prompts). BLOCK_N divides BLOCK_SIZE or is a multiple of it; HEAD_DIM
-    is 64 or 128, of keys and of values; STAGES tiles have room. REGISTERS of a thread that multiplies.
+    Grid: (H / PACK, num_tokens // (128 / PACK) + num_prompts). BLOCK_N divides BLOCK_SIZE or is a multiple of it;
+    HEAD_DIM is 64 or 128, of keys and of values; STAGES tiles have room. REGISTERS of a thread that multiplies.
     """
     if PDL:
         gdc_launch_dependents()

@@ -24,7 +24,8 @@ def _store_divided(
     stored = as_stored(y, out_ptr.dtype.element_ty)
     tl.store(out_ptr + out_starts[:, None] + cols, stored, mask=mask)
     if AGAIN:
-        tl.store(again_ptr + again_starts[:, None] + cols, stored.to(tl.float32).to(again_ptr.dtype.element_ty), mask=mask)
+        again = stored.to(tl.float32).to(again_ptr.dtype.element_ty)
+        tl.store(again_ptr + again_starts[:, None] + cols, again, mask=mask)
 
 
 @triton.jit
@@ -96,7 +97,8 @@ def _norm_rope_rows(
                 a * cos - b * sin, half, half_mask, out_ptr, out_starts, step_ptr, again_ptr, again_starts, QUANT, AGAIN
             )  # fmt: skip
             _store_divided(
-                b * cos + a * sin, HALF + half, half_mask, out_ptr, out_starts, step_ptr, again_ptr, again_starts, QUANT, AGAIN
+                b * cos + a * sin, HALF + half, half_mask, out_ptr, out_starts, step_ptr, again_ptr, again_starts,
+                QUANT, AGAIN,
             )  # fmt: skip
         else:
             a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))

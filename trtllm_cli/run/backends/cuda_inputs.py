@@ -43,8 +43,8 @@ class InputLayout(Layout):
         self.mixed = mixed
         super().__init__({
             "query_start": seqs + 1, "seq_lens": seqs, "logits_indices": seqs, "logits_seqs": seqs, "logits_lens": seqs,
-            "first_prompt": 1, "logits_rows": seqs, "rows": seqs, "seeds": 2 * seqs, "output_positions": seqs, "temperatures": seqs,
-            "top_k": seqs, "top_p": seqs, "min_p": seqs, "step": 1,
+            "first_prompt": 1, "logits_rows": seqs, "rows": seqs, "seeds": 2 * seqs, "output_positions": seqs,
+            "temperatures": seqs, "top_k": seqs, "top_p": seqs, "min_p": seqs, "step": 1,
             "input_ids": tokens, "positions": tokens, "slot_mapping": tokens, "block_tables": seqs * self.max_blocks,
         })  # fmt: skip
 
