@@ -117,15 +117,24 @@ class _Copy:
     values: np.ndarray
 
 
+_MOST_PARTITIONS = 3
+
+
+def _here() -> int:
+    """Which of the specialized warps run; 0 where none are."""
+    return _partitions[-1].index if _partitions else 0
+
+
 class _Buffer:
     """Shared memory, an element of it at a time."""
 
     def __init__(self, size: int, dtype: Any) -> None:
         self.values = np.zeros(size, interpreter._get_np_dtype(dtype))
         self.there = np.zeros(size, bool)
-        self.behind_barrier = np.zeros(size, bool)
+        self.behind_barrier = np.zeros((_MOST_PARTITIONS, size), bool)  # for each of the specialized warps
         self.behind_fence = np.zeros(size, bool)
         self.read = np.zeros(size, bool)  # since the last barrier
+        self.by = np.zeros(size, np.int8)  # which of the specialized warps wrote it
         self.barriers: dict[int, _Barrier] = {}  # that lie in it
 
 
@@ -168,7 +177,7 @@ class _Memory:
 
     def load(self, layout: Any = None) -> tl.tensor:
         assert self.buffer.there[self.places].all(), "what is read has not landed"
-        assert self.buffer.behind_barrier[self.places].all(), "no barrier between a write and a read"
+        assert self.buffer.behind_barrier[_here(), self.places].all(), "no barrier between a write and a read"
         self.buffer.read[self.places] = True
         return _tensor(self.buffer.values[self.places], self.dtype)
 
@@ -189,8 +198,9 @@ class _Memory:
             for operand in operands:
                 shared = operand.buffer is self.buffer and np.isin(operand.places, self.places).any()
                 assert not shared, "a product under way reads what is overwritten"
-        for state in (self.buffer.there, self.buffer.behind_barrier, self.buffer.behind_fence):
+        for state in (self.buffer.there, *self.buffer.behind_barrier, self.buffer.behind_fence):
             state[self.places] = False
+        self.buffer.by[self.places] = _here()
 
     def land(self, values: np.ndarray) -> None:
         self.buffer.values[self.places] = values
@@ -244,7 +254,7 @@ def _wait_group(most: Any) -> None:
 
 def _barrier() -> None:
     for buffer in _program.buffers:
-        buffer.behind_barrier |= buffer.there
+        buffer.behind_barrier[_here()] |= buffer.there & (buffer.by == _here())
         buffer.read[:] = False
 
 
@@ -346,13 +356,15 @@ def _arrive_with_copies(memory: _Memory, increment_count: Any = True) -> None:
 
 
 def _wait_for(memory: _Memory, phase: Any) -> None:
-    """The end of a phase of this parity; what was written before others arrived may be read from then on."""
+    """The end of a phase of this parity; what others wrote before they arrived may be read from then on."""
     barrier, parity = _barrier_at(memory), int(phase)
     _partitions[-1].wait(lambda: barrier.phase % 2 != parity)
     for copy in barrier.copies:
         copy.memory.land(copy.values)
     barrier.copies = []
-    _barrier()
+    for buffer in _program.buffers:
+        buffer.behind_barrier[_here()] |= buffer.there & (buffer.by != _here())
+        buffer.read[:] = False
 
 
 def _mma(a: Any, b: Any, acc: tl.tensor, *, use_acc: bool = True, is_async: bool = False) -> tl.tensor:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.kernels.triton.test_decode_attention import Case
-from tests.kernels.triton.test_prefill_attention import prompts_of, widen
+from tests import gluon_interpreter
+from tests.kernels.triton.test_decode_attention import LLAMA, POINTERS, Case
+from tests.kernels.triton.test_prefill_attention import PROMPTS, prompts_of, widen
 from trtllm_cli.kernels.triton import prompt_attention
 
 
@@ -52,3 +53,62 @@ def test_options(launch, options):
     case = Case([166, 71], [100, 71], heads=8, kv_heads=1, head_dim=64, v_head_dim=64, block_size=64,
                 dtype=torch.bfloat16, **options, device=launch.device)  # fmt: skip
     attend(launch, case)
+
+
+def test_prompts_behind_sequences_of_one_token(launch):
+    """Which have no tiles where they come first, and none to compute where they come between."""
+    new = [1, 1, 1, 40, 1, 150]
+    lengths = [c + n for c, n in zip([9, 70, 0, 33, 5, 0], new, strict=True)]
+    case = Case(lengths, new, cache_dtype=torch.bfloat16, dtype=torch.bfloat16, head_dim=64, v_head_dim=64,
+                block_size=64, device=launch.device)  # fmt: skip
+    attend(launch, case, first=3)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 256])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_sizes_of_blocks(launch, block_size, cache_dtype):
+    case = Case([300, 90], [150, 90], cache_dtype=cache_dtype, dtype=torch.bfloat16, heads=2, kv_heads=2, head_dim=64,
+                v_head_dim=64, block_size=block_size, device=launch.device)  # fmt: skip
+    attend(launch, case, 128, 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "says"),
+    [
+        ("mbarrier.wait(full.index(2 * slot), (i // STAGES) & 1)", "pass", "what is read has not landed"),
+        ("mbarrier.wait(free.index(2 * slot + part), turn ^ 1)", "pass", "all warps wait for each other"),
+        ("mbarrier.arrive(free.index(2 * slot), count=1)", "pass", "all warps wait for each other"),
+        (
+            "async_copy.mbarrier_arrive(full.index(2 * slot + part), increment_count=False)",
+            "pass",
+            "wait for each other",
+        ),
+        ("acc = warpgroup_mma_wait(0, (acc,))", "pass", "never waited for|a product under way"),
+        ("    gl.thread_barrier()", "    pass", "no barrier between a write and a read"),
+    ],
+)
+def test_what_is_not_waited_for_is_seen(tmp_path, line, instead, says):
+    from triton.runtime.errors import InterpreterError
+
+    kernel = gluon_interpreter.load_changed(prompt_attention, line, instead, tmp_path).prompt_attention
+    case = Case([400], [400], cache_dtype=torch.bfloat16, dtype=torch.bfloat16, heads=1, kv_heads=1, head_dim=64,
+                v_head_dim=64, block_size=64)  # fmt: skip
+    with pytest.raises((InterpreterError, AssertionError), match=says):
+        attend(lambda _, *args, **named: gluon_interpreter.launch(kernel, *args, PDL=False, **named), case)
+
+
+@pytest.mark.parametrize("cache", ["*bf16", "*fp8e4nv", "*i8"])
+@pytest.mark.parametrize("window", [0, 1024])
+def test_compiles_for_the_real_shapes(compile_kernel, cache, window):
+    types = {**POINTERS, **PROMPTS, "k_cache_ptr": cache, "v_cache_ptr": cache}
+    tiles = {"PACK": 4, "BLOCK_N": 128, "STAGES": 2, "REGISTERS": 232, "NEW_STRIDE": 0 if cache == "*bf16" else 8320}
+    llama = {name: value for name, value in LLAMA.items() if name not in ("BLOCK_G", "V_HEAD_DIM")}
+    constants = {**llama, **tiles, "WINDOW": window, "KV_QUANT": cache != "*bf16"}
+    kernel = compile_kernel(prompt_attention.prompt_attention, types, constants, num_warps=4)
+    assert kernel.num_warps == 12
+    assert kernel.shared < 227 * 1024
+    assert kernel.spills <= 200  # which of a row's tokens are hidden, in tiles along the diagonal
+    for warps, registers in (("inc", 232), ("dec", 40)):
+        assert f"setmaxnreg.{warps}.sync.aligned.u32 \t{registers}" in kernel.ptx
+    assert kernel.ptx.count("wgmma.wait_group.sync.aligned 1") == 2  # each warpgroup's next scores are under way
+    assert "cp.async.mbarrier.arrive.noinc" in kernel.ptx
