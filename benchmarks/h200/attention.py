@@ -385,7 +385,9 @@ def best_table(best: list[dict[str, Any]]) -> str:
     rows = []
     for row in best:
         what = [
-            f"{key} {row[key]}" for key in ("warps", "stages", "BLOCK_N", "NUM_SPLITS", "BLOCK_Q", "PACK") if key in row
+            f"{key} {row[key]}"
+            for key in ("warps", "stages", "BLOCK_N", "NUM_SPLITS", "BLOCK_Q", "PACK", "STAGES", "REGISTERS")
+            if key in row
         ]
         if row["kind"] == "decode":
             reached = [f"{row['of_floor']:.2f} of the floor", ""]

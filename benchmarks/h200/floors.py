@@ -41,6 +41,11 @@ class Model:
         return self.layers * (qkv + width * self.hidden + 3 * self.hidden * self.inner)
 
     @property
+    def linears_of_prompts(self) -> int:
+        """Of these what a token meets whose logits nobody wants: in the last layer those of its key and value."""
+        return self.linears * (self.layers - 1) // self.layers + 2 * self.hidden * self.kv_heads * self.head_dim
+
+    @property
     def head(self) -> int:
         """Parameters of the head."""
         return self.hidden * VOCAB
@@ -139,10 +144,11 @@ def peers(case: str, shape: str, fmt: str) -> Peers:
 # --- floors, in seconds
 
 
-def linears(model: Model, fmt: str, tokens: float) -> float:
+def linears(model: Model, fmt: str, tokens: float, without_logits: float = 0) -> float:
     """All layers' linears: reading the weights, or multiplying, whichever takes longer."""
     size, rate = FORMATS[fmt]
-    return max(model.linears * size / BANDWIDTH, 2 * model.linears * tokens / rate)
+    products = model.linears * tokens + model.linears_of_prompts * without_logits
+    return max(model.linears * size / BANDWIDTH, 2 * products / rate)
 
 
 def head(model: Model, logits: float) -> float:
@@ -151,14 +157,14 @@ def head(model: Model, logits: float) -> float:
 
 
 def causal_flops(model: Model, length: int) -> float:
-    """Of all layers' attention of a whole prompt, the hidden half left out."""
-    return 4 * model.layers * model.heads * model.head_dim * length * (length + 1) / 2
+    """Of the layers' attention of a whole prompt, but for the last one's; the hidden half left out."""
+    return 4 * (model.layers - 1) * model.heads * model.head_dim * length * (length + 1) / 2
 
 
 def prefill(model: Model, fmt: str, prompts: float, length: int) -> float:
     """Whole prompts, and the first token of each."""
     attention = prompts * causal_flops(model, length) / BF16_RATE
-    return linears(model, fmt, prompts * length) + attention + head(model, prompts)
+    return linears(model, fmt, prompts, prompts * (length - 1)) + attention + head(model, prompts)
 
 
 def decode(model: Model, fmt: str, kv: str, batch: float, context: float) -> float:

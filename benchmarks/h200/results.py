@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.common import say, table
 from benchmarks.h200 import attention, floors
 from benchmarks.h200.machine import machine_line
+from benchmarks.h200.serving import row_of
 
 Row = dict[str, Any]
 ORDER = [*dict.fromkeys(case for case, _, _ in floors.ROWS)]
@@ -35,7 +36,7 @@ def merge(results: list[dict[str, Any]]) -> list[Row]:
     for data in results:
         for row in data["rows"] if data["script"] != "two_gpus" else []:
             key = (row["case"], row["shape"], row["format"], row["kv"], row.get("requests"))
-            rows[key] = {**row, "date": data["machine"]["date"][:10]}
+            rows[key] = {**row, **_beside_others(row), "date": data["machine"]["date"][:10]}
     places = {case: i for i, case in enumerate(ORDER)}
     formats = list(floors.FORMATS)
     return sorted(
@@ -43,6 +44,13 @@ def merge(results: list[dict[str, Any]]) -> list[Row]:
         key=lambda r: (places.get(r["case"], len(places)), r["case"], r["shape"], formats.index(r["format"]), r["kv"],
                        r.get("requests") or 0),
     )  # fmt: skip
+
+
+def _beside_others(row: Row) -> Row:
+    """A row's figure beside the goal, the peers and the floor as they are today."""
+    what = [row[name] for name in ("case", "shape", "format", "kv")]
+    floor = None if row["floor"] is None else floors.floor(*what, requests=row.get("requests"))
+    return row_of(*what, row["value"], floor, {})
 
 
 def _beside(row: Row, name: str, ratio: str) -> str:

@@ -22,6 +22,7 @@ A plan is JSON:
     sampling  such steps by name, which follow where they are asked for: penalties, bans, plain, filtered, logprobs
     token_counts, most_logprobs    the dtype of the scratch "token counts"; how many likely tokens "logprobs" gives
 
+Symbols count a step's tokens, sequences, logits, and (cuda_attention.py) prompts and sequences of one token alone.
 A launch is {"kernel", "grid", "args"}, args in the kernel's order, {"call": "mm" | "scaled_mm", ...}: torch's, or
 {"call": "all_reduce" | "all_gather" | "send" | "recv", ...}: NCCL's. In a grid, [symbol, per] is ceil(symbol / per),
 and [symbol, per, other, times] (symbol // per + other) * times; `other` is a symbol or a number, `times` may be left
