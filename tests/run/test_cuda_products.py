@@ -102,6 +102,14 @@ def test_the_fastest_is_taken_for_each_number_of_rows(tensor):
         assert (len(product.x), len(product.y), taken) == (rows, rows, algorithm)
 
 
+def test_a_step_without_logits_has_no_product_of_them(tensor):
+    device = Device(TIMES)
+    launch = ProductLaunch(device, call(rows="num_logits"), tensor, ROWS, {})
+    launch.resize({"num_tokens": 4, "num_logits": 0})
+    launch.enqueue()
+    assert not device._enqueued
+
+
 def test_wherever_a_step_may_have_products(tensor):
     """As another choice, or where ranks do not see each other's memory."""
     kernel = step([])["ways"][0][1]

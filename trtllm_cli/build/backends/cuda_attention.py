@@ -17,10 +17,10 @@ NUM_PROMPTS, NUM_ALONE = "num_prompts", "num_alone"
 _COPIED_AT_ONCE = 16  # bytes
 _COPY_BLOCK = 4096  # words of four bytes that a program copies
 _BLOCK_N = 64  # tokens that a program of prefill attention takes at once, at most
-_MANY = 4, 4  # tokens, and heads of each, that a program appends of more
 # Of prompt_attention: tokens that it takes at once, for how many times as many there is room, and registers.
 _WARPGROUPS = {"BLOCK_N": 128, "STAGES": 2, "REGISTERS": 232}
 _FEW = 64  # tokens up to which a program appends few heads of one token, so that there are programs enough
+_MANY = 4, 4  # tokens that a program appends of more, and heads of each
 _FEW_ROWS = 1024  # tokens of a step up to which a program of prefill attention takes 128 rows, of more it takes 256
 # By how many sequences there are: programs that share one's cache, warps of a program, tokens that it takes at once.
 # Few sequences want to be spread over the machine; many want small programs, so that many wait for memory at once
@@ -245,8 +245,8 @@ class AttentionLaunches(CudaLowering):
 
     def _by_warpgroups(self, node: Node) -> bool:
         """Whether there is a kernel for prompts whose warpgroups divide the labour: on Hopper, of common heads."""
-        dim = node.attrs["head_dim"]
-        return self.arch == "sm_90a" and dim == v_head_dim(node.attrs) and dim in (64, 128)
+        dim, whole = node.attrs["head_dim"], self.build_config.tokens_per_block >= 16  # rows that one copy takes
+        return self.arch == "sm_90a" and whole and dim == v_head_dim(node.attrs) and dim in (64, 128)
 
     def _new_stride(self, node: Node) -> int:
         """Rows of a head where the step's keys and values also lie in bfloat16, as prefill reads them; 0: nowhere."""

@@ -74,7 +74,8 @@ class ProductLaunch:
         """Readies a step of these counts."""
         rows = counts[self._symbol]
         algorithm = next((name for most, name in self._chosen if rows <= most), "")
-        self.enqueue = self._device.product(self.of(rows), algorithm)
+        # Where no logits are wanted there is nothing to multiply.
+        self.enqueue = self._device.product(self.of(rows), algorithm) if rows else nothing
 
     def fill(self) -> None:
         """Random inputs, and weights where they are what is made of others: zeros take less power, and so less time."""
@@ -82,6 +83,10 @@ class ProductLaunch:
         for tensor in (self._x, self._w.t()) if self._makes_weights else (self._x,):
             for part in tensor.split(_AT_ONCE):
                 part.copy_(torch.randn(part.shape, device=part.device) * size)
+
+
+def nothing() -> None:
+    """What enqueues nothing."""
 
 
 def kind_of(call: Launch) -> str:

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trtllm_cli.run.backends.cuda_products import Chosen, ProductLaunch, TensorAt
+from trtllm_cli.run.backends.cuda_products import Chosen, ProductLaunch, TensorAt, nothing
 
 if TYPE_CHECKING:
     from trtllm_cli.run.backends.cuda_device import Device
@@ -113,11 +113,7 @@ class _Kernel:
         values += [(place, base + counts[symbol] * size) for place, base, symbol, size in self._moved]
         grid = [_extent(dim, counts) for dim in self._grid]
         self._launch.resize(grid, values)
-        self.enqueue = self._launch.enqueue if all(grid) else _nothing  # no logits are wanted in this step
-
-
-def _nothing() -> None:
-    pass
+        self.enqueue = self._launch.enqueue if all(grid) else nothing  # no logits are wanted in this step
 
 
 def _extent(dim: int | Sequence[Any], counts: Counts) -> int:
@@ -148,4 +144,4 @@ class _Collective:
     def resize(self, counts: Counts) -> None:
         rows = counts[self._symbol]
         tensors = [t[:rows] for t in self._tensors]
-        self.enqueue = functools.partial(self._function, *tensors, self._whom) if rows else _nothing
+        self.enqueue = functools.partial(self._function, *tensors, self._whom) if rows else nothing
