@@ -100,8 +100,8 @@ class Layer:
             logits_indices=ints([]),
         )
 
-    def step(self, pool, parts):
-        """The attention of those rows, by sequence."""
+    def step(self, pool, parts, wanted=None):
+        """The attention of those rows, by sequence; with `wanted` of just these rows of the step."""
         c = self.case
         qkv = np.concatenate([self.qkv[s][b:e] for s, (b, e) in parts.items()])
         q = np.full((len(qkv), c.widths[0]), np.nan, np.float32)
@@ -134,6 +134,16 @@ class Layer:
             )
         )  # fmt: skip
         run(pool, steps, self.inputs(parts))
+        if wanted is not None:
+            out = np.full((len(wanted), c.num_heads * c.v_dim), np.nan, np.float32)
+            q = np.ascontiguousarray(q[wanted])
+            attention = attention_steps.paged_attention_step(
+                address(q), address(out), address(self.cache), num_heads=c.num_heads, **cache, scale=c.head_dim**-0.5,
+                v_head_dim=c.v_head_dim, window=c.window, softcap=c.softcap, sinks=address(self.sinks),
+                rows="num_logits",
+            )  # fmt: skip
+            run(pool, [attention], replace(self.inputs(parts), logits_indices=ints(wanted)))
+            return out
         return dict(zip(parts, np.split(out, np.cumsum([e - b for b, e in parts.values()])[:-1]), strict=True))
 
     def reference(self, s):
@@ -180,6 +190,17 @@ class Layer:
         # Rounding k may fall the other way where its rotation differs in the last bit.
         tolerance = {"float32": 2e-5, "bfloat16": 4e-3, "int8": 2e-2, "fp8": 5e-2}[self.case.cache_dtype]
         np.testing.assert_allclose(got, self.reference(s)[begin : begin + len(got)], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("wanted", [[], [69], [0, 1, 2, 40, 69, 70, 82], [*range(83)], [82, 5, 6, 30]])
+def test_wanted_rows_are_those_of_all(pool, case, wanted):
+    """Bit for bit, wherever they are: one after another, at the end of a sequence and the beginning of the next."""
+    parts = {1: (0, 70), 0: (30, 43)}
+    layer = Layer(case, [50, 70])
+    layer.step(pool, {0: (0, 30)})
+    whole = np.concatenate(list(layer.step(pool, parts).values()))
+    assert np.array_equal(layer.step(pool, parts, wanted), whole[wanted])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

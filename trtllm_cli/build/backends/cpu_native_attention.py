@@ -59,6 +59,7 @@ class AttentionSteps(NativeSteps):
             window=a.get("window"),
             softcap=a.get("softcap"),
             sinks=self.add_vector(node.inputs["sinks"]) if "sinks" in node.inputs else None,
+            rows=self._rows(node.output),
             **self._cache(node),
         )
 

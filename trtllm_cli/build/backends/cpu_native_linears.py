@@ -52,6 +52,7 @@ class LinearSteps(NativeSteps):
             top_k=top_k,
             x_per_choice=self._width(node.inputs["x"]) != in_features,
             first_expert=node.attrs.get("first_expert", 0),
+            rows=self._rows(node.output),
             **self._packed_weight(node, out_features, in_features, experts),
         )
 
@@ -126,6 +127,7 @@ class LinearSteps(NativeSteps):
             ids=self._buffer(ids),
             bias=self.add_tensor(node.inputs["bias"]) if "bias" in node.inputs else None,
             num_experts=self._width(node.inputs["logits"]),
+            rows=self._rows(ids),
             **node.attrs,
         )
 
@@ -137,6 +139,7 @@ class LinearSteps(NativeSteps):
             width=self._width(node.output),
             top_k=node.attrs["top_k"],
             activation=node.attrs["activation"],
+            rows=self._rows(node.output),
         )
 
     def _combine(self, node: Node) -> None:
@@ -147,4 +150,5 @@ class LinearSteps(NativeSteps):
             out=self._buffer(node.output),
             width=self._width(node.output),
             top_k=self._width(node.inputs["weights"]),
+            rows=self._rows(node.output),
         )

@@ -18,7 +18,7 @@ from trtllm_cli.build.passes.join_rounded_halves import join_rounded_halves
 from trtllm_cli.graph import Graph
 
 Pass = Callable[[Graph], Graph]
-PASSES: tuple[Pass, ...] = (fuse_gate_up, fuse_rope_append, fuse_add_norm, drop_dead)
+PASSES: tuple[Pass, ...] = (fuse_gate_up, fuse_rope_append, gather_early, fuse_add_norm, drop_dead)
 CUDA_PASSES: tuple[Pass, ...] = (
     join_rounded_halves, fuse_gate_up, fuse_rope_append, gather_early, fuse_add_norm, fuse_quantize, drop_dead
 )  # fmt: skip

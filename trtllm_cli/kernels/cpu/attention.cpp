@@ -8,6 +8,8 @@
 #include "ops.h"
 #include "vector_math.h"
 
+#include <algorithm>
+
 namespace {
 
 constexpr int kRows = 48;      // query rows of a part, about
@@ -203,13 +205,14 @@ void attend(const Attention& a, const Work& w, const E* cache, const int32_t* ta
     }
 }
 
-// Tokens [token, token + count) of the step, which follow one another in one sequence; `lane` is the KV head and split.
-void part(const Context& c, const Attention& a, const Work& w, int seq, int lane, int token, int count, int position) {
+// Rows [row, row + count) of q, tokens that follow one another in one sequence from `position` on; `lane` is the KV head
+// and split.
+void part(const Context& c, const Attention& a, const Work& w, int seq, int lane, int row, int count, int position) {
     const CacheShape& shape = a.cache;
     const int kv_head = lane / a.splits, first = lane % a.splits * a.split;
     const int heads = first + a.split <= a.group ? a.split : a.group - first, rows = count * heads;
     auto head_of = [&](int r) { return kv_head * a.group + first + r % heads; };
-    auto at = [&](int r) { return (int64_t)(token + r / heads) * a.heads + head_of(r); };
+    auto at = [&](int r) { return (int64_t)(row + r / heads) * a.heads + head_of(r); };
     for (int r = 0; r < rows; r++) {
         const float* q = a.q + at(r) * shape.dim;
         for (int j = 0; j < shape.dim; j++) w.q[r * shape.padded_dim + j] = q[j] * a.scale;
@@ -227,13 +230,41 @@ void part(const Context& c, const Attention& a, const Work& w, int seq, int lane
     }
 }
 
+// Of the tokens whose logits are wanted: those from `row` on that follow one another in one sequence, which is found.
+int following(const tl_batch& batch, const Attention& a, int row, int& seq) {
+    const int32_t *wanted = batch.logits_indices, *starts = batch.query_start;
+    seq = (int)(std::upper_bound(starts, starts + batch.num_seqs + 1, wanted[row]) - starts) - 1;
+    int count = 1;
+    while (count < a.tokens && row + count < batch.num_logits && wanted[row + count] == wanted[row] + count &&
+           wanted[row + count] < starts[seq + 1])
+        count++;
+    return count;
+}
+
+void of_wanted_rows(const Context& c, const Attention& a, const Work& w) {
+    const tl_batch& batch = c.batch;
+    int runs = 0, seq = 0;
+    for (int row = 0; row < batch.num_logits; row += following(batch, a, row, seq)) runs++;
+    int begin, end, before = 0;  // before: parts of the runs before this one
+    c.share(runs * a.lanes(), begin, end);
+    for (int row = 0, count; row < batch.num_logits && before < end; row += count, before += a.lanes()) {
+        count = following(batch, a, row, seq);
+        const int position = batch.positions[batch.logits_indices[row]];
+        for (int lane = 0; lane < a.lanes(); lane++)
+            if (before + lane >= begin && before + lane < end) part(c, a, w, seq, lane, row, count, position);
+    }
+}
+
 }  // namespace
 
 Needs attention_needs(const tl_step& step, const tl_batch& batch, int num_threads) {
     const Attention a(step);
-    int parts = 0;
-    for (int s = 0; s < batch.num_seqs; s++)
-        parts += a.lanes() * ceil_div(batch.query_start[s + 1] - batch.query_start[s], a.tokens);
+    int parts = 0, seq = 0;
+    if (step.i[0])
+        for (int row = 0; row < batch.num_logits; row += following(batch, a, row, seq)) parts += a.lanes();
+    else
+        for (int s = 0; s < batch.num_seqs; s++)
+            parts += a.lanes() * ceil_div(batch.query_start[s + 1] - batch.query_start[s], a.tokens);
     Needs needs;
     needs.pieces = parts < 32 * num_threads ? parts : 32 * num_threads;
     needs.per_thread = Work::bytes(a);
@@ -243,6 +274,7 @@ Needs attention_needs(const tl_step& step, const tl_batch& batch, int num_thread
 void paged_attention(const Context& c) {
     const Attention a(c.step);
     const Work w(a, c.scratch());
+    if (c.step.i[0]) return of_wanted_rows(c, a, w);
     const tl_batch& batch = c.batch;
     auto tiles_of = [&](int s) { return ceil_div(batch.query_start[s + 1] - batch.query_start[s], a.tokens); };
     int parts = 0;

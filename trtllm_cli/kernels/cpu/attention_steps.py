@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from typing import Literal
 
-from trtllm_cli.kernels.cpu.library import TILE, Op, TlStep, make_step
+from trtllm_cli.kernels.cpu.library import ROWS, TILE, Op, Rows, TlStep, make_step
 
 CacheDType = Literal["float32", "bfloat16", "int8", "fp8"]
 RopeLayout = Literal["neox", "gptj"]
@@ -109,8 +109,11 @@ def paged_attention_step(
     softcap: float | None = None,
     sinks: int | None = None,
     kv_scale: int | None = None,
+    rows: Rows = "num_tokens",
 ) -> TlStep:
-    """out [num_tokens, num_heads * v_head_dim]: causal attention of q over each sequence's part of the layer's cache.
+    """out [rows, num_heads * v_head_dim]: causal attention of q over each sequence's part of the layer's cache.
+
+    With `rows` "num_logits" q is of the tokens that logits_indices name.
 
     Scores are multiplied by `scale`, and with `softcap` become `softcap * tanh(score / softcap)`. With `window`, a
     token sees itself and the `window - 1` before it. `sinks`, float32 [num_heads], are scores of one more key whose
@@ -118,7 +121,7 @@ def paged_attention_step(
     """
     assert num_heads % num_kv_heads == 0
     ints = (
-        0, num_heads, num_kv_heads, head_dim, block_size, _CACHE_TYPES[cache_dtype], window or 0,
+        ROWS[rows], num_heads, num_kv_heads, head_dim, block_size, _CACHE_TYPES[cache_dtype], window or 0,
         v_head_dim or head_dim,
     )  # fmt: skip
     return make_step(Op.PAGED_ATTENTION, ints, (scale, softcap or 0.0), (q, out, cache, sinks, kv_scale))

@@ -58,7 +58,7 @@ void route(const Context& c) {
     const float* bias = (const float*)c.step.p[3];
     float *scores = c.scratch(), *choice = scores + round_up(r.experts, kTile);
     int begin, end;
-    c.share(c.batch.num_tokens, begin, end);
+    c.share(rows_of(c.step, c.batch), begin, end);
     for (int64_t t = begin; t < end; t++) {
         const float* logits = (const float*)c.step.p[0] + t * r.experts;
         float* weights = (float*)c.step.p[1] + t * r.top_k;
@@ -88,7 +88,7 @@ void expert_gated_act(const Context& c) {
     const int top_k = c.step.i[3];
     const int64_t n = c.step.i[1] / top_k;
     int begin, end;
-    c.share(c.batch.num_tokens, begin, end);
+    c.share(rows_of(c.step, c.batch), begin, end);
     with_gated_activation(c.step.i[2], [&](auto f) {
         for (int64_t part = (int64_t)begin * top_k; part < (int64_t)end * top_k; part++) {
             const float* up = (const float*)c.step.p[0] + part * 2 * n;
@@ -100,7 +100,7 @@ void expert_gated_act(const Context& c) {
 void combine(const Context& c) {
     const int64_t width = c.step.i[1], top_k = c.step.i[2];
     int begin, end;
-    c.share(c.batch.num_tokens, begin, end);
+    c.share(rows_of(c.step, c.batch), begin, end);
     for (int64_t t = begin; t < end; t++) {
         const float *x = (const float*)c.step.p[0] + t * top_k * width, *weights = (const float*)c.step.p[2] + t * top_k;
         float* out = (float*)c.step.p[1] + t * width;

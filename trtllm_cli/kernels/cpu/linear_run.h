@@ -65,7 +65,7 @@ void linear(const Context& c, bool prepares) {
 // are gathered, so that the weight is read once for all of them.
 template <class F>
 void expert_linear(const Context& c, bool prepares) {
-    const ExpertStep step(c.step, c.batch.num_tokens);
+    const ExpertStep step(c.step, rows_of(c.step, c.batch));
     char* memory = step.alone() ? (char*)c.scratch() : (char*)c.shared();
     ExpertGroups groups(step, (int32_t*)memory);
     if (prepares || (step.alone() && c.first)) groups.find(step);
