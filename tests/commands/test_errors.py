@@ -122,7 +122,7 @@ def test_gguf_files_that_are_none(trtllm, tmp_path, data, words):
         ("checkpoint", "SHA256SUMS", lambda f: f.write_text(f"{'0' * 64}  rank7.safetensors\n"), "does not list"),
         ("engine", "rank0.engine", flip, "was altered"),
         ("engine", "rank0.engine", lambda f: flip(f, 20), "header"),
-        ("engine", "rank0.engine", lambda f: flip(f, 3000), "was altered"),
+        ("engine", "rank0.engine", lambda f: flip(f, f.read_bytes().index(b"gated_act")), "was altered"),
         ("engine", "rank0.engine", lambda f: flip(f, 9000), "was altered"),
         ("engine", "rank0.engine", truncate, "is damaged"),
         ("engine", "rank0.engine", Path.unlink, "missing"),

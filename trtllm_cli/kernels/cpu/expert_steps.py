@@ -38,7 +38,15 @@ def route_step(
     rows: Rows = "num_tokens",
 ) -> TlStep:
     """weights float32 and ids int32 [rows, top_k] of logits [rows, num_experts]; see functional.route."""
-    ints = (ROWS[rows], num_experts, top_k, int(scoring == "sigmoid"), int(renormalize), num_groups or 0, top_groups or 0)
+    ints = (
+        ROWS[rows],
+        num_experts,
+        top_k,
+        int(scoring == "sigmoid"),
+        int(renormalize),
+        num_groups or 0,
+        top_groups or 0,
+    )
     return make_step(Op.ROUTE, ints, (scaling,), (logits, weights, ids, bias))
 
 
