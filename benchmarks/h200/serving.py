@@ -4,7 +4,7 @@ The executor batches in flight, runs one step ahead and has the device sample, o
 the device (synthetic.py), or with --engine-dir on a real one through `LLM`, with token ids. Greedy, past the end token,
 random token ids, prefix cache off. All requests come at once; ramp-up and tail are part of what is measured, as in the
 offline benchmarks of TensorRT-LLM and vLLM. By default a saturated workload lasts 5 to 15 s at about 20,000 tok/s;
---full takes as many requests as fill the engine several times over (up to a few minutes), as published figures do.
+--full takes as many requests as TensorRT-LLM's published figures are of (two to four minutes each).
 
 Before, one run meets every batch size and one whole prompts, so that graphs and libraries are ready.
 
@@ -410,7 +410,7 @@ def main() -> None:
     parser.add_argument("workloads", nargs="*", help=f"of {', '.join(floors.WORKLOADS)}; default: all")
     add_arguments(parser)
     parser.add_argument("--requests", type=int, help="another number of requests")
-    parser.add_argument("--full", action="store_true", help="as many as fill the engine several times over")
+    parser.add_argument("--full", action="store_true", help="as many as TensorRT-LLM's figures are of")
     parser.add_argument("--repeats", type=int, default=1, help="the median run of so many is reported")
     parser.add_argument(
         "--profile-host", action="store_true", help="cProfile of the steps of decoding; slows them down"
