@@ -1,5 +1,7 @@
 """Cuda engines of several ranks, each in a thread with a device of its own, against the same model on one rank."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from tests.tiny_models import save_tiny_model
 from trtllm_cli.build.backends import cuda as cuda_lowering
 from trtllm_cli.build.backends import cuda_collectives
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
+from trtllm_cli.run.backends import cuda as cuda_runner
 from trtllm_cli.run.backends.cuda import CudaRunner
 from trtllm_cli.run.communicator import SingleRank
 from trtllm_cli.run.executor import Executor
@@ -93,6 +96,31 @@ def test_ranks_together_give_what_one_rank_gives(tmp_path, snapshot, one_rank, t
         assert all(np.array_equal(one, other) for one, other in zip(logits, last_stage[0], strict=True))
     assert all(runner.has_peers == (tp > 1) for runner in runners)
     assert all(not runner._device.calls for runner in runners)
+
+
+def test_parts_of_prompts_whose_logits_nobody_wants(tmp_path, snapshot, monkeypatch):
+    """Their steps leave the last layer's sums out, and those after them are right."""
+    monkeypatch.setattr(cuda_runner, "_MOST_AT_ONCE", 0)  # steps with prompts are as large as they are
+    engines = [build(tmp_path / str(tp), snapshot, options={"tp_size": tp}) for tp in (1, 2)]
+
+    def work(engine, comm):
+        runner, batch = load(engine, comm), Sequences(block_size=16)
+        logits = []
+        for new, wanted in (
+            ({0: [1, 2, 3]}, 0),
+            ({0: [4, 5], 1: [9, 8, 7]}, 0),
+            ({0: [6, 7], 1: [5]}, 1),
+            ({0: [3]}, 1),
+        ):
+            step = batch.step(new)
+            logits.append(runner.forward(replace(step, logits_indices=step.logits_indices[:wanted])).copy())
+        runner.close()
+        return logits
+
+    want = work(engines[0], SingleRank())
+    assert [len(logits) for logits in want] == [0, 0, 1, 1]
+    for got in run_ranks(2, lambda comm: work(engines[1], comm)):
+        check(got[2:], want[2:])
 
 
 @pytest.mark.parametrize("tp", [2, 4])
