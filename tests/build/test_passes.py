@@ -29,6 +29,11 @@ def outputs(graph, weights):
     return [program.step(as_torch(batch.step(new, all_logits=True)))[0] for new in steps]
 
 
+def check_outputs(graph, weights, expected):
+    for got, want in zip(outputs(graph, weights), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_pass_keeps_the_numbers(variant):
     c = config(variant)
@@ -39,8 +44,7 @@ def test_every_pass_keeps_the_numbers(variant):
     for rewrite in PASSES:
         graph = rewrite(graph)
         graph.check()
-        for got, want in zip(outputs(graph, weights), expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        check_outputs(graph, weights, expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -71,8 +75,7 @@ def test_rows_are_chosen_in_front_of_the_last_attention(variant):
     assert set(behind) == {"num_logits"}
     appends = [node for node in early.nodes[attention:] if node.op in ("linear", "expert_linear")]
     assert len(appends) > 2  # the layer's and the head's
-    for got, want in zip(outputs(early, weights), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    check_outputs(early, weights, expected)
 
 
 def test_some_rows_are_enough():
@@ -175,8 +178,7 @@ def test_passes_for_fp8_on_a_gpu_keep_the_numbers(algo):
     for rewrite in CUDA_PASSES:
         graph = rewrite(graph)
         graph.check()
-        for got, want in zip(outputs(graph, weights), expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        check_outputs(graph, weights, expected)
     ops = Counter(n.op for n in graph.nodes)
     assert ops["qdq"] == 0
     assert ops["linear"] == 4 * c.num_hidden_layers + 1  # gate and up are one

@@ -1,19 +1,14 @@
 """Steps of parts of prompts, whose logits nobody wants, on the cuda backend: they leave most of the last layer out."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
-from tests.batches import Sequences
 from tests.interpreter_device import fake_compile
-from tests.run.test_cuda_ranks import build, check, load
+from tests.run.test_cuda_ranks import build, check, logits_of_parts
 from tests.tiny_models import save_tiny_model
 from trtllm_cli.build.backends import cuda as cuda_lowering
 from trtllm_cli.run.backends import cuda as cuda_runner
 from trtllm_cli.run.communicator import SingleRank
-
-STEPS = [({0: [1, 2, 3]}, 0), ({0: [4, 5], 1: [9, 8, 7]}, 0), ({0: [6, 7], 1: [5]}, 1), ({0: [3]}, 1)]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_neox"])
@@ -23,18 +18,7 @@ def test_what_is_left_out_changes_nothing(tmp_path, monkeypatch, family):
     monkeypatch.setattr(cuda_runner, "_MOST_AT_ONCE", 0)  # steps with prompts are as large as they are
     save_tiny_model(tmp_path / "snapshot", family)
     engine = build(tmp_path, tmp_path / "snapshot")
-
-    def logits_of(*, every):
-        runner, batch = load(engine, SingleRank()), Sequences(block_size=16)
-        found = []
-        for new, wanted in STEPS:
-            step = batch.step(new)
-            some = step if every else replace(step, logits_indices=step.logits_indices[:wanted])
-            found.append(runner.forward(some).copy())
-        runner.close()
-        return found
-
-    every, some = logits_of(every=True), logits_of(every=False)
+    every, some = (logits_of_parts(engine, SingleRank(), every=every) for every in (True, False))
     assert [len(logits) for logits in some] == [0, 0, 1, 1]
     assert all(np.isfinite(logits).all() for logits in every)
     check(some[2:], [every[2][:1], every[3]])

@@ -22,6 +22,8 @@ from trtllm_cli.run.step_inputs import InputBuilder
 from trtllm_cli.run.worker import follow
 
 STEPS = [{0: [1, 2, 3, 4, 5], 1: [9, 8]}, {1: [3], 0: [4]}]
+# Steps of parts of prompts; and of how many sequences, the first ones, anybody wants logits.
+PARTS = [({0: [1, 2, 3]}, 0), ({0: [4, 5], 1: [9, 8, 7]}, 0), ({0: [6, 7], 1: [5]}, 1), ({0: [3]}, 1)]
 LIMITS = {"tokens_per_block": 16, "max_num_tokens": 64, "max_seq_len": 64}
 
 
@@ -64,6 +66,18 @@ def logits_of(engine, devices=None, **device):
     return [logits for logits in results if logits is not None]
 
 
+def logits_of_parts(engine, comm, *, every=False):
+    """Of each of PARTS the logits that somebody wants, or all."""
+    runner, batch = load(engine, comm), Sequences(block_size=16)
+    found = []
+    for new, wanted in PARTS:
+        step = batch.step(new)
+        some = step if every else replace(step, logits_indices=step.logits_indices[:wanted])
+        found.append(runner.forward(some).copy())
+    runner.close()
+    return found
+
+
 def check(got, want, bound=2e-2):
     for one, other in zip(got, want, strict=True):
         assert np.linalg.norm(one - other) / np.linalg.norm(other) < bound
@@ -103,23 +117,9 @@ def test_parts_of_prompts_whose_logits_nobody_wants(tmp_path, snapshot, monkeypa
     monkeypatch.setattr(cuda_runner, "_MOST_AT_ONCE", 0)  # steps with prompts are as large as they are
     engines = [build(tmp_path / str(tp), snapshot, options={"tp_size": tp}) for tp in (1, 2)]
 
-    def work(engine, comm):
-        runner, batch = load(engine, comm), Sequences(block_size=16)
-        logits = []
-        for new, wanted in (
-            ({0: [1, 2, 3]}, 0),
-            ({0: [4, 5], 1: [9, 8, 7]}, 0),
-            ({0: [6, 7], 1: [5]}, 1),
-            ({0: [3]}, 1),
-        ):
-            step = batch.step(new)
-            logits.append(runner.forward(replace(step, logits_indices=step.logits_indices[:wanted])).copy())
-        runner.close()
-        return logits
-
-    want = work(engines[0], SingleRank())
+    want = logits_of_parts(engines[0], SingleRank())
     assert [len(logits) for logits in want] == [0, 0, 1, 1]
-    for got in run_ranks(2, lambda comm: work(engines[1], comm)):
+    for got in run_ranks(2, lambda comm: logits_of_parts(engines[1], comm)):
         check(got[2:], want[2:])
 
 

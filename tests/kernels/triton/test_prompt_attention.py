@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from triton.runtime.errors import InterpreterError
 
 from tests import gluon_interpreter
 from tests.kernels.triton.test_decode_attention import LLAMA, POINTERS, Case
@@ -88,8 +89,6 @@ def test_sizes_of_blocks(launch, block_size, cache_dtype):
     ],
 )
 def test_what_is_not_waited_for_is_seen(tmp_path, line, instead, says):
-    from triton.runtime.errors import InterpreterError
-
     kernel = gluon_interpreter.load_changed(prompt_attention, line, instead, tmp_path).prompt_attention
     case = Case([400], [400], cache_dtype=torch.bfloat16, dtype=torch.bfloat16, heads=1, kv_heads=1, head_dim=64,
                 v_head_dim=64, block_size=64)  # fmt: skip

@@ -16,11 +16,9 @@ NUM_COPIES = "num_copies"
 NUM_PROMPTS, NUM_ALONE = "num_prompts", "num_alone"
 _COPIED_AT_ONCE = 16  # bytes
 _COPY_BLOCK = 4096  # words of four bytes that a program copies
-_BLOCK_N = 64  # tokens that a program of prefill attention takes at once, at most
 # Of prompt_attention: tokens that it takes at once, for how many times as many there is room, and registers.
 _WARPGROUPS = {"BLOCK_N": 128, "STAGES": 2, "REGISTERS": 232}
 _FEW = 64  # tokens up to which a program appends few heads of one token, so that there are programs enough
-_MANY = 4, 4  # tokens that a program appends of more, and heads of each
 _FEW_ROWS = 1024  # tokens of a step up to which a program of prefill attention takes 128 rows, of more it takes 256
 # By how many sequences there are: programs that share one's cache, warps of a program, tokens that it takes at once.
 # Few sequences want to be spread over the machine; many want small programs, so that many wait for memory at once
@@ -73,7 +71,7 @@ class AttentionLaunches(CudaLowering):
             ]  # fmt: skip
 
         (attention,) = (n for n in self.graph.nodes if n.op == "paged_attention" and n.attrs["layer"] == a["layer"])
-        ways: list[tuple[int | None, list[Launch]]] = [(_FEW, way(1, 4)), (None, way(*_MANY))]
+        ways: list[tuple[int | None, list[Launch]]] = [(_FEW, way(1, 4)), (None, way(4, 4))]
         if self._joined(attention) is node:
             ways.insert(0, (max(_AS_ONE), way(1, 4, mixed_only=True)))
         self.ways(node.op, NUM_TOKENS, ways)
@@ -209,7 +207,7 @@ class AttentionLaunches(CudaLowering):
         a = node.attrs
         group, width = a["num_heads"] // a["num_kv_heads"], self._width(node)
         pack = max(p for p in (1, 2, 4, 8) if group % p == 0)
-        block_n = _BLOCK_N if width <= 320 else 32 if width <= 512 else 16
+        block_n = 64 if width <= 320 else 32 if width <= 512 else 16
         most = 3 if width <= 256 else 2
         stride = self._new_stride(node)
         stages = self.stages(most, block_n * width * 2 if stride else self._tile_bytes(node, block_n))

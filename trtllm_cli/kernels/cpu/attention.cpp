@@ -241,12 +241,25 @@ int following(const tl_batch& batch, const Attention& a, int row, int& seq) {
     return count;
 }
 
+// Parts of a sequence's tokens, of one lane.
+int tiles_of(const tl_batch& batch, const Attention& a, int seq) {
+    return ceil_div(batch.query_start[seq + 1] - batch.query_start[seq], a.tokens);
+}
+
+// Parts of a step's tokens, or of those whose logits are wanted.
+int parts_of(const tl_step& step, const tl_batch& batch, const Attention& a) {
+    int tiles = 0, seq = 0;
+    if (step.i[0])
+        for (int row = 0; row < batch.num_logits; row += following(batch, a, row, seq)) tiles++;
+    else
+        for (int s = 0; s < batch.num_seqs; s++) tiles += tiles_of(batch, a, s);
+    return tiles * a.lanes();
+}
+
 void of_wanted_rows(const Context& c, const Attention& a, const Work& w) {
     const tl_batch& batch = c.batch;
-    int runs = 0, seq = 0;
-    for (int row = 0; row < batch.num_logits; row += following(batch, a, row, seq)) runs++;
-    int begin, end, before = 0;  // before: parts of the runs before this one
-    c.share(runs * a.lanes(), begin, end);
+    int begin, end, seq = 0, before = 0;  // before: parts of the tokens in front of `row`
+    c.share(parts_of(c.step, batch, a), begin, end);
     for (int row = 0, count; row < batch.num_logits && before < end; row += count, before += a.lanes()) {
         count = following(batch, a, row, seq);
         const int position = batch.positions[batch.logits_indices[row]];
@@ -259,12 +272,7 @@ void of_wanted_rows(const Context& c, const Attention& a, const Work& w) {
 
 Needs attention_needs(const tl_step& step, const tl_batch& batch, int num_threads) {
     const Attention a(step);
-    int parts = 0, seq = 0;
-    if (step.i[0])
-        for (int row = 0; row < batch.num_logits; row += following(batch, a, row, seq)) parts += a.lanes();
-    else
-        for (int s = 0; s < batch.num_seqs; s++)
-            parts += a.lanes() * ceil_div(batch.query_start[s + 1] - batch.query_start[s], a.tokens);
+    const int parts = parts_of(step, batch, a);
     Needs needs;
     needs.pieces = parts < 32 * num_threads ? parts : 32 * num_threads;
     needs.per_thread = Work::bytes(a);
@@ -276,16 +284,13 @@ void paged_attention(const Context& c) {
     const Work w(a, c.scratch());
     if (c.step.i[0]) return of_wanted_rows(c, a, w);
     const tl_batch& batch = c.batch;
-    auto tiles_of = [&](int s) { return ceil_div(batch.query_start[s + 1] - batch.query_start[s], a.tokens); };
-    int parts = 0;
-    for (int s = 0; s < batch.num_seqs; s++) parts += a.lanes() * tiles_of(s);
     int begin, end, seq = 0, before = 0;  // before: parts of the sequences before `seq`
-    c.share(parts, begin, end);
+    c.share(parts_of(c.step, batch, a), begin, end);
     for (int i = begin; i < end; i++) {
-        while (i >= before + tiles_of(seq) * a.lanes()) before += tiles_of(seq++) * a.lanes();
+        while (i >= before + tiles_of(batch, a, seq) * a.lanes()) before += tiles_of(batch, a, seq++) * a.lanes();
         const int queries = batch.query_start[seq + 1] - batch.query_start[seq];
         // The last tokens see the most keys: they go first.
-        const int tile = tiles_of(seq) - 1 - (i - before) / a.lanes(), lane = (i - before) % a.lanes();
+        const int tile = tiles_of(batch, a, seq) - 1 - (i - before) / a.lanes(), lane = (i - before) % a.lanes();
         const int from = tile * a.tokens, count = queries - from < a.tokens ? queries - from : a.tokens;
         part(c, a, w, seq, lane, batch.query_start[seq] + from, count, batch.seq_lens[seq] - queries + from);
     }

@@ -39,14 +39,8 @@ def route_step(
 ) -> TlStep:
     """weights float32 and ids int32 [rows, top_k] of logits [rows, num_experts]; see functional.route."""
     ints = (
-        ROWS[rows],
-        num_experts,
-        top_k,
-        int(scoring == "sigmoid"),
-        int(renormalize),
-        num_groups or 0,
-        top_groups or 0,
-    )
+        ROWS[rows], num_experts, top_k, int(scoring == "sigmoid"), int(renormalize), num_groups or 0, top_groups or 0,
+    )  # fmt: skip
     return make_step(Op.ROUTE, ints, (scaling,), (logits, weights, ids, bias))
 
 
@@ -90,8 +84,6 @@ def expert_gated_act_step(
     return make_step(Op.EXPERT_GATED_ACT, (ROWS[rows], width, ACTIVATIONS[activation], top_k), (), (x, out))
 
 
-def combine_step(
-    x: int, weights: int, out: int, *, width: int, top_k: int, rows: Rows = "num_tokens"
-) -> TlStep:  # fmt: skip
+def combine_step(x: int, weights: int, out: int, *, width: int, top_k: int, rows: Rows = "num_tokens") -> TlStep:
     """out [rows, width] = the sum of the `top_k` parts of x, each times its weight [rows, top_k]."""
     return make_step(Op.COMBINE, (ROWS[rows], width, top_k), (), (x, out, weights))

@@ -36,11 +36,11 @@ def _in_lines(dtype, width):
 
 
 @gluon.jit
-def _tile(i, first, cached_tiles, new_first, before, length, BLOCK_N: gl.constexpr):
+def _tile(i, first, cached_tiles, new_first, cached, length, BLOCK_N: gl.constexpr):
     """Of a tile: its first token, and the end of those that it is for."""
     is_new = i >= cached_tiles
     token = gl.where(is_new, new_first + (i - cached_tiles) * BLOCK_N, first + i * BLOCK_N)
-    return token, gl.where(is_new, length, before)
+    return token, gl.where(is_new, length, cached)
 
 
 @gluon.jit
@@ -86,21 +86,21 @@ def _bring(
 @gluon.jit
 def _bring_all(
     k_smem, v_smem, full, free, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, table_ptr, query_first, first,
-    cached_tiles, new_first, num_tiles, before, length, head,
+    cached_tiles, new_first, num_tiles, cached, length, head,
     NUM_KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, NEW_STRIDE: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What the warpgroup does that fills shared memory."""
     for i in range(cached_tiles):
-        token, stop = _tile(i, first, cached_tiles, new_first, before, length, BLOCK_N)
+        token, stop = _tile(i, first, cached_tiles, new_first, cached, length, BLOCK_N)
         _bring(
             (k_smem, v_smem), full, free, k_cache_ptr, v_cache_ptr, table_ptr, i % STAGES, (i // STAGES) & 1, token,
             stop, 0, head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, True,
         )  # fmt: skip
     if NEW_STRIDE > 0:
-        first_row = head.to(gl.int64) * NEW_STRIDE + query_first - before
+        first_row = head.to(gl.int64) * NEW_STRIDE + query_first - cached
         for i in range(cached_tiles, num_tiles):
-            token, stop = _tile(i, first, cached_tiles, new_first, before, length, BLOCK_N)
+            token, stop = _tile(i, first, cached_tiles, new_first, cached, length, BLOCK_N)
             _bring(
                 (k_smem, v_smem), full, free, k_new_ptr, v_new_ptr, table_ptr, i % STAGES, (i // STAGES) & 1, token,
                 stop, first_row + token, head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, False,
@@ -129,32 +129,41 @@ def _weighed(
 
 
 @gluon.jit
+def _elements(
+    which, query_first, num_queries, tile_first, head_first,
+    NUM_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, PACK: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Of the rows of `which`: offsets in the queries and the output [num_tokens, NUM_HEADS, HEAD_DIM], and a mask."""
+    rows = which * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    queries = tile_first + rows // PACK
+    heads = (query_first + queries).to(gl.int64) * NUM_HEADS + head_first + rows % PACK
+    cols = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+    mask = (queries < num_queries)[:, None] & (cols < HEAD_DIM)[None, :]
+    return (heads * HEAD_DIM)[:, None] + cols[None, :], mask
+
+
+@gluon.jit
 def _attend(
     which, q_smem, k_smem, v_smem, full, free, q_ptr, sinks_ptr, out_ptr, query_first, num_queries, tile_first, length,
-    first, cached_tiles, new_first, num_tiles, head_first, scale, softcap, v_scale, out_step,
+    cached, first, cached_tiles, new_first, num_tiles, head_first, scale, softcap, v_scale, out_step,
     NUM_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    NEW_STRIDE: gl.constexpr, PACK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PACK: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What a warpgroup does for its 64 rows, those of `which`: queries of PACK heads."""
     DTYPE: gl.constexpr = k_smem.dtype
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, out_mma, 2)
-    lines: gl.constexpr = _in_lines(q_ptr.dtype.element_ty, HEAD_DIM)
 
-    rows = which * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, lines))
-    queries = tile_first + rows // PACK
-    q_rows = (query_first + queries).to(gl.int64) * NUM_HEADS + head_first + rows % PACK
-    cols = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, lines))
-    mask = (queries < num_queries)[:, None] & (cols < HEAD_DIM)[None, :]
+    lines: gl.constexpr = _in_lines(q_ptr.dtype.element_ty, HEAD_DIM)
+    offsets, mask = _elements(which, query_first, num_queries, tile_first, head_first, NUM_HEADS, HEAD_DIM, PACK, lines)
     mine = q_smem.index(which)
-    mine.store(gl.load(q_ptr + (q_rows * HEAD_DIM)[:, None] + cols[None, :], mask=mask, other=0.0))
+    mine.store(gl.load(q_ptr + offsets, mask=mask, other=0.0))
     fence_async_shared()
     gl.thread_barrier()
 
     # Row i sees tokens lowest[i] .. bounds[i] - 1 of the sequence.
     before = length - num_queries
-    stop = before if NEW_STRIDE > 0 else length
     places = which * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, mma))
     bounds = gl.minimum(before + tile_first + places // PACK + 1, length)
     lowest = gl.maximum(bounds - WINDOW, 0)
@@ -178,7 +187,7 @@ def _attend(
     fence_async_shared()
     products = warpgroup_mma(mine, k_smem.index(0).permute((1, 0)), none, use_acc=False)
     mbarrier.arrive(free.index(0), count=1)
-    token, until = _tile(0, first, cached_tiles, new_first, stop, length, BLOCK_N)
+    token, until = _tile(0, first, cached_tiles, new_first, cached, length, BLOCK_N)
     weights, shrink, top, total = _weighed(
         products, top, total, token, until, bounds, lowest, seen, most, in_log2, softcap, BLOCK_N, WINDOW, SOFTCAP
     )  # fmt: skip
@@ -194,7 +203,7 @@ def _attend(
         acc = warpgroup_mma(p, v_smem.index(ready), acc, is_async=True)
         products, acc = warpgroup_mma_wait(1, (coming, acc))
         mbarrier.arrive(free.index(2 * slot), count=1)
-        token, until = _tile(i, first, cached_tiles, new_first, stop, length, BLOCK_N)
+        token, until = _tile(i, first, cached_tiles, new_first, cached, length, BLOCK_N)
         weights, shrink, top, total = _weighed(
             products, top, total, token, until, bounds, lowest, seen, most, in_log2, softcap, BLOCK_N, WINDOW,
             SOFTCAP,
@@ -210,12 +219,10 @@ def _attend(
 
     factor = gl.convert_layout(v_scale / (total * out_step), gl.SliceLayout(1, out_mma))
     y = as_stored(acc * factor[:, None], out_ptr.dtype.element_ty)
-    rows = which * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, out_mma))
-    queries = tile_first + rows // PACK
-    out_rows = (query_first + queries).to(gl.int64) * NUM_HEADS + head_first + rows % PACK
-    cols = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_mma))
-    mask = (queries < num_queries)[:, None] & (cols < HEAD_DIM)[None, :]
-    gl.store(out_ptr + (out_rows * HEAD_DIM)[:, None] + cols[None, :], y, mask=mask)
+    offsets, mask = _elements(
+        which, query_first, num_queries, tile_first, head_first, NUM_HEADS, HEAD_DIM, PACK, out_mma
+    )  # fmt: skip
+    gl.store(out_ptr + offsets, y, mask=mask)
 
 
 @gluon.jit
@@ -267,28 +274,27 @@ def prompt_attention(
     least = gl.maximum(before + tile_first + 1 - WINDOW, 0) if WINDOW > 0 else 0
     end = gl.minimum(before + tile_first + BLOCK_Q, length)
     first = least // BLOCK_N * BLOCK_N
-    stop = before if NEW_STRIDE > 0 else end
-    cached_tiles = gl.maximum(stop - first + BLOCK_N - 1, 0) // BLOCK_N
+    cached = before if NEW_STRIDE > 0 else length
+    cached_tiles = gl.maximum(gl.minimum(cached, end) - first + BLOCK_N - 1, 0) // BLOCK_N
     new_first = before + gl.maximum(least - before, 0) // BLOCK_N * BLOCK_N
     num_tiles = cached_tiles
     if NEW_STRIDE > 0:
         num_tiles += (end - new_first + BLOCK_N - 1) // BLOCK_N
-    stop = before if NEW_STRIDE > 0 else length
     gl.warp_specialize(
         [
             (_attend, (
                 0, q_smem, k_smem, v_smem, full, free, q_ptr, sinks_ptr, out_ptr, query_first, num_queries, tile_first,
-                length, first, cached_tiles, new_first, num_tiles, head_first, scale, softcap, v_scale, out_step,
-                NUM_KV_HEADS * GROUP, HEAD_DIM, WINDOW, SOFTCAP, SINKS, NEW_STRIDE, PACK, BLOCK_N, STAGES,
+                length, cached, first, cached_tiles, new_first, num_tiles, head_first, scale, softcap, v_scale,
+                out_step, NUM_KV_HEADS * GROUP, HEAD_DIM, WINDOW, SOFTCAP, SINKS, PACK, BLOCK_N, STAGES,
             )),
             (_attend, (
                 1, q_smem, k_smem, v_smem, full, free, q_ptr, sinks_ptr, out_ptr, query_first, num_queries, tile_first,
-                length, first, cached_tiles, new_first, num_tiles, head_first, scale, softcap, v_scale, out_step,
-                NUM_KV_HEADS * GROUP, HEAD_DIM, WINDOW, SOFTCAP, SINKS, NEW_STRIDE, PACK, BLOCK_N, STAGES,
+                length, cached, first, cached_tiles, new_first, num_tiles, head_first, scale, softcap, v_scale,
+                out_step, NUM_KV_HEADS * GROUP, HEAD_DIM, WINDOW, SOFTCAP, SINKS, PACK, BLOCK_N, STAGES,
             )),
             (_bring_all, (
                 k_smem, v_smem, full, free, k_cache_ptr, v_cache_ptr, k_new_ptr, v_new_ptr, table_ptr, query_first,
-                first, cached_tiles, new_first, num_tiles, stop, length, head_first // GROUP, NUM_KV_HEADS, HEAD_DIM,
+                first, cached_tiles, new_first, num_tiles, cached, length, head_first // GROUP, NUM_KV_HEADS, HEAD_DIM,
                 BLOCK_SIZE, NEW_STRIDE, BLOCK_N, STAGES,
             )),
         ],
