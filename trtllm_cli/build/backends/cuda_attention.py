@@ -24,15 +24,18 @@ _FEW_ROWS = 1024  # tokens of a step up to which a program of prefill attention 
 # Few sequences want to be spread over the machine; many want small programs, so that many wait for memory at once
 # (measured on an H200 with benchmarks/h200/attention.py).
 _DECODE = ((1, 16, 2, 64), (2, 16, 2, 64), (4, 16, 2, 64), (8, 8, 2, 64), (16, 4, 2, 64), (32, 2, 2, 64),
-           (64, 1, 2, 64), (None, 1, 1, 32))  # fmt: skip
+           (64, 1, 2, 64), (768, 1, 1, 32), (None, 1, 1, 32))  # fmt: skip
 # Up to so many sequences, rotary positions, append and attention of a decode step are one kernel: how many programs
 # there are to be, warps of a program, tokens that it takes at once (16 or a multiple for each warp), and tiles of so
 # many tokens that have room. More programs or tiles leave less room for weights.
 _AS_ONE = {1: (64, 4, 64, 2), 2: (128, 4, 64, 2), 4: (128, 4, 64, 1), 8: (256, 4, 64, 1)}
+# Where one program has all of a sequence's cache, it reads ahead of the kernel in front: its warps, how many bytes of
+# keys and values it takes at once, and for how many times as many there is room; for bytes, and for bfloat16.
+_AHEAD = {64: ((2, 8192, 4), (2, 16384, 3)), 768: ((2, 16384, 2), (2, 16384, 3)), None: ((1, 8192, 3), (2, 16384, 3))}
 
 
 class AttentionLaunches(CudaLowering):
-    """Launches of kernels/triton/{rope_append,rope_attention,decode_attention,prefill_attention}.py."""
+    """Launches of kernels/triton/{rope_append,rope_attention,{cache,decode,prefill,prompt}_attention}.py."""
 
     def add_copies(self) -> None:
         """The plan's part that copies blocks of the cache, in all layers at once."""
@@ -129,6 +132,12 @@ class AttentionLaunches(CudaLowering):
         for most, *about in _DECODE:
             if rope is not None and most is not None and most in _AS_ONE:
                 decode = self._rope_decode(node, rope, most, *_AS_ONE[most])
+            elif most in _AHEAD and self._reads_ahead(node):
+                how = _AHEAD[most][0 if self._is_quantized(node) else 1]
+                decode = self._decode_ahead(node, *how, when="decode" if of_rows else "")
+                if not of_rows:
+                    ways.append((most, [decode]))
+                    continue
             elif of_rows:
                 decode = self._decode(node, most, *about, when="decode")
             else:
@@ -159,6 +168,22 @@ class AttentionLaunches(CudaLowering):
             "decode_attention", "decode_attention", [splits, [NUM_LOGITS if of_rows else NUM_ALONE, 1], tiles], args,
             num_warps=warps, num_stages=stages, when=when, BLOCK_G=block_g, BLOCK_N=block_n, NUM_SPLITS=splits,
             OF_ROWS=of_rows, PUSH=True, PULL=True, **self._options(node),
+        )  # fmt: skip
+
+    def _reads_ahead(self, node: Node) -> bool:
+        """Whether there is a kernel that does: on Hopper, of common heads."""
+        group, dim = node.attrs["num_heads"] // node.attrs["num_kv_heads"], node.attrs["head_dim"]
+        return self.arch == "sm_90a" and group <= 16 and dim == v_head_dim(node.attrs) and dim in (32, 64, 128)
+
+    def _decode_ahead(self, node: Node, warps: int, nbytes: int, tiles: int, *, when: str) -> Launch:
+        """Of the sequences that have one token in a step."""
+        kv_heads, group = node.attrs["num_kv_heads"], node.attrs["num_heads"] // node.attrs["num_kv_heads"]
+        block_n = max(nbytes // self._tile_bytes(node, 1), 16 * warps)
+        options = self._options(node)
+        del options["V_HEAD_DIM"]
+        return self.launch(
+            "cache_attention", "cache_attention", [kv_heads, [NUM_ALONE, 1]], self._common(node), num_warps=warps,
+            when=when, BLOCK_G=8 if group <= 8 else 16, BLOCK_N=block_n, STAGES=tiles, **options,
         )  # fmt: skip
 
     def _rope_decode(

@@ -34,7 +34,8 @@ LEAST_DRIVER = 12080  # CUDA 12.8, as cuDriverGetVersion counts
 
 _SUCCESS = 0
 _ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76
-_MAX_DYNAMIC_SHARED = 8
+_MAX_DYNAMIC_SHARED, _PREFERRED_SHARED_CARVEOUT = 8, 9
+_ALL_SHARED = 100  # percent
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _LAZY_ENABLE_PEER_ACCESS = 1
 _STATIC_SHARED_LIMIT = 48 * 1024
@@ -123,6 +124,9 @@ class Driver:
         self.check(self._lib.cuKernelGetFunction(byref(function), handle))
         if kernel.shared > _STATIC_SHARED_LIMIT:
             self.check(self._lib.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, kernel.shared))
+        # Else a multiprocessor shares as little of its memory as the kernel there needs, without room for the tiles of
+        # the kernel behind it, which wants to begin before that one has ended.
+        self.check(self._lib.cuFuncSetAttribute(function, _PREFERRED_SHARED_CARVEOUT, _ALL_SHARED))
         return LoadedKernel(self, kernel, function)
 
     def share(self, address: int) -> tuple[bytes, int]:

@@ -12,9 +12,29 @@ from __future__ import annotations
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from trtllm_cli.kernels.triton.cache_tiles import (
+    by_heads,
+    columns_at_once,
+    copy_tile,
+    halves,
+    in_banks,
+    in_columns,
+    in_copies,
+    keys,
+    lanes_of_row,
+    no_values,
+    over_warps,
+    parts_of_values,
+    queries_for_dot,
+    rows_of_tile,
+    seen_of,
+    values,
+    weights_of,
+    with_values,
+)
 from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, dot_dtype, in_log2, read_steps, share_of
 from trtllm_cli.kernels.triton.device import (
     as_stored,
@@ -25,136 +45,6 @@ from trtllm_cli.kernels.triton.device import (
     is_compiled,
 )
 from trtllm_cli.kernels.triton.rope_append import cache_offsets
-
-
-@gluon.constexpr_function
-def _lanes(width, each):
-    """How many lanes take a row of `width` elements, `each` of them at a time."""
-    return min(32, width // each)
-
-
-@gluon.constexpr_function
-def _copied(dtype, width, warps):
-    """The layout of a tile [warps, tokens, width] in which each thread copies 16 bytes."""
-    each = min(128 // dtype.primitive_bitwidth, width)
-    lanes = _lanes(width, each)
-    return gl.BlockedLayout([1, 1, each], [1, 32 // lanes, lanes], [warps, 1, 1], [2, 1, 0])
-
-
-@gluon.constexpr_function
-def _combined(width, warps):
-    """The layout of [warps, heads, width] in which a thread has what all warps found for its columns of a head."""
-    lanes = _lanes(width, 4)
-    return gl.BlockedLayout([warps, 1, 4], [1, 32 // lanes, lanes], [1, warps, 1], [2, 1, 0])
-
-
-@gluon.constexpr_function
-def _swizzled(dtype, width):
-    """Rows of `width` in shared memory, so that eight of them lie in different banks, 16 bytes at a time."""
-    size = dtype.primitive_bitwidth // 8
-    rows = max(1, 128 // (width * size))  # in a line of all banks
-    return gl.SwizzledSharedLayout(16 // size, rows, max(1, min(8, width * size // 16)), [2, 1, 0])
-
-
-@gluon.jit
-def _tokens(first, warps: gl.constexpr, count: gl.constexpr, layout: gl.constexpr):
-    """The tokens of a tile that begins at `first`, [warps, count]."""
-    warp = gl.arange(0, warps, gl.SliceLayout(1, layout))
-    return first + warp[:, None] * count + gl.arange(0, count, gl.SliceLayout(0, layout))[None, :]
-
-
-@gluon.jit
-def _rows(
-    table_ptr, first, stop, kv_head, warps: gl.constexpr, COUNT: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Of a cache seen as rows [num_blocks * NUM_KV_HEADS * BLOCK_SIZE, HEAD_DIM]: those of a tile, up to token `stop`.
-
-    int64, each less the token's place among its warp's: [warps, 1] where these lie in one block, else [warps, COUNT].
-    """
-    if COUNT <= BLOCK_SIZE:
-        places = gl.arange(0, 1, gl.SliceLayout(0, layout))
-    else:
-        places = gl.arange(0, COUNT, gl.SliceLayout(0, layout))
-    warp = gl.arange(0, warps, gl.SliceLayout(1, layout))
-    tokens = first + warp[:, None] * COUNT + places[None, :]
-    block = gl.load(table_ptr + tokens // BLOCK_SIZE, mask=tokens < stop, other=0).to(gl.int64)
-    return (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + tokens % BLOCK_SIZE - places[None, :]
-
-
-@gluon.jit
-def _copy_tile(k_smem, v_smem, k_cache_ptr, v_cache_ptr, rows, first, stop, layout: gl.constexpr):
-    """Asks for a tile's keys and values, at `_rows`; zeros from token `stop` on, as there may be NaN."""
-    COUNT: gl.constexpr = k_smem.shape[1]
-    HEAD_DIM: gl.constexpr = k_smem.shape[2]
-    live = _tokens(first, k_smem.shape[0], COUNT, gl.SliceLayout(2, layout)) < stop
-    places = gl.arange(0, COUNT, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    at = (places[None, :] * HEAD_DIM)[:, :, None] + columns[None, None, :]
-    starts = (rows * HEAD_DIM)[:, :, None]
-    async_copy.async_copy_global_to_shared(k_smem, k_cache_ptr + starts + at, mask=live[:, :, None])
-    async_copy.async_copy_global_to_shared(v_smem, v_cache_ptr + starts + at, mask=live[:, :, None])
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _halves(q_smem, warps: gl.constexpr, layout: gl.constexpr):
-    """The halves of queries as operands [warps, heads, HALF], each warp's the same."""
-    HALF: gl.constexpr = q_smem.shape[1] // 2
-    SHAPE: gl.constexpr = [warps, q_smem.shape[0], HALF]
-    low = q_smem.slice(0, HALF, 1).load(gl.SliceLayout(0, layout))
-    high = q_smem.slice(HALF, HALF, 1).load(gl.SliceLayout(0, layout))
-    zeros = gl.zeros(SHAPE, low.dtype, layout)
-    return gl.broadcast(low[None, :, :], zeros)[0], gl.broadcast(high[None, :, :], zeros)[0]
-
-
-@gluon.jit
-def _operand(smem, DTYPE: gl.constexpr, layout: gl.constexpr):
-    """Rows [warps, tokens, width] in shared memory as an operand [warps, width, tokens]."""
-    if smem.dtype == DTYPE:
-        x = smem.permute((0, 2, 1)).load(layout)
-    else:
-        # Widened in rows, for an operand of bytes is read a byte or two at a time. Nothing leaves its warp.
-        x = smem.load(_copied(smem.dtype, smem.shape[2], smem.shape[0])).to(DTYPE)
-        x = gl.convert_layout(gl.permute(x, (0, 2, 1)), layout)
-    return x
-
-
-@gluon.jit
-def _keys(k_smem, DTYPE: gl.constexpr, layout: gl.constexpr):
-    """The halves of a tile's keys as operands [warps, HALF, tokens]."""
-    HALF: gl.constexpr = k_smem.shape[2] // 2
-    low = _operand(k_smem.slice(0, HALF, 2), DTYPE, layout)
-    return low, _operand(k_smem.slice(HALF, HALF, 2), DTYPE, layout)
-
-
-@gluon.jit
-def _weights(q, q_high, k, k_high, seen, scale, softcap, top, SOFTCAP: gl.constexpr, mma: gl.constexpr):
-    """Of a tile: weights [warps, heads, tokens], their sums and the largest scores, in units of log2."""
-    none = gl.zeros([k.shape[0], q.shape[1], k.shape[2]], gl.float32, mma)
-    # Two sums, as a product waits for the one that it is added to.
-    products = mma_v2(q, k, none, input_precision="ieee") + mma_v2(q_high, k_high, none, input_precision="ieee")
-    scores = gl.where(seen, in_log2(products, scale, softcap, SOFTCAP), float("-inf"))
-    top = gl.maximum(top, gl.max(scores, 2))
-    weights = gl.exp2(scores - top[:, :, None])
-    return weights, gl.sum(weights, 2), top
-
-
-@gluon.jit
-def _added(acc, v, weights, layout: gl.constexpr):
-    """Sums [warps, HEAD_DIM, heads] and a tile's values times weights [warps, heads, tokens]."""
-    weights = gl.convert_layout(gl.permute(weights.to(v.dtype), (0, 2, 1)), layout)  # nothing moves
-    return mma_v2(v, weights, acc, input_precision="ieee")
-
-
-@gluon.jit
-def _seen(first, old, lowest, warps: gl.constexpr, count: gl.constexpr, WINDOW: gl.constexpr, mma: gl.constexpr):
-    """Which of a tile's tokens are attended to, [warps, 1, tokens]."""
-    tokens = _tokens(first, warps, count, gl.SliceLayout(1, mma))
-    seen = tokens < old
-    if WINDOW > 0:
-        seen = seen & (tokens >= lowest)
-    return seen[:, None, :]
 
 
 @gluon.jit
@@ -184,32 +74,6 @@ def _rotated(x, far, turns, norms, eps, axis: gl.constexpr, NORM: gl.constexpr):
         x *= factor * norms[0]
         far *= factor * norms[1]
     return x * turns[0] + far * turns[1]
-
-
-@gluon.jit
-def _over_warps(acc, top, total, acc_smem, top_smem, total_smem, layout: gl.constexpr):
-    """The warps' sums as one's: means [heads, HEAD_DIM] and log2 of the weights, [heads]."""
-    acc_smem.store(gl.permute(acc, (0, 2, 1)))
-    top_smem.store(top)
-    total_smem.store(total)
-    gl.thread_barrier()
-    tops, totals = top_smem.load(gl.SliceLayout(2, layout)), total_smem.load(gl.SliceLayout(2, layout))
-    top = gl.max(tops, 0)
-    shrinks = gl.exp2(tops - top[None, :])
-    total = gl.sum(totals * shrinks, 0)
-    total = gl.where(total > 0.0, total, 1.0)  # no token is seen: `top` is a weight of nothing
-    of_head: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, layout))
-    total = gl.convert_layout(total, of_head, assert_trivial=True)
-    top = gl.convert_layout(top, of_head, assert_trivial=True)
-    return gl.sum(acc_smem.load(layout) * shrinks[:, :, None], 0) / total[:, None], top + gl.log2(total)
-
-
-@gluon.jit
-def _for_dot(x, DTYPE: gl.constexpr):
-    """Queries as what tiles are multiplied in."""
-    if DTYPE == gl.float16:
-        x = gl.minimum(gl.maximum(x.to(gl.float32), -65504.0), 65504.0)
-    return x.to(DTYPE)
 
 
 @gluon.jit
@@ -297,24 +161,29 @@ def rope_decode_attention(
     k_norms = _norms(k_norm_ptr, columns, far_columns, NORM)
 
     if PUSH:
-        copied: gl.constexpr = _copied(STORED, HEAD_DIM, warps)
+        copied: gl.constexpr = in_copies(STORED, HEAD_DIM, warps)
         of_copied: gl.constexpr = gl.SliceLayout(2, copied)
         mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
         left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
         right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-        in_rows: gl.constexpr = _swizzled(STORED, HEAD_DIM)
-        k_smem = gl.allocate_shared_memory(STORED, [STAGES, warps, COUNT, HEAD_DIM], in_rows)
-        v_smem = gl.allocate_shared_memory(STORED, [STAGES, warps, COUNT, HEAD_DIM], in_rows)
+        of_queries: gl.constexpr = gl.DotOperandLayout(0, mma, columns_at_once(STORED))
+        of_keys: gl.constexpr = gl.DotOperandLayout(1, mma, columns_at_once(STORED))
+        PARTS: gl.constexpr = parts_of_values(STORED)
+        WIDTH: gl.constexpr = HEAD_DIM // PARTS
+        VALUES: gl.constexpr = STORED if PARTS == 1 else gl.int32
+        values_ptr = v_cache_ptr.to(gl.pointer_type(VALUES))
+        k_smem = gl.allocate_shared_memory(STORED, [STAGES, warps, COUNT, HEAD_DIM], in_banks(STORED, HEAD_DIM))
+        v_smem = gl.allocate_shared_memory(VALUES, [STAGES, warps, COUNT, WIDTH], in_banks(VALUES, WIDTH))
         stop = gl.where(split < num_splits, last, first)
         tiles_ptr = block_tables_ptr + seq.to(gl.int64) * max_blocks
         for s in gl.static_range(STAGES):
             start = first + s * BLOCK_N
-            rows = _rows(tiles_ptr, start, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
-            _copy_tile(k_smem.index(s), v_smem.index(s), k_cache_ptr, v_cache_ptr, rows, start, stop, copied)
+            rows = rows_of_tile(tiles_ptr, start, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
+            copy_tile(k_smem.index(s), v_smem.index(s), k_cache_ptr, values_ptr, rows, start, stop, copied)
         ahead = first + STAGES * BLOCK_N
-        rows = _rows(tiles_ptr, ahead, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
+        rows = rows_of_tile(tiles_ptr, ahead, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
 
-        side: gl.constexpr = _lanes(HEAD_DIM, 8)
+        side: gl.constexpr = lanes_of_row(HEAD_DIM, 8)
         in_lines: gl.constexpr = gl.BlockedLayout([1, 8], [32 // side, side], [warps, 1], [1, 0])
         members = gl.arange(0, BLOCK_G, gl.SliceLayout(1, in_lines))
         across = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, in_lines))[None, :]
@@ -323,16 +192,16 @@ def rope_decode_attention(
         q_ptrs = row + ((first_head + members) * HEAD_DIM)[:, None]
         is_head = (members < num_heads)[:, None]
         q_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_G, HEAD_DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-        seen = _seen(first, stop, lowest, warps, COUNT, WINDOW, mma)
+        seen = seen_of(first, stop, lowest, warps, COUNT, WINDOW, mma)
         async_copy.wait_group(0)
         gl.thread_barrier()
-        k, k_high = _keys(k_smem.index(0), DTYPE, right)
-        v = _operand(v_smem.index(0), DTYPE, left)
+        k, k_high = keys(k_smem.index(0), DTYPE, of_keys)
+        v = values(v_smem.index(0), STORED, DTYPE, left)
         if ahead < stop:
             gl.thread_barrier()
-            _copy_tile(k_smem.index(0), v_smem.index(0), k_cache_ptr, v_cache_ptr, rows, ahead, stop, copied)
+            copy_tile(k_smem.index(0), v_smem.index(0), k_cache_ptr, values_ptr, rows, ahead, stop, copied)
             ahead += BLOCK_N
-            rows = _rows(tiles_ptr, ahead, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
+            rows = rows_of_tile(tiles_ptr, ahead, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
     if PDL:
         gdc_wait()
     if PUSH:
@@ -344,43 +213,43 @@ def rope_decode_attention(
     value = gl.load(k_row + NUM_KV_HEADS * HEAD_DIM + own_columns).to(gl.float32)
     if PUSH:
         q = _rotated(q, q_far, q_turns, norms, eps, 1, NORM)
-        q_smem.store(_for_dot(q.to(WIDE), DTYPE))  # rounded as a q in memory is
+        q_smem.store(queries_for_dot(q.to(WIDE), DTYPE))  # rounded as a q in memory is
         gl.thread_barrier()
-        q_low, q_high = _halves(q_smem, warps, left)
+        q_low, q_high = halves(q_smem, warps, of_queries)
         top = gl.full([warps, BLOCK_G], LOWEST, gl.float32, gl.SliceLayout(2, mma))
-        weights, total, top = _weights(
+        weights, total, top = weights_of(
             q_low, q_high, k, k_high, seen, scale * k_scale, softcap, top, SOFTCAP, mma
         )  # fmt: skip
-        acc = _added(gl.zeros([warps, HEAD_DIM, BLOCK_G], gl.float32, mma), v, weights, right)
+        once = gl.full([warps, BLOCK_G], 1.0, gl.float32, gl.SliceLayout(2, mma))
+        accs = with_values(no_values(PARTS, warps, WIDTH, BLOCK_G, mma), once, v, weights, right)
         if first + BLOCK_N < stop:
             for start in range(first + BLOCK_N, stop, BLOCK_N):
                 async_copy.wait_group(STAGES - 1)
                 gl.thread_barrier()
                 i = (start - first) // BLOCK_N % STAGES
-                k, k_high = _keys(k_smem.index(i), DTYPE, right)
-                seen = _seen(start, stop, lowest, warps, COUNT, WINDOW, mma)
-                weights, more, new_top = _weights(
+                k, k_high = keys(k_smem.index(i), DTYPE, of_keys)
+                seen = seen_of(start, stop, lowest, warps, COUNT, WINDOW, mma)
+                weights, more, new_top = weights_of(
                     q_low, q_high, k, k_high, seen, scale * k_scale, softcap, top, SOFTCAP, mma
                 )  # fmt: skip
-                v = _operand(v_smem.index(i), DTYPE, left)
+                v = values(v_smem.index(i), STORED, DTYPE, left)
                 gl.thread_barrier()
-                _copy_tile(k_smem.index(i), v_smem.index(i), k_cache_ptr, v_cache_ptr, rows, ahead, stop, copied)
+                copy_tile(k_smem.index(i), v_smem.index(i), k_cache_ptr, values_ptr, rows, ahead, stop, copied)
                 ahead += BLOCK_N
-                rows = _rows(tiles_ptr, ahead, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
+                rows = rows_of_tile(tiles_ptr, ahead, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
                 shrink = gl.exp2(top - new_top)
                 total, top = total * shrink + more, new_top
-                acc *= gl.convert_layout(shrink, gl.SliceLayout(1, mma))[:, None, :]
-                acc = _added(acc, v, weights, right)
+                accs = with_values(accs, shrink, v, weights, right)
             async_copy.wait_group(0)
             gl.thread_barrier()
 
-        combined: gl.constexpr = _combined(HEAD_DIM, warps)
+        combined: gl.constexpr = in_columns(HEAD_DIM, warps)
         swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])
         plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         acc_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G, HEAD_DIM], swizzled)
         top_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G], plain)
         total_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G], plain)
-        found, lse = _over_warps(acc, top, total, acc_smem, top_smem, total_smem, combined)
+        found, lse = over_warps(by_heads(accs), top, total, acc_smem, top_smem, total_smem, combined)
         of_combined: gl.constexpr = gl.SliceLayout(0, combined)
         heads = gl.arange(0, BLOCK_G, gl.SliceLayout(1, of_combined))
         real = (heads < num_heads) & (split < num_splits)
@@ -406,7 +275,7 @@ def rope_decode_attention(
             head = first_head + member
             q_row = row + head * HEAD_DIM
             query = _rotated(gl.load(q_row + columns), gl.load(q_row + far_columns), turns, q_norms, eps, 0, NORM)
-            query = _for_dot(query.to(WIDE), DTYPE).to(gl.float32)
+            query = queries_for_dot(query.to(WIDE), DTYPE).to(gl.float32)
             score = in_log2(gl.sum(query * stored_key.to(gl.float32), 0), scale * k_scale, softcap, SOFTCAP)
             places_of = (seq_row + head) * NUM_SPLITS + gl.minimum(part, num_splits - 1) + own_columns[None, :] * 0
             parts, lses = _await(

@@ -1,0 +1,108 @@
+"""Attention whose cache is on its way before the kernel in front has ended, against the reference."""
+
+import pytest
+import torch
+from triton.runtime.errors import InterpreterError
+
+from tests import gluon_interpreter
+from tests.kernels.triton.test_decode_attention import LLAMA, POINTERS, Case
+from trtllm_cli.kernels.triton import cache_attention
+
+BF16 = {"dtype": torch.bfloat16, "cache_dtype": torch.bfloat16, "head_dim": 32, "v_head_dim": 32}
+
+
+def attend(launch, case, warps=1, block_n=16, stages=2, block_g=8):
+    """Runs the kernel and checks all that it wrote."""
+    tiles = case.kv_heads * -(-(case.heads // case.kv_heads) // block_g)
+    common = case.common()
+    assert common.pop("V_HEAD_DIM") == case.head_dim
+    launch(
+        cache_attention.cache_attention, (tiles, len(case.lengths) + case.padding), *case.tensors(),
+        case.inputs["block_tables"].shape[1], case.scale, case.softcap, BLOCK_G=block_g, BLOCK_N=block_n,
+        STAGES=stages, num_warps=warps, **common,
+    )  # fmt: skip
+    case.check(torch.tensor([n == 1 for n in case.new for _ in range(n)], device=case.device))
+
+
+@pytest.mark.parametrize(("warps", "block_n", "stages"), [(1, 16, 2), (1, 32, 1), (2, 32, 3), (4, 64, 2)])
+@pytest.mark.parametrize("block_size", [8, 16, 64])
+def test_sizes_of_blocks_and_tiles(launch, warps, block_n, stages, block_size):
+    """Of lengths whose last tile is whole, has one token, is the only one; with fewer and more tiles than have room."""
+    lengths = [1, 16, 17, 64, 65, 129, 300]
+    case = Case(lengths, [1] * len(lengths), block_size=block_size, padding=1, device=launch.device, **BF16)
+    attend(launch, case, warps, block_n, stages)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("fp8_out", [False, True])
+def test_types_and_widths(launch, cache_dtype, head_dim, fp8_out):
+    shape = {"head_dim": head_dim, "v_head_dim": head_dim, "heads": 4, "kv_heads": 1}
+    case = Case([150, 9], [1, 1], dtype=torch.bfloat16, cache_dtype=cache_dtype, fp8_out=fp8_out, **shape,
+                device=launch.device)  # fmt: skip
+    attend(launch, case, warps=2, block_n=32, stages=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 1},
+        {"window": 20},
+        {"window": 300},
+        {"softcap": 2.0},
+        {"sinks": True},
+        {"window": 33, "softcap": 1.5, "sinks": True, "cache_dtype": torch.int8},
+    ],
+)
+def test_options(launch, options):
+    options = {**BF16, **options}
+    attend(launch, Case([166, 7], [1, 1], heads=2, kv_heads=1, **options, device=launch.device))
+
+
+@pytest.mark.parametrize(("group", "block_g"), [(3, 8), (8, 8), (12, 8), (12, 16)])
+def test_groups(launch, group, block_g):
+    case = Case([33, 80], [1, 1], heads=2 * group, kv_heads=2, sinks=True, device=launch.device, **BF16)
+    attend(launch, case, block_g=block_g)
+
+
+def test_prompts_of_a_mixed_step_are_left_alone(launch):
+    attend(launch, Case([40, 25, 9, 17], [3, 1, 9, 1], kv_heads=1, padding=2, device=launch.device, **BF16))
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "says"),
+    [
+        ("            async_copy.wait_group(0)", "            pass", "not landed|has not been written"),
+        ("            async_copy.wait_group(STAGES - 1)", "            pass", "not landed|has not been written"),
+        ("        gl.thread_barrier()\n        i =", "        i =", "no barrier between a write and a read"),
+        (
+            "            gl.thread_barrier()\n            rows",
+            "            rows",
+            "no barrier between a read and a write",
+        ),
+        ("    gl.thread_barrier()\n    q_low", "    q_low", "no barrier between a write and a read"),
+    ],
+)
+def test_what_is_not_waited_for_is_seen(tmp_path, line, instead, says):
+    kernel = gluon_interpreter.load_changed(cache_attention, line, instead, tmp_path).cache_attention
+    case = Case([300], [1], heads=1, kv_heads=1, **BF16)
+    with pytest.raises((InterpreterError, AssertionError), match=says):
+        attend(lambda _, *args, **named: gluon_interpreter.launch(kernel, *args, PDL=False, **named), case, warps=2,
+               block_n=32)  # fmt: skip
+
+
+@pytest.mark.parametrize("cache", ["*bf16", "*fp8e4nv", "*i8"])
+@pytest.mark.parametrize(("warps", "stages"), [(2, 3), (1, 3)])
+def test_compiles_for_the_real_shapes(compile_kernel, cache, warps, stages):
+    types = {**POINTERS, "k_cache_ptr": cache, "v_cache_ptr": cache}
+    constants = {name: value for name, value in LLAMA.items() if name != "V_HEAD_DIM"}
+    constants |= {"BLOCK_G": 8, "BLOCK_N": 32, "STAGES": stages, "KV_QUANT": cache != "*bf16"}
+    compiled = compile_kernel(cache_attention.cache_attention, args=types, constexprs=constants, num_warps=warps)
+    assert compiled.spills == 0
+    assert compiled.shared < (55 if cache == "*bf16" else 30) * 1024  # four fit a multiprocessor, or seven
+    wait, copies = compiled.ptx.rindex("griddepcontrol.wait"), "cp.async.cg"
+    assert compiled.ptx[:wait].count(copies) > compiled.ptx[wait:].count(copies)  # most tiles are in front
+    if cache == "*fp8e4nv":  # bytes are read as words or more
+        assert "ldmatrix.sync.aligned.m8n8.x4.shared" in compiled.ptx
+        assert "prmt.b32 both" in compiled.ptx
+        assert "ld.shared.b8" not in compiled.ptx
