@@ -5,23 +5,29 @@ import torch
 from triton.runtime.errors import InterpreterError
 
 from tests import gluon_interpreter
-from tests.kernels.triton.test_decode_attention import LLAMA, POINTERS, Case
+from tests.kernels.triton.test_decode_attention import LLAMA, POINTERS, SCRATCH, Case
 from trtllm_cli.kernels.triton import cache_attention
 
 BF16 = {"dtype": torch.bfloat16, "cache_dtype": torch.bfloat16, "head_dim": 32, "v_head_dim": 32}
 
 
-def attend(launch, case, warps=1, block_n=16, stages=2, block_g=8):
+def attend(launch, case, warps=1, block_n=16, stages=2, block_g=8, splits=1, launched=None, share=0, times=1):
     """Runs the kernel and checks all that it wrote."""
     tiles = case.kv_heads * -(-(case.heads // case.kv_heads) // block_g)
-    common = case.common()
+    common, d, seqs = case.common(), case.device, len(case.lengths) + case.padding
     assert common.pop("V_HEAD_DIM") == case.head_dim
-    launch(
-        cache_attention.cache_attention, (tiles, len(case.lengths) + case.padding), *case.tensors(),
-        case.inputs["block_tables"].shape[1], case.scale, case.softcap, BLOCK_G=block_g, BLOCK_N=block_n,
-        STAGES=stages, num_warps=warps, **common,
-    )  # fmt: skip
-    case.check(torch.tensor([n == 1 for n in case.new for _ in range(n)], device=case.device))
+    partial = torch.zeros(seqs * case.heads * splits * case.head_dim, dtype=torch.int64, device=d)
+    lse = torch.zeros(seqs * case.heads * splits, dtype=torch.int64, device=d)
+    phases = [(True, True)] if splits == 1 or d == "cuda" else [(True, False), (False, True)]
+    for time in range(times):
+        step = torch.full((1,), 1 + time, dtype=torch.int32, device=d)
+        for push, pull in phases:
+            launch(
+                cache_attention.cache_attention, (launched or splits, tiles, seqs), *case.tensors(), partial, lse, step,
+                3, 2, case.inputs["block_tables"].shape[1], case.scale, case.softcap, BLOCK_G=block_g, BLOCK_N=block_n,
+                STAGES=stages, NUM_SPLITS=splits, SHARE=share, PUSH=push, PULL=pull, num_warps=warps, **common,
+            )  # fmt: skip
+    case.check(torch.tensor([n == 1 for n in case.new for _ in range(n)], device=d))
 
 
 @pytest.mark.parametrize(("warps", "block_n", "stages"), [(1, 16, 2), (1, 32, 1), (2, 32, 3), (4, 64, 2)])
@@ -31,6 +37,18 @@ def test_sizes_of_blocks_and_tiles(launch, warps, block_n, stages, block_size):
     lengths = [1, 16, 17, 64, 65, 129, 300]
     case = Case(lengths, [1] * len(lengths), block_size=block_size, padding=1, device=launch.device, **BF16)
     attend(launch, case, warps, block_n, stages)
+
+
+@pytest.mark.parametrize(
+    ("splits", "launched", "share"),
+    [(4, 4, 32), (4, 2, 32), (4, 1, 32), (8, 8, 48), (2, 2, 400)],
+)
+@pytest.mark.parametrize("options", [{}, {"window": 100, "sinks": True}, {"cache_dtype": torch.float8_e4m3fn}])
+def test_long_sequences_are_shared_out(launch, splits, launched, share, options):
+    """Among as many programs as they have tokens for, and as the grid has."""
+    lengths = [300, 1, 33, 64, 100]
+    case = Case(lengths, [1] * len(lengths), heads=6, padding=1, device=launch.device, **{**BF16, **options})
+    attend(launch, case, splits=splits, launched=launched, share=share, times=2)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
@@ -72,15 +90,19 @@ def test_prompts_of_a_mixed_step_are_left_alone(launch):
 @pytest.mark.parametrize(
     ("line", "instead", "says"),
     [
-        ("            async_copy.wait_group(0)", "            pass", "not landed|has not been written"),
-        ("            async_copy.wait_group(STAGES - 1)", "            pass", "not landed|has not been written"),
-        ("        gl.thread_barrier()\n        i =", "        i =", "no barrier between a write and a read"),
+        ("                async_copy.wait_group(0)", "                pass", "not landed|has not been written"),
         (
-            "            gl.thread_barrier()\n            rows",
-            "            rows",
-            "no barrier between a read and a write",
+            "                async_copy.wait_group(STAGES - 1)",
+            "                pass",
+            "not landed|has not been written",
         ),
-        ("    gl.thread_barrier()\n    q_low", "    q_low", "no barrier between a write and a read"),
+        (
+            "            gl.thread_barrier()\n            i =",
+            "            i =",
+            "no barrier between a write and a read",
+        ),
+        ("                gl.thread_barrier()\n", "", "no barrier between a read and a write"),
+        ("        gl.thread_barrier()\n        q_low", "        q_low", "no barrier between a write and a read"),
     ],
 )
 def test_what_is_not_waited_for_is_seen(tmp_path, line, instead, says):
@@ -92,14 +114,17 @@ def test_what_is_not_waited_for_is_seen(tmp_path, line, instead, says):
 
 
 @pytest.mark.parametrize("cache", ["*bf16", "*fp8e4nv", "*i8"])
-@pytest.mark.parametrize(("warps", "stages"), [(2, 3), (1, 3)])
-def test_compiles_for_the_real_shapes(compile_kernel, cache, warps, stages):
-    types = {**POINTERS, "k_cache_ptr": cache, "v_cache_ptr": cache}
+@pytest.mark.parametrize(("warps", "splits"), [(1, 1), (2, 1), (2, 8)])
+def test_compiles_for_the_real_shapes(compile_kernel, cache, warps, splits):
+    types = {**POINTERS, **SCRATCH, "k_cache_ptr": cache, "v_cache_ptr": cache}
     constants = {name: value for name, value in LLAMA.items() if name != "V_HEAD_DIM"}
-    constants |= {"BLOCK_G": 8, "BLOCK_N": 32, "STAGES": stages, "KV_QUANT": cache != "*bf16"}
+    constants |= {"BLOCK_G": 8, "BLOCK_N": 32, "STAGES": 3, "KV_QUANT": cache != "*bf16", "PUSH": True, "PULL": True}
+    constants |= {"NUM_SPLITS": splits, "SHARE": 4096}
+    del types["row_seqs_ptr"]
     compiled = compile_kernel(cache_attention.cache_attention, args=types, constexprs=constants, num_warps=warps)
-    assert compiled.spills == 0
+    assert compiled.spills <= (8 if cache == "*i8" else 0)
     assert compiled.shared < (55 if cache == "*bf16" else 30) * 1024  # four fit a multiprocessor, or seven
+    assert ("ld.volatile.global" in compiled.ptx) == (splits > 1)
     wait, copies = compiled.ptx.rindex("griddepcontrol.wait"), "cp.async.cg"
     assert compiled.ptx[:wait].count(copies) > compiled.ptx[wait:].count(copies)  # most tiles are in front
     if cache == "*fp8e4nv":  # bytes are read as words or more

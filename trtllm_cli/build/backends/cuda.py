@@ -125,6 +125,7 @@ def lower(
         "exchange": lowering.exchange,
         "peers": lowering.peers,
         "steps": lowering.steps,
+        "splits": lowering.splits,
         "fixed_tactics": tactics.fixed,
         "sampling": lowering.sampling,
         "token_counts": lowering.count_dtype,

@@ -14,6 +14,7 @@ _KV_DTYPES = {"bfloat16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
 NUM_COPIES = "num_copies"
 # Of a step's sequences those from the first one on that has several tokens; all, or none if none has one token alone.
 NUM_PROMPTS, NUM_ALONE = "num_prompts", "num_alone"
+NUM_SPLITS = "num_splits"  # programs that share the longest sequence's cache
 _COPIED_AT_ONCE = 16  # bytes
 _COPY_BLOCK = 4096  # words of four bytes that a program copies
 # Of prompt_attention: tokens that it takes at once, for how many times as many there is room, and registers.
@@ -29,13 +30,21 @@ _DECODE = ((1, 16, 2, 64), (2, 16, 2, 64), (4, 16, 2, 64), (8, 8, 2, 64), (16, 4
 # there are to be, warps of a program, tokens that it takes at once (16 or a multiple for each warp), and tiles of so
 # many tokens that have room. More programs or tiles leave less room for weights.
 _AS_ONE = {1: (64, 4, 64, 2), 2: (128, 4, 64, 2), 4: (128, 4, 64, 1), 8: (256, 4, 64, 1)}
-# Where one program has all of a sequence's cache, it reads ahead of the kernel in front: its warps, how many bytes of
-# keys and values it takes at once, and for how many times as many there is room; for bytes, and for bfloat16.
-_AHEAD = {64: ((2, 8192, 4), (2, 16384, 3)), 768: ((2, 16384, 2), (2, 16384, 3)), None: ((1, 8192, 3), (2, 16384, 3))}
+# Where programs read the cache ahead of the kernel in front (cache_attention.py): their warps, how many bytes of it
+# they take at once, and for how many times as many there is room; of a cache of bytes, and of bfloat16.
+_AHEAD = {
+    16: ((4, 32768, 4), (4, 32768, 4)), 32: ((4, 32768, 4), (4, 32768, 4)), 64: ((2, 8192, 4), (2, 16384, 3)),
+    768: ((2, 16384, 2), (2, 16384, 3)), None: ((1, 8192, 3), (2, 16384, 3)),
+}  # fmt: skip
+# There a long sequence, in a step of so many, has up to so many programs for each KV head, one for each so many tokens.
+_SHARED, _MOST_SPLITS, _SHARE = 64, 8, 4096
+_PROGRAMS = 128  # that there are to be, else they share sooner
 
 
 class AttentionLaunches(CudaLowering):
     """Launches of kernels/triton/{rope_append,rope_attention,{cache,decode,prefill,prompt}_attention}.py."""
+
+    share: int = 0  # the fewest tokens of a sequence's cache for which there is a program more, 0: there never is
 
     def add_copies(self) -> None:
         """The plan's part that copies blocks of the cache, in all layers at once."""
@@ -133,8 +142,7 @@ class AttentionLaunches(CudaLowering):
             if rope is not None and most is not None and most in _AS_ONE:
                 decode = self._rope_decode(node, rope, most, *_AS_ONE[most])
             elif most in _AHEAD and self._reads_ahead(node):
-                how = _AHEAD[most][0 if self._is_quantized(node) else 1]
-                decode = self._decode_ahead(node, *how, when="decode" if of_rows else "")
+                decode = self._decode_ahead(node, most, when="decode" if of_rows else "")
                 if not of_rows:
                     ways.append((most, [decode]))
                     continue
@@ -175,15 +183,22 @@ class AttentionLaunches(CudaLowering):
         group, dim = node.attrs["num_heads"] // node.attrs["num_kv_heads"], node.attrs["head_dim"]
         return self.arch == "sm_90a" and group <= 16 and dim == v_head_dim(node.attrs) and dim in (32, 64, 128)
 
-    def _decode_ahead(self, node: Node, warps: int, nbytes: int, tiles: int, *, when: str) -> Launch:
+    def _decode_ahead(self, node: Node, most: int | None, *, when: str) -> Launch:
         """Of the sequences that have one token in a step."""
+        warps, nbytes, tiles = _AHEAD[most][0 if self._is_quantized(node) else 1]
         kv_heads, group = node.attrs["num_kv_heads"], node.attrs["num_heads"] // node.attrs["num_kv_heads"]
         block_n = max(nbytes // self._tile_bytes(node, 1), 16 * warps)
+        splits, share = 1, 0
+        if most is not None and most <= _SHARED:
+            splits, share = _MOST_SPLITS, max(_SHARE // max(1, _PROGRAMS // (most * kv_heads)), 2 * block_n)
+            self.share = min(self.share or share, share)
         options = self._options(node)
         del options["V_HEAD_DIM"]
         return self.launch(
-            "cache_attention", "cache_attention", [kv_heads, [NUM_ALONE, 1]], self._common(node), num_warps=warps,
-            when=when, BLOCK_G=8 if group <= 8 else 16, BLOCK_N=block_n, STAGES=tiles, **options,
+            "cache_attention", "cache_attention", [[NUM_SPLITS, 1] if splits > 1 else 1, kv_heads, [NUM_ALONE, 1]],
+            self._common(node) | self._shared_out(node, most, splits), num_warps=warps, when=when,
+            BLOCK_G=8 if group <= 8 else 16, BLOCK_N=block_n, STAGES=tiles, NUM_SPLITS=splits, SHARE=share, PUSH=True,
+            PULL=True, **options,
         )  # fmt: skip
 
     def _rope_decode(
@@ -222,6 +237,11 @@ class AttentionLaunches(CudaLowering):
             "partial_ptr": ("*i64", partial), "lse_ptr": ("*i64", lse), "step_ptr": ("*i32", "i:step"),
             "calls": ("i32", self._num_attentions), "call": ("i32", node.attrs["layer"]),
         }  # fmt: skip
+
+    @property
+    def splits(self) -> dict[str, int] | None:
+        """How many programs share a cache; see cuda_program.py."""
+        return {"tokens": self.share, "most": _MOST_SPLITS, "sequences": _SHARED} if self.share else None
 
     @property
     def _num_attentions(self) -> int:

@@ -18,11 +18,13 @@ A plan is JSON:
               ways what may take the place of its launches, which the first load on a GPU settles; "instead": how many
               steps that follow have no launches where this one has any, as it computes them: up to the `most` of their
               first way
+    splits    {"tokens", "most", "sequences"}, or None: in a step of up to so many sequences the symbol "num_splits" is
+              one for each so many tokens of the longest, rounded up to a power of two, at most so many; else it is 1
     fixed_tactics    whether the first load times nothing: no others, nor algorithms of cuBLASLt's for "mm", "scaled_mm"
     sampling  such steps by name, which follow where they are asked for: penalties, bans, plain, filtered, logprobs
     token_counts, most_logprobs    the dtype of the scratch "token counts"; how many likely tokens "logprobs" gives
 
-Symbols count a step's tokens, sequences, logits, and (cuda_attention.py) prompts and sequences of one token alone.
+Symbols count a step's tokens, sequences, logits, and (cuda_attention.py) prompts, sequences of one token alone, splits.
 A launch is {"kernel", "grid", "args"}, args in the kernel's order, {"call": "mm" | "scaled_mm", ...}: torch's, or
 {"call": "all_reduce" | "all_gather" | "send" | "recv", ...}: NCCL's. In a grid, [symbol, per] is ceil(symbol / per),
 and [symbol, per, other, times] (symbol // per + other) * times; `other` is a symbol or a number, `times` may be left

@@ -1,8 +1,8 @@
 """Attention of one new token a sequence whose cache is on its way before the kernel in front has ended.
 
-decode_attention.decode_attention is its slow twin, and serves what is shared out among programs. Here a program has all
-of a sequence's cache, of which whole tiles of older tokens are asked for first: just the last tile has what this step
-has appended. What follows the kernel in front is then mostly what the last tile takes.
+decode_attention.decode_attention is its slow twin. Here whole tiles of older tokens are asked for first, as just the
+last one has what this step has appended, and a sequence has one program for each KV head until it is long: then several
+have a part each, and show the others what they found.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_cli.kernels.triton.cache_tiles import (
+    await_parts,
     by_heads,
     columns_at_once,
     copy_tile,
@@ -33,23 +34,48 @@ from trtllm_cli.kernels.triton.cache_tiles import (
     with_values,
 )
 from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, dot_dtype, read_steps
-from trtllm_cli.kernels.triton.device import as_stored
+from trtllm_cli.kernels.triton.device import as_stored, flagged
+
+
+@gluon.jit
+def _pull(
+    partial_ptr, lse_ptr, sinks_ptr, out_ptr, partial_row, out_row, head, flag, num_splits, factor,
+    HEAD_DIM: gl.constexpr, NUM_SPLITS: gl.constexpr, SINKS: gl.constexpr,
+):  # fmt: skip
+    """The output of a head of what each split found, once it has."""
+    # Each warp has whole rows, and a thread all splits' parts of its columns.
+    layout: gl.constexpr = gl.BlockedLayout([NUM_SPLITS, 1], [1, 32], [1, gl.num_warps()], [1, 0])
+    columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+    part = gl.arange(0, NUM_SPLITS, gl.SliceLayout(1, layout))[:, None]
+    places = partial_row + gl.minimum(part, num_splits - 1) + columns[None, :] * 0
+    parts, lse = await_parts(partial_ptr + places * HEAD_DIM + columns[None, :], lse_ptr + places, flag, NUM_SPLITS)
+    lse = gl.where(part < num_splits, lse, float("-inf"))
+    top = gl.max(lse, 0)
+    weights = gl.exp2(lse - top[None, :])
+    total = gl.sum(weights, 0)
+    if SINKS:
+        total += gl.exp2(gl.load(sinks_ptr + head).to(gl.float32) * LOG2E - top)
+    y = gl.sum(parts * weights, 0) * (factor / total)
+    gl.store(out_ptr + out_row * HEAD_DIM + columns, as_stored(y, out_ptr.dtype.element_ty))
 
 
 @gluon.jit
 def cache_attention(
     q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, kv_scale_ptr,
-    out_scale_ptr, out_ptr, max_blocks, scale, softcap,
+    out_scale_ptr, out_ptr, partial_ptr, lse_ptr, step_ptr, calls, call, max_blocks, scale, softcap,
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, KV_QUANT: gl.constexpr, BLOCK_G: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_SPLITS: gl.constexpr, SHARE: gl.constexpr, PUSH: gl.constexpr,
+    PULL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Grid (NUM_KV_HEADS * cdiv(GROUP, BLOCK_G), num_seqs); arguments as in decode_attention, of one split.
+    """Grid (splits, NUM_KV_HEADS * cdiv(GROUP, BLOCK_G), num_seqs); arguments as in decode_attention.
 
-    The kernel in front may write this step's tokens to the cache, and no others. HEAD_DIM is a power of two of at least
-    32, BLOCK_G 8 or a multiple of 16. STAGES tiles of BLOCK_N tokens, 16 or a multiple a warp, are on their way.
+    Up to NUM_SPLITS programs share a sequence's tiles, as many as the grid has and as there are SHARE tokens. With more
+    than one, programs push and pull as decode_attention's do. HEAD_DIM is a power of two of at least 32, BLOCK_G 8 or a
+    multiple of 16. STAGES tiles of BLOCK_N tokens, 16 or a multiple a warp, are on their way. The kernel in front may
+    write this step's tokens to the cache, and no others.
     """
-    seq = gl.program_id(1)
+    split, seq = gl.program_id(0), gl.program_id(2)
     if PDL:
         gdc_launch_dependents()
     warps: gl.constexpr = gl.num_warps()
@@ -59,8 +85,8 @@ def cache_attention(
     DTYPE: gl.constexpr = dot_dtype(q_ptr.dtype.element_ty, KV_QUANT)
     STORED: gl.constexpr = k_cache_ptr.dtype.element_ty
     TILES_G: gl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
-    kv_head = gl.program_id(0) // TILES_G
-    first_member = gl.program_id(0) % TILES_G * BLOCK_G
+    kv_head = gl.program_id(1) // TILES_G
+    first_member = gl.program_id(1) % TILES_G * BLOCK_G
     first_head = kv_head * GROUP + first_member
     num_heads = gl.minimum(GROUP - first_member, BLOCK_G)
     length = gl.load(seq_lens_ptr + seq)
@@ -70,14 +96,13 @@ def cache_attention(
     if WINDOW > 0:
         lowest = gl.maximum(length - WINDOW, 0)
     first = lowest // BLOCK_N * BLOCK_N
-    last = (length - 1) // BLOCK_N * BLOCK_N  # where the last tile begins, which the newest token is in
     copied: gl.constexpr = in_copies(STORED, HEAD_DIM, warps)
     of_copied: gl.constexpr = gl.SliceLayout(2, copied)
     table_ptr = block_tables_ptr + seq.to(gl.int64) * max_blocks
     room = max_blocks * BLOCK_SIZE  # not as many as there are: that would have to be waited for first
-    early = ()
+    rows = ()
     for s in gl.static_range(STAGES):
-        early += (
+        rows += (
             rows_of_tile(
                 table_ptr, first + s * BLOCK_N, room, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied
             ),
@@ -87,85 +112,134 @@ def cache_attention(
             gdc_wait()  # else this kernel could end before the one in front, and the next one take that for ended too
         return
 
-    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    of_queries: gl.constexpr = gl.DotOperandLayout(0, mma, columns_at_once(STORED))
-    of_keys: gl.constexpr = gl.DotOperandLayout(1, mma, columns_at_once(STORED))
-    PARTS: gl.constexpr = parts_of_values(STORED)
-    WIDTH: gl.constexpr = HEAD_DIM // PARTS
-    VALUES: gl.constexpr = STORED if PARTS == 1 else gl.int32
-    v_cache_ptr = v_cache_ptr.to(gl.pointer_type(VALUES))
-    k_smem = gl.allocate_shared_memory(STORED, [STAGES, warps, COUNT, HEAD_DIM], in_banks(STORED, HEAD_DIM))
-    v_smem = gl.allocate_shared_memory(VALUES, [STAGES, warps, COUNT, WIDTH], in_banks(VALUES, WIDTH))
-    for s in gl.static_range(STAGES):
-        start = first + s * BLOCK_N
-        if start < last:
-            copy_tile(k_smem.index(s), v_smem.index(s), k_cache_ptr, v_cache_ptr, early[s], start, last, copied)
-        else:
-            async_copy.commit_group()
-    newest = rows_of_tile(table_ptr, last, length, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
-
-    lanes: gl.constexpr = lanes_of_row(HEAD_DIM, 8)
-    in_lines: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
-    members = gl.arange(0, BLOCK_G, gl.SliceLayout(1, in_lines))
-    columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, in_lines))[None, :]
+    newest = (length - 1) // BLOCK_N * BLOCK_N  # where the last tile begins, which the new token is in
+    final, num_splits = newest, 1  # of this program
+    if NUM_SPLITS > 1:
+        num_tiles = (newest - first) // BLOCK_N + 1
+        wanted = gl.minimum((num_tiles * BLOCK_N + SHARE - 1) // SHARE, gl.num_programs(0))
+        share = (num_tiles + wanted - 1) // wanted
+        num_splits = (num_tiles + share - 1) // share
+        if split >= num_splits:
+            return
+        first += split * share * BLOCK_N
+        final = gl.minimum(first + (share - 1) * BLOCK_N, newest)
+        if split > 0:
+            others = ()
+            for s in gl.static_range(STAGES):
+                others += (
+                    rows_of_tile(
+                        table_ptr, first + s * BLOCK_N, length, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE,
+                        of_copied,
+                    ),
+                )  # fmt: skip
+            rows = others
     row = token.to(gl.int64) * NUM_HEADS + first_head
-    q_ptrs = q_ptr + ((row + members) * HEAD_DIM)[:, None] + columns
-    q_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_G, HEAD_DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     k_scale, v_scale, out_step = read_steps(kv_scale_ptr, out_scale_ptr, out_ptr, KV_QUANT)
-    combined: gl.constexpr = in_columns(HEAD_DIM, warps)
-    of_combined: gl.constexpr = gl.SliceLayout(0, combined)
-    heads = gl.arange(0, BLOCK_G, gl.SliceLayout(1, of_combined))
-    sinks = heads.to(gl.float32)
-    if SINKS:
-        sinks = gl.load(sinks_ptr + first_head + heads, mask=heads < num_heads, other=0.0).to(gl.float32) * LOG2E
+    factor = v_scale / out_step
+    flag = 0
+    if NUM_SPLITS > 1:
+        flag = gl.load(step_ptr) * calls + call
 
+    if PUSH:
+        mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
+        left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+        right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+        of_queries: gl.constexpr = gl.DotOperandLayout(0, mma, columns_at_once(STORED))
+        of_keys: gl.constexpr = gl.DotOperandLayout(1, mma, columns_at_once(STORED))
+        PARTS: gl.constexpr = parts_of_values(STORED)
+        WIDTH: gl.constexpr = HEAD_DIM // PARTS
+        VALUES: gl.constexpr = STORED if PARTS == 1 else gl.int32
+        v_cache_ptr = v_cache_ptr.to(gl.pointer_type(VALUES))
+        k_smem = gl.allocate_shared_memory(STORED, [STAGES, warps, COUNT, HEAD_DIM], in_banks(STORED, HEAD_DIM))
+        v_smem = gl.allocate_shared_memory(VALUES, [STAGES, warps, COUNT, WIDTH], in_banks(VALUES, WIDTH))
+        for s in gl.static_range(STAGES):
+            start = first + s * BLOCK_N
+            if (start <= final) & (start < newest):
+                copy_tile(k_smem.index(s), v_smem.index(s), k_cache_ptr, v_cache_ptr, rows[s], start, length, copied)
+            else:
+                async_copy.commit_group()
+        last_rows = rows_of_tile(
+            table_ptr, newest, length, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied
+        )  # fmt: skip
+
+        lanes: gl.constexpr = lanes_of_row(HEAD_DIM, 8)
+        in_lines: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
+        members = gl.arange(0, BLOCK_G, gl.SliceLayout(1, in_lines))
+        columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, in_lines))[None, :]
+        q_ptrs = q_ptr + ((row + members) * HEAD_DIM)[:, None] + columns
+        q_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_G, HEAD_DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+        combined: gl.constexpr = in_columns(HEAD_DIM, warps)
+        of_combined: gl.constexpr = gl.SliceLayout(0, combined)
+        heads = gl.arange(0, BLOCK_G, gl.SliceLayout(1, of_combined))
+        real = heads < num_heads
+        sinks = heads.to(gl.float32)
+        if SINKS:
+            sinks = gl.load(sinks_ptr + first_head + heads, mask=real, other=0.0).to(gl.float32) * LOG2E
     if PDL:
         gdc_wait()
-    slot = (last - first) // BLOCK_N
-    if slot < STAGES:
-        copy_tile(k_smem.index(slot), v_smem.index(slot), k_cache_ptr, v_cache_ptr, newest, last, length, copied)
-    q = gl.load(q_ptrs, mask=(members < num_heads)[:, None], other=0.0)
-    q_smem.store(queries_for_dot(q, DTYPE))
-    gl.thread_barrier()
-    q_low, q_high = halves(q_smem, warps, of_queries)
-    top = gl.full([warps, BLOCK_G], LOWEST, gl.float32, gl.SliceLayout(2, mma))
-    total = gl.zeros([warps, BLOCK_G], gl.float32, gl.SliceLayout(2, mma))
-    accs = no_values(PARTS, warps, WIDTH, BLOCK_G, mma)
-    for start in range(first, length, BLOCK_N):
-        if start == last:
-            async_copy.wait_group(0)
-        else:
-            async_copy.wait_group(STAGES - 1)
+    if PUSH:
+        slot = (newest - first) // BLOCK_N
+        if (slot < STAGES) & (final == newest):
+            copy_tile(
+                k_smem.index(slot), v_smem.index(slot), k_cache_ptr, v_cache_ptr, last_rows, newest, length, copied
+            )
+        q = gl.load(q_ptrs, mask=(members < num_heads)[:, None], other=0.0)
+        q_smem.store(queries_for_dot(q, DTYPE))
         gl.thread_barrier()
-        i = (start - first) // BLOCK_N % STAGES
-        k, k_high = keys(k_smem.index(i), DTYPE, of_keys)
-        seen = seen_of(start, length, lowest, warps, COUNT, WINDOW, mma)
-        weights, more, new_top = weights_of(
-            q_low, q_high, k, k_high, seen, scale * k_scale, softcap, top, SOFTCAP, mma
-        )  # fmt: skip
-        v = values(v_smem.index(i), STORED, DTYPE, left)
-        ahead = start + STAGES * BLOCK_N
-        if ahead <= last:
+        q_low, q_high = halves(q_smem, warps, of_queries)
+        top = gl.full([warps, BLOCK_G], LOWEST, gl.float32, gl.SliceLayout(2, mma))
+        total = gl.zeros([warps, BLOCK_G], gl.float32, gl.SliceLayout(2, mma))
+        accs = no_values(PARTS, warps, WIDTH, BLOCK_G, mma)
+        for start in range(first, final + 1, BLOCK_N):
+            if start == final:
+                async_copy.wait_group(0)
+            else:
+                async_copy.wait_group(STAGES - 1)
             gl.thread_barrier()
-            rows = rows_of_tile(table_ptr, ahead, length, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
-            copy_tile(k_smem.index(i), v_smem.index(i), k_cache_ptr, v_cache_ptr, rows, ahead, length, copied)
-        else:
-            async_copy.commit_group()
-        shrink = gl.exp2(top - new_top)
-        total, top = total * shrink + more, new_top
-        accs = with_values(accs, shrink, v, weights, right)
+            i = (start - first) // BLOCK_N % STAGES
+            k, k_high = keys(k_smem.index(i), DTYPE, of_keys)
+            seen = seen_of(start, length, lowest, warps, COUNT, WINDOW, mma)
+            weights, more, new_top = weights_of(
+                q_low, q_high, k, k_high, seen, scale * k_scale, softcap, top, SOFTCAP, mma
+            )  # fmt: skip
+            v = values(v_smem.index(i), STORED, DTYPE, left)
+            ahead = start + STAGES * BLOCK_N
+            if ahead <= final:
+                gl.thread_barrier()
+                next_rows = rows_of_tile(
+                    table_ptr, ahead, length, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied
+                )  # fmt: skip
+                copy_tile(k_smem.index(i), v_smem.index(i), k_cache_ptr, v_cache_ptr, next_rows, ahead, length, copied)
+            else:
+                async_copy.commit_group()
+            shrink = gl.exp2(top - new_top)
+            total, top = total * shrink + more, new_top
+            accs = with_values(accs, shrink, v, weights, right)
 
-    in_rows_of_heads: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    acc_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G, HEAD_DIM], in_rows_of_heads)
-    top_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G], plain)
-    total_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G], plain)
-    found, lse = over_warps(by_heads(accs), top, total, acc_smem, top_smem, total_smem, combined)
-    factors = gl.full([BLOCK_G], v_scale / out_step, gl.float32, gl.SliceLayout(1, of_combined))
-    if SINKS:
-        factors = factors / (1.0 + gl.exp2(sinks - lse))
-    places = ((row + heads) * HEAD_DIM)[:, None] + gl.arange(0, HEAD_DIM, gl.SliceLayout(0, of_combined))[None, :]
-    y = as_stored(found * factors[:, None], out_ptr.dtype.element_ty)
-    gl.store(out_ptr + places, y, mask=(heads < num_heads)[:, None])
+        in_rows_of_heads: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        acc_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G, HEAD_DIM], in_rows_of_heads)
+        top_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G], plain)
+        total_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G], plain)
+        found, lse = over_warps(by_heads(accs), top, total, acc_smem, top_smem, total_smem, combined)
+        across = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, of_combined))[None, :]
+        if num_splits == 1:
+            factors = gl.full([BLOCK_G], 1.0, gl.float32, gl.SliceLayout(1, of_combined)) * factor
+            if SINKS:
+                factors = factors / (1.0 + gl.exp2(sinks - lse))
+            y = as_stored(found * factors[:, None], out_ptr.dtype.element_ty)
+            gl.store(out_ptr + ((row + heads) * HEAD_DIM)[:, None] + across, y, mask=real[:, None])
+        elif NUM_SPLITS > 1:
+            places = (seq.to(gl.int64) * NUM_HEADS + first_head + heads) * NUM_SPLITS + split
+            parts_ptrs = partial_ptr + (places * HEAD_DIM)[:, None] + across
+            gl.store(parts_ptrs, flagged(found, flag), mask=real[:, None])
+            gl.store(lse_ptr + places, flagged(lse, flag), mask=real)
+
+    if PULL and NUM_SPLITS > 1:
+        if num_splits > 1:
+            first_row = seq.to(gl.int64) * NUM_HEADS + first_head
+            for member in range(split, num_heads, num_splits):
+                _pull(
+                    partial_ptr, lse_ptr, sinks_ptr, out_ptr, (first_row + member) * NUM_SPLITS, row + member,
+                    first_head + member, flag, num_splits, factor, HEAD_DIM, NUM_SPLITS, SINKS,
+                )  # fmt: skip

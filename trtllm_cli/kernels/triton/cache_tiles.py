@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from trtllm_cli.kernels.triton.decode_attention import byte_of, in_log2
+from trtllm_cli.kernels.triton.device import await_flagged, await_words, await_words_constraints, is_compiled
 
 
 @gluon.constexpr_function
@@ -215,3 +216,16 @@ def queries_for_dot(x, DTYPE: gl.constexpr):
     if DTYPE == gl.float16:
         x = gl.minimum(gl.maximum(x.to(gl.float32), -65504.0), 65504.0)
     return x.to(DTYPE)
+
+
+@gluon.jit
+def await_parts(partial_ptr, lse_ptr, flag, SPLITS: gl.constexpr):
+    """What splits found for a head and the log2 of their weights, float32, at pointers [SPLITS, HEAD_DIM]."""
+    if is_compiled():
+        parts, lse = gl.inline_asm_elementwise(
+            await_words(2 * SPLITS), await_words_constraints(2 * SPLITS, SPLITS), [partial_ptr, lse_ptr, flag],
+            dtype=(gl.int32, gl.int32), is_pure=False, pack=SPLITS,
+        )  # fmt: skip
+    else:
+        parts, lse = await_flagged(partial_ptr, True, flag), await_flagged(lse_ptr, True, flag)
+    return parts.to(gl.float32, bitcast=True), lse.to(gl.float32, bitcast=True)

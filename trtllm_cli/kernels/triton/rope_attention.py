@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_cli.kernels.triton.cache_tiles import (
+    await_parts,
     by_heads,
     columns_at_once,
     copy_tile,
@@ -36,14 +37,7 @@ from trtllm_cli.kernels.triton.cache_tiles import (
     with_values,
 )
 from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, dot_dtype, in_log2, read_steps, share_of
-from trtllm_cli.kernels.triton.device import (
-    as_stored,
-    await_flagged,
-    await_words,
-    await_words_constraints,
-    flagged,
-    is_compiled,
-)
+from trtllm_cli.kernels.triton.device import as_stored, flagged
 from trtllm_cli.kernels.triton.rope_append import cache_offsets
 
 
@@ -74,19 +68,6 @@ def _rotated(x, far, turns, norms, eps, axis: gl.constexpr, NORM: gl.constexpr):
         x *= factor * norms[0]
         far *= factor * norms[1]
     return x * turns[0] + far * turns[1]
-
-
-@gluon.jit
-def _await(partial_ptr, lse_ptr, flag, SPLITS: gl.constexpr):
-    """What splits found for a head and the log2 of their weights, float32, at pointers [SPLITS, HEAD_DIM]."""
-    if is_compiled():
-        parts, lse = gl.inline_asm_elementwise(
-            await_words(2 * SPLITS), await_words_constraints(2 * SPLITS, SPLITS), [partial_ptr, lse_ptr, flag],
-            dtype=(gl.int32, gl.int32), is_pure=False, pack=SPLITS,
-        )  # fmt: skip
-    else:
-        parts, lse = await_flagged(partial_ptr, True, flag), await_flagged(lse_ptr, True, flag)
-    return parts.to(gl.float32, bitcast=True), lse.to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -278,7 +259,7 @@ def rope_decode_attention(
             query = queries_for_dot(query.to(WIDE), DTYPE).to(gl.float32)
             score = in_log2(gl.sum(query * stored_key.to(gl.float32), 0), scale * k_scale, softcap, SOFTCAP)
             places_of = (seq_row + head) * NUM_SPLITS + gl.minimum(part, num_splits - 1) + own_columns[None, :] * 0
-            parts, lses = _await(
+            parts, lses = await_parts(
                 partial_ptr + places_of * HEAD_DIM + own_columns[None, :], lse_ptr + places_of, flag, SPLITS
             )  # fmt: skip
             lses = gl.where(part < num_splits, lses, float("-inf"))

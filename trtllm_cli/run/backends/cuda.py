@@ -55,7 +55,8 @@ _NO_TOKEN = 2**31 - 1  # where the vocabulary has fewer likely tokens than were 
 _SLOTS = 3  # steps whose inputs are in host memory: two under way, and the one that is being filled
 
 
-Padded = tuple[int, int, int, bool]  # tokens, sequences, prompts (0: a decode step), whether some have one token
+# Tokens, sequences, prompts (0: a decode step), whether some have one token, programs that share the longest's cache.
+Padded = tuple[int, int, int, bool, int]
 
 
 def load(engine: Engine, rank: Rank, comm: Communicator) -> CudaRunner:
@@ -230,10 +231,10 @@ class CudaRunner:
         mixed = not (tokens == seqs == logits)
         prompts, has_alone = ragged(inputs) if mixed else (0, True)
         first_prompt = seqs - prompts
-        padded = self._padded(tokens, seqs, prompts, has_alone)
+        padded = *self._padded(tokens, seqs, prompts, has_alone), self._splits(inputs)
         is_graph = not mixed or tokens <= _MOST_AT_ONCE or self._is_known(padded)
         if is_graph:
-            tokens, seqs, prompts, _ = padded
+            tokens, seqs, prompts, *_ = padded
             logits = seqs
         slot = self._slots[mixed][turn]
         self._num_steps = self._num_steps % (2**31 - 1) + 1  # as on every other rank; never 0, which memory holds first
@@ -243,7 +244,7 @@ class CudaRunner:
         slot.upload(seqs)
         counts = {
             "num_tokens": tokens, "num_seqs": seqs, "num_logits": logits, "num_prompts": prompts,
-            "num_alone": seqs if has_alone else 0,
+            "num_alone": seqs if has_alone else 0, "num_splits": padded[-1],
         }  # fmt: skip
         if is_graph:
             self._run_graph(padded, counts, mixed)
@@ -254,7 +255,15 @@ class CudaRunner:
         self._done[turn] = self._device.record()
         return turn
 
-    def _padded(self, tokens: int, seqs: int, prompts: int, has_alone: bool) -> Padded:
+    def _splits(self, inputs: ModelInputs) -> int:
+        """See build/backends/cuda_program.py."""
+        about = self._plan["splits"]
+        if about is None or inputs.num_seqs > about["sequences"]:
+            return 1
+        wanted = -(-int(inputs.seq_lens.max()) // about["tokens"])
+        return int(min(1 << (wanted - 1).bit_length(), about["most"]))
+
+    def _padded(self, tokens: int, seqs: int, prompts: int, has_alone: bool) -> tuple[int, int, int, bool]:
         """A step's tokens, sequences and prompts as a graph has them."""
         if not prompts:
             seqs = _next(self._graph_sizes, seqs, self._limits.max_batch_size)
