@@ -146,9 +146,13 @@ def _is_linear(step: Step) -> bool:
 
 
 def _many(steps: Sequence[Step], place: int) -> list[Launch]:
-    """A step's launches for many tokens, or those of the steps that it may take the place of."""
+    """A step's launches for many tokens, or those of the steps that it may take the place of.
+
+    Of norms those for few, whose residual stream is that of such a step.
+    """
     replaced = steps[place + 1 : place + 1 + steps[place].get("instead", 0)] or [steps[place]]
-    return [launch for step in replaced for launch in step["ways"][-1][1]]
+    ways = (step["ways"][1 if step["op"] == "add_rms_norm" else -1] for step in replaced)  # the first of these is empty
+    return [launch for _, launches in ways for launch in launches]
 
 
 def _differences(
