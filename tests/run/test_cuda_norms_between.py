@@ -12,10 +12,11 @@ from tests.interpreter_device import InterpreterDevice, fake_compile
 from tests.run.test_cuda_check import load
 from tests.thread_ranks import run_ranks
 from tests.tiny_models import save_tiny_model
-from trtllm_cli.build.backends import cuda, cuda_linears, cuda_norms_between, cuda_tactics
+from trtllm_cli.build.backends import cuda, cuda_linears, cuda_norms_between, cuda_program, cuda_rows, cuda_tactics
 from trtllm_cli.build.backends.cuda_linears import Tactic, adapted
 from trtllm_cli.convert.options import RandomWeights
 from trtllm_cli.convert.pipeline import ConvertOptions, convert
+from trtllm_cli.run.backends import cuda as cuda_runner
 from trtllm_cli.run.backends import cuda_check
 
 SIZES = {
@@ -54,9 +55,13 @@ def engine_of(ckpt, path):
     return build_engine(ckpt, path, backend="cuda", kernels="auto", tokens_per_block=16)
 
 
-def logits_of(runner):
-    """Of a prompt, which has too many tokens for these kernels, and of steps of one and of two sequences."""
-    of, steps = Sequences(block_size=16), [{0: [5, 3, 9, 2]}, {0: [4]}, {0: [1], 1: [7]}, {0: [8], 1: [6]}]
+# A prompt, which has too many tokens for these kernels, and steps of one and of two sequences.
+STEPS = [{0: [5, 3, 9, 2]}, {0: [4]}, {0: [1], 1: [7]}, {0: [8], 1: [6]}]
+
+
+def logits_of(runner, steps=STEPS):
+    """Of all steps."""
+    of = Sequences(block_size=16)
     found = [runner.forward(of.step(step)).copy() for step in steps]
     runner.close()
     return np.concatenate(found)
@@ -92,6 +97,21 @@ def test_a_first_load_compares_them(tmp_path, monkeypatch):
     assert "stream_linear for 256 outputs" in " ".join(runner.notes)
     found = logits_of(runner)
     assert not np.array_equal(found, expected)
+    assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
+
+
+def test_what_takes_their_place_has_the_residual_stream_of_small_steps(tmp_path, monkeypatch):
+    """In steps with prompts, the larger of which have it in bfloat16."""
+    monkeypatch.setattr(cuda_program, "_MOST_WIDE", 3)
+    monkeypatch.setattr(cuda_rows, "_FEW", 3)
+    monkeypatch.setattr(cuda_runner, "_GRAPH_STEP", 1)  # such steps are as large as they are
+    engine = engine_of(checkpoint(tmp_path, None, num_hidden_layers=2), tmp_path / "engine")
+    steps = [{0: [5, 3]}, {0: [4, 9, 2, 6]}]
+    expected = logits_of(load(engine, InterpreterDevice), steps)
+    monkeypatch.setattr(cuda_check, "apart", lambda *_: 1.0)
+    runner = load(engine)
+    assert runner.notes != []
+    found = logits_of(runner, steps)
     assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
 
 

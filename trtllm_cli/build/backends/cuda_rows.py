@@ -7,6 +7,7 @@ from typing import Any
 import triton
 
 from trtllm_cli.build.backends.cuda_program import CudaLowering, Dim, Launch
+from trtllm_cli.functional import NUM_TOKENS
 from trtllm_cli.graph import Node
 from trtllm_cli.models.stored import FP8_BLOCK
 
@@ -21,12 +22,16 @@ class RowLaunches(CudaLowering):
         weight = node.inputs["weight"]
         ref, kind = self.plain(weight)
         rows, _ = self.graph.weights[weight].shape
-        args = {
-            "ids_ptr": ("*i32", self.ref(node.inputs["ids"])), "last_tokens_ptr": ("*i32", "last"),
-            "weight_ptr": (kind, ref), "out_ptr": self._out(node.output),
-            "vocab_start": ("i32", node.attrs.get("vocab_start", 0)), "num_rows": ("i32", rows),
-        }  # fmt: skip
-        self.step(node.op, [self.by_columns("embedding", node.output, args)])
+
+        def launches(when: str) -> list[Launch]:
+            args = {
+                "ids_ptr": ("*i32", self.ref(node.inputs["ids"])), "last_tokens_ptr": ("*i32", "last"),
+                "weight_ptr": (kind, ref), "out_ptr": self._out(node.output),
+                "vocab_start": ("i32", node.attrs.get("vocab_start", 0)), "num_rows": ("i32", rows),
+            }  # fmt: skip
+            return [self.by_columns("embedding", node.output, args, when=when)]
+
+        self.ways(node.op, NUM_TOKENS, self.residual_ways(node, launches))
 
     def _rms_norm(self, node: Node) -> None:
         self._norm(node, "rms_norm")
@@ -41,10 +46,11 @@ class RowLaunches(CudaLowering):
         self._norm(node, "layer_norm")
 
     def _norm(self, node: Node, function: str) -> None:
-        few, many = (self.norm_launches(node, function, few=few) for few in (True, False))
-        self.ways(node.op, self.rows(node.outputs[0]), [(_FEW, few), (None, many)])
+        few = self.norm_launches(node, function, few=True)
+        many = self.residual_ways(node, lambda when: self.norm_launches(node, function, few=False, when=when))
+        self.ways(node.op, self.rows(node.outputs[0]), [(_FEW, few), *many])
 
-    def norm_launches(self, node: Node, function: str, *, few: bool) -> list[Launch]:
+    def norm_launches(self, node: Node, function: str, *, few: bool, when: str = "") -> list[Launch]:
         """A norm, for few rows or for many."""
         x, residual, out = node.inputs["x"], node.inputs.get("residual"), node.outputs[0]
         total, heads = self.width(x), node.attrs.get("num_heads") or 1
@@ -65,7 +71,7 @@ class RowLaunches(CudaLowering):
             constants["HAS_BIAS"] = bias is not None
         wide = constants["QUANT"] != "none" or total > 4096
         warps = 4 if total < 2048 else 16 if few else 8 if wide else 4
-        return [self.launch("norm", function, [self._dim(out)], args, num_warps=warps, **constants)]
+        return [self.launch("norm", function, [self._dim(out)], args, num_warps=warps, when=when, **constants)]
 
     def _gated_act(self, node: Node) -> None:
         self.step(node.op, [self.gated_launch(node)])
@@ -171,21 +177,24 @@ class RowLaunches(CudaLowering):
 
     def _gather_last(self, node: Node) -> None:
         """In place by way of other memory; steps of one token a sequence have all rows where they belong."""
-        x, out = node.inputs["x"], self._out(node.output)
-        args = {"x_ptr": self._out(x), "indices_ptr": ("*i32", self.ref(node.inputs["indices"])), "out_ptr": out}
-        if self.ref(x) != self.ref(node.output):
-            self.step(node.op, [self.by_columns("gather_rows", node.output, args, X_STRIDE=self.width(x))])
-            return
-        nbytes = self.build_config.max_batch_size * self.width(x) * self.bytes_of(x)
-        args["out_ptr"] = between = (out[0], self.room("gathered rows", nbytes))
-        back = {"x_ptr": between, "out_ptr": out, "number": ("fp32", 1.0)}
-        self.step(
-            node.op,
-            [
-                self.by_columns("gather_rows", node.output, args, X_STRIDE=self.width(x), when="mixed"),
-                self.by_columns("unary", node.output, back, X_STRIDE=self.width(x), OP="scale", when="mixed"),
-            ],
-        )
+        x, y, width = node.inputs["x"], node.output, self.width(node.output)
+
+        def launches(when: str) -> list[Launch]:
+            out = self._out(y)
+            args = {"x_ptr": self._out(x), "indices_ptr": ("*i32", self.ref(node.inputs["indices"])), "out_ptr": out}
+            if self.ref(x) != self.ref(y):
+                return [self.by_columns("gather_rows", y, args, X_STRIDE=width, when=when)]
+            if when == "decode":
+                return []
+            nbytes = self.build_config.max_batch_size * width * self.bytes_of(y)
+            args["out_ptr"] = between = (out[0], self.room("gathered rows", nbytes))
+            back = {"x_ptr": between, "out_ptr": out, "number": ("fp32", 1.0)}
+            return [
+                self.by_columns("gather_rows", y, args, X_STRIDE=width, when="mixed"),
+                self.by_columns("unary", y, back, X_STRIDE=width, OP="scale", when="mixed"),
+            ]
+
+        self.ways(node.op, NUM_TOKENS, self.residual_ways(node, launches))
 
     def _split(self, node: Node) -> None:
         """Each part copied: who reads them wants whole rows."""
