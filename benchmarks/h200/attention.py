@@ -69,6 +69,16 @@ def decode_source(kv: str, block_size: int, warps: int, stages: int, block_n: in
     )  # fmt: skip
 
 
+def ahead_source(kv: str, block_size: int, warps: int, stages: int, block_n: int) -> KernelSource:
+    args = _args(kv) | {"partial_ptr": "*i64", "lse_ptr": "*i64", "step_ptr": "*i32", "calls": "i32", "call": "i32"}
+    constants = _constants(kv, block_size)
+    del constants["V_HEAD_DIM"]
+    return KernelSource.of(
+        "cache_attention", "cache_attention", args, num_warps=warps, BLOCK_G=8, BLOCK_N=block_n, STAGES=stages,
+        NUM_SPLITS=1, SHARE=0, PUSH=True, PULL=True, **constants,
+    )  # fmt: skip
+
+
 def prefill_source(
     kv: str, block_size: int, context: int, rows: int, warps: int, stages: int, block_n: int
 ) -> KernelSource:
@@ -103,9 +113,16 @@ def splits_for(batch: int, context: int) -> list[int]:
 def decode_candidates(kv: str, block_size: int, batch: int, context: int) -> list[KernelSource]:
     more = (1, 2, 32), (1, 3, 32), (1, 2, 64), (1, 3, 64), (4, 3, 128), (8, 3, 128)
     tiles = itertools.chain(itertools.product((2, 4), (2, 3, 4), (32, 64)), more)
+    bytes_of_tiles = (1, 3, 8192), (2, 2, 16384), (2, 3, 16384), (4, 3, 32768), (4, 4, 32768)
     return [
-        decode_source(kv, block_size, warps, stages, block_n, splits)
-        for (warps, stages, block_n), splits in itertools.product(tiles, splits_for(batch, context))
+        *(
+            decode_source(kv, block_size, warps, stages, block_n, splits)
+            for (warps, stages, block_n), splits in itertools.product(tiles, splits_for(batch, context))
+        ),
+        *(
+            ahead_source(kv, block_size, warps, stages, nbytes // decode_bytes(kv, 1, 1) * KV_HEADS)
+            for warps, stages, nbytes in bytes_of_tiles
+        ),
     ]
 
 
@@ -129,6 +146,8 @@ def name_of(source: KernelSource) -> dict[str, Any]:
     """What tells a candidate from the others."""
     c = dict(source.constants)
     what = {"warps": source.num_warps, "stages": source.num_stages, "BLOCK_N": c["BLOCK_N"]}
+    if "SHARE" in c:
+        return what | {"STAGES": c["STAGES"]}
     if "NUM_SPLITS" in c:
         return what | {"NUM_SPLITS": c["NUM_SPLITS"]}
     if "REGISTERS" in c:
@@ -264,7 +283,7 @@ class Bench:
                 continue
             c, kernel = dict(source.constants), compiled[source]
             if decoding:
-                grid = (c["NUM_SPLITS"], case.batch, KV_HEADS)
+                grid = (1, KV_HEADS, case.batch) if "SHARE" in c else (c["NUM_SPLITS"], case.batch, KV_HEADS)
             else:
                 grid = (HEADS // c["PACK"], tokens // c.get("BLOCK_Q", 128 // c["PACK"]) + case.batch, 1)
             loaded = self.driver.load(kernel)

@@ -33,7 +33,7 @@ _AS_ONE = {1: (64, 4, 64, 2), 2: (128, 4, 64, 2), 4: (128, 4, 64, 1), 8: (256, 4
 # Where programs read the cache ahead of the kernel in front (cache_attention.py): their warps, how many bytes of it
 # they take at once, and for how many times as many there is room; of a cache of bytes, and of bfloat16.
 _AHEAD = {
-    16: ((4, 32768, 4), (4, 32768, 4)), 32: ((4, 32768, 4), (4, 32768, 4)), 64: ((2, 8192, 4), (2, 16384, 3)),
+    16: ((4, 32768, 4), (4, 32768, 4)), 32: ((4, 32768, 3), (4, 32768, 3)), 64: ((2, 16384, 2), (2, 16384, 3)),
     768: ((2, 16384, 2), (2, 16384, 3)), None: ((1, 8192, 3), (2, 16384, 3)),
 }  # fmt: skip
 # There a long sequence, in a step of so many, has up to so many programs for each KV head, one for each so many tokens.
