@@ -51,7 +51,8 @@ def main() -> None:
     a = parser.parse_args()
     results = []
     for fmt in a.formats:
-        options = {"max_batch_size": max(a.sequences, 8), "max_num_tokens": 512, "max_seq_len": 1024}
+        tokens = max(512, a.tokens * a.sequences)
+        options = {"max_batch_size": max(a.sequences, 8), "max_num_tokens": tokens, "max_seq_len": 1024}
         runner, config = runner_of(a.shape, fmt, num_blocks=BLOCKS, layers=a.layers, **options)
         graph = graph_of(config_of(a.shape, fmt, a.layers), 0, config)
         with torch.device("cuda"), torch.inference_mode():
