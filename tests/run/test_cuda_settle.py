@@ -83,6 +83,14 @@ def test_no_more_rows_than_there_can_be():
     assert len(times.asked) == 3  # the second way is for more
 
 
+def test_layers_that_have_room_for_fewer_rows_are_not_timed():
+    """As the last one's buffers, where few sequences fit; it takes what the others do."""
+    times = Times(**{"2": 0.5})
+    found = settled([step(0), step(1), step(2, "num_logits")], PLAN, "a GPU", ROWS, times)
+    assert {(rows, layers) for _, rows, layers in times.asked} == {(4, 2), (16, 2)}
+    assert [kernels(s)[0] for s in found] == [2, 2, 2]
+
+
 def test_the_next_load_reads_what_was_found():
     times = Times(**{"2": 0.5})
     first = settled([step(0)], PLAN, "a GPU", ROWS, times)
