@@ -131,8 +131,8 @@ class InterpreterDevice:
     def host(self, nbytes: int) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8)
 
-    def load(self, kernel: dict[str, Any], cubin: bytes) -> dict[str, Any]:
-        return kernel
+    def load(self, kernel: dict[str, Any], cubin: bytes, *, all_shared: bool) -> dict[str, Any]:
+        return {**kernel, "all_shared": all_shared}
 
     def prepare(self, kernel, grid, values):
         return _Launch(self, kernel, grid, values)

@@ -272,7 +272,7 @@ def test_attention_by_hand():
     assert attention.decode_bytes("fp8", 2, 100) == 2 * 100 * 8 * 128 * 2
     assert attention.prefill_flops(2) == 3 * 4 * 32 * 128  # three scores are seen
     names = [json.dumps(attention.name_of(s)) for s in attention.decode_candidates("fp8", 64, 1, 2048)]
-    assert len(set(names)) == len(names) == 36
+    assert len(set(names)) == len(names) == 41
     names = [json.dumps(attention.name_of(s)) for s in attention.prefill_candidates("bf16", 64, 2048)]
     assert len(set(names)) == len(names) == 20
 
@@ -280,9 +280,10 @@ def test_attention_by_hand():
 def test_candidates_name_all_arguments_of_their_kernels():
     import inspect
 
-    from trtllm_cli.kernels.triton import decode_attention, prefill_attention
+    from trtllm_cli.kernels.triton import cache_attention, decode_attention, prefill_attention
 
     for function, source in (
+        (cache_attention.cache_attention, attention.ahead_source("bf16", 64, 2, 3, 32)),
         (decode_attention.decode_attention, attention.decode_source("bf16", 64, 4, 3, 64, 2)),
         (prefill_attention.prefill_attention, attention.prefill_source("bf16", 64, 2048, 128, 8, 3, 64)),
     ):

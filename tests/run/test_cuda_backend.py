@@ -197,6 +197,18 @@ def test_a_step_is_computed_once_whether_its_graph_is_there_or_not(tmp_path):
     assert 0 < token - prompt == device.launches - token
 
 
+def test_kernels_of_decode_steps_have_all_memory_shared(tmp_path):
+    """Of steps with prompts as little as they need."""
+    engine, _, _ = build_tiny(tmp_path, "llama")
+    device, seen = InterpreterDevice(), []
+    prepare = device.prepare
+    device.prepare = lambda kernel, *args: seen.append(kernel["all_shared"]) or prepare(kernel, *args)
+    for step, expected in (({0: [1, 2, 3]}, {False}), ({0: [4]}, {True})):
+        seen.clear()
+        logits_of(engine, [step], device)
+        assert set(seen) == expected
+
+
 def test_blocks_are_copied_in_every_layer(tmp_path):
     engine, _, _ = build_tiny(tmp_path, "llama")
     device = InterpreterDevice()

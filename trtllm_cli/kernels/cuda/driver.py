@@ -112,8 +112,12 @@ class Driver:
         names = (name for name, capability in ARCHITECTURES.items() if capability == self.capability)
         return next(names, f"sm_{major}{minor}")
 
-    def load(self, kernel: CompiledKernel) -> LoadedKernel:
-        """The kernel on the device. Raises EngineError where the driver refuses the code."""
+    def load(self, kernel: CompiledKernel, *, all_shared: bool = False) -> LoadedKernel:
+        """The kernel on the device. Raises EngineError where the driver refuses the code.
+
+        `all_shared`: multiprocessors that run it are to share all of their memory, not as little as it needs, so that
+        programs of the kernel behind it, which want to begin before it has ended, have room for their tiles.
+        """
         library, handle, function = c_void_p(), c_void_p(), c_void_p()
         code = self._lib.cuLibraryLoadData(byref(library), kernel.cubin, None, None, 0, None, None, 0)
         if code:
@@ -124,9 +128,8 @@ class Driver:
         self.check(self._lib.cuKernelGetFunction(byref(function), handle))
         if kernel.shared > _STATIC_SHARED_LIMIT:
             self.check(self._lib.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, kernel.shared))
-        # Else a multiprocessor shares as little of its memory as the kernel there needs, without room for the tiles of
-        # the kernel behind it, which wants to begin before that one has ended.
-        self.check(self._lib.cuFuncSetAttribute(function, _PREFERRED_SHARED_CARVEOUT, _ALL_SHARED))
+        if all_shared:
+            self.check(self._lib.cuFuncSetAttribute(function, _PREFERRED_SHARED_CARVEOUT, _ALL_SHARED))
         return LoadedKernel(self, kernel, function)
 
     def share(self, address: int) -> tuple[bytes, int]:

@@ -108,7 +108,15 @@ class CudaRunner:
         self._needs = GpuNeeds.of(plan, self._file.data_bytes, limits)
         self._needs.check_free(*device.free_memory(), limits)
         image = tensor_view(self._file, KERNELS)
-        self._kernels = [device.load(k, bytes(image[k["offset"] : k["offset"] + k["size"]])) for k in plan["kernels"]]
+        cubins = [bytes(image[k["offset"] : k["offset"] + k["size"]]) for k in plan["kernels"]]
+        # Of steps with prompts, and of decode steps, most of whose kernels read ahead of the one in front.
+        self._kernels = [
+            [
+                device.load(kernel, cubin, all_shared=not mixed)
+                for kernel, cubin in zip(plan["kernels"], cubins, strict=True)
+            ]
+            for mixed in (False, True)
+        ]
         self._weights = DeviceWeights(device, self._file, self._comm.activity.tick)
         if self._rank.mapping.world_size > 1:
             device.join(self._rank, self._comm)
@@ -334,8 +342,8 @@ class CudaRunner:
         key = (mixed, name, ways)
         if key not in self._programs:
             self._programs[key] = Program(
-                self._device, self._kernels, steps, lambda ref: self._address(ref, mixed), self._tensor, self._rows,
-                ways, mixed=mixed, chosen=self._chosen,
+                self._device, self._kernels[mixed], steps, lambda ref: self._address(ref, mixed), self._tensor,
+                self._rows, ways, mixed=mixed, chosen=self._chosen,
             )  # fmt: skip
         return self._programs[key]
 
@@ -350,7 +358,7 @@ class CudaRunner:
         self._comm.activity.tick()
         way = (0,) * len(steps)
         program = Program(
-            self._device, self._kernels, steps, self._address, self._tensor, self._rows, way, mixed=False,
+            self._device, self._kernels[False], steps, self._address, self._tensor, self._rows, way, mixed=False,
             chosen=self._chosen,
         )  # fmt: skip
         program.resize(dict.fromkeys(("num_tokens", "num_seqs", "num_logits", "num_prompts", "num_alone"), rows))

@@ -53,8 +53,8 @@ class Device(Protocol):
         """uint8 [nbytes] on the host, which the device copies from and to while the host goes on."""
         ...
 
-    def load(self, kernel: dict[str, Any], cubin: bytes) -> Any:
-        """A kernel of the plan's table."""
+    def load(self, kernel: dict[str, Any], cubin: bytes, *, all_shared: bool) -> Any:
+        """A kernel of the plan's table; see Driver.load."""
         ...
 
     def prepare(self, kernel: Any, grid: Sequence[int], values: Sequence[int | float]) -> PreparedLaunch:
@@ -162,9 +162,9 @@ class CudaDevice:
         """See Device."""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
-    def load(self, kernel: dict[str, Any], cubin: bytes) -> Any:
+    def load(self, kernel: dict[str, Any], cubin: bytes, *, all_shared: bool) -> Any:
         """See Device."""
-        return self.driver.load(CompiledKernel.from_json(kernel, cubin))
+        return self.driver.load(CompiledKernel.from_json(kernel, cubin), all_shared=all_shared)
 
     def prepare(self, kernel: Any, grid: Sequence[int], values: Sequence[int | float]) -> _StreamLaunch:
         """See Device."""
