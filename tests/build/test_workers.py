@@ -107,7 +107,7 @@ def test_the_first_ranks_error_is_raised(checkpoint, tmp_path, monkeypatch):
 
 def test_an_interrupt_ends_them_all(checkpoint, tmp_path, monkeypatch):
     interrupt = partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGINT)
-    reads = Reads(monkeypatch, interrupt, seconds=0.5)  # the main thread may be slow to notice
+    reads = Reads(monkeypatch, interrupt, seconds=2)  # the main thread may be slow to notice
     with pytest.raises(KeyboardInterrupt):
         build(checkpoint, tmp_path / "engine", BuildOptions(kernels="torch", workers=4))
     assert list(tmp_path.iterdir()) == []

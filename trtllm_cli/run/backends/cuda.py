@@ -265,7 +265,7 @@ class CudaRunner:
 
     def _splits(self, inputs: ModelInputs) -> int:
         """See build/backends/cuda_program.py."""
-        about = self._plan["splits"]
+        about = self._plan.get("splits")  # plans of before have none
         if about is None or inputs.num_seqs > about["sequences"]:
             return 1
         wanted = -(-int(inputs.seq_lens.max()) // about["tokens"])
