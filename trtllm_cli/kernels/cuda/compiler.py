@@ -29,6 +29,7 @@ from trtllm_cli.machine import available_cores
 
 PACKAGE = "trtllm_cli.kernels.triton"
 _TRITON = "3.6"  # what the kernels are written for and were measured with
+_TORCH = "torch==2.11.*"  # asks for that one
 
 
 def compile_kernels(
@@ -87,10 +88,21 @@ def _source_file(module: str) -> Path:
 
 
 def _check_compiler() -> None:
-    if triton_version() is None:
+    """Raises ResourceError where Triton is not there, or another than the kernels are written for: newer ones name
+    what Gluon has differently, and older ones do not have it.
+    """
+    version = triton_version()
+    if version is None:
         raise ResourceError(
             "the cuda backend compiles its kernels with triton, which is not installed",
             fix=f"pip install 'trtllm-cli[cuda]', or triton=={_TRITON}.0",
+        )
+    if not version.startswith(f"{_TRITON}."):
+        raise ResourceError(
+            f"the cuda backend compiles its kernels with triton {_TRITON}; {version} is installed, as torch "
+            f"{importlib.metadata.version('torch')} may ask for",
+            fix=f"build in an environment of its own, with {_TORCH} and 'trtllm-cli[cuda]' (README, Install); running "
+            "the engine needs no triton",
         )
 
 

@@ -1,0 +1,27 @@
+"""What compiles kernels for GPUs, where it is not there or another one is."""
+
+import pytest
+
+from trtllm_cli.errors import ResourceError
+from trtllm_cli.kernels.cuda import compiler
+from trtllm_cli.kernels.cuda.kernel import KernelSource
+
+SOURCE = KernelSource.of("rows", "unary", {"x_ptr": "*fp32"}, WIDTH=7)  # which no cache has
+
+
+@pytest.mark.parametrize(
+    ("version", "says", "fix"),
+    [
+        (None, "which is not installed", "trtllm-cli[cuda]"),
+        ("3.8.0", "with triton 3.6; 3.8.0 is installed", "torch==2.11.*"),
+        ("3.60.1", "3.60.1 is installed", "an environment of its own"),
+        ("3.5.1", "3.5.1 is installed", "needs no triton"),
+    ],
+)
+def test_another_compiler_is_refused_at_once(tmp_path, monkeypatch, version, says, fix):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiler, "triton_version", lambda: version)
+    monkeypatch.setattr(compiler, "_Workers", lambda *_: pytest.fail("it compiles"))
+    with pytest.raises(ResourceError, match=says) as caught:
+        compiler.compile_kernels([SOURCE], "sm_90a")
+    assert fix in caught.value.fix
