@@ -5,7 +5,7 @@ import torch
 from triton.runtime.errors import InterpreterError
 
 from tests import gluon_interpreter
-from tests.kernels.triton.test_decode_attention import LLAMA, POINTERS, SCRATCH, Case
+from tests.kernels.triton.test_decode_attention import LLAMA, OPTIONS, POINTERS, SCRATCH, Case
 from trtllm_cli.kernels.triton import cache_attention
 
 BF16 = {"dtype": torch.bfloat16, "cache_dtype": torch.bfloat16, "head_dim": 32, "v_head_dim": 32}
@@ -70,17 +70,7 @@ def test_types_and_widths(launch, cache_dtype, head_dim, fp8_out):
     attend(launch, case, warps=2, block_n=32, stages=2)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window": 1},
-        {"window": 20},
-        {"window": 300},
-        {"softcap": 2.0},
-        {"sinks": True},
-        {"window": 33, "softcap": 1.5, "sinks": True, "cache_dtype": torch.int8},
-    ],
-)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_options(launch, options):
     options = {**BF16, **options}
     attend(launch, Case([166, 7], [1, 1], heads=2, kv_heads=1, **options, device=launch.device))

@@ -176,18 +176,18 @@ def test_values_of_one_byte_by_words(launch, dtype, cache_dtype, v_head_dim, blo
     decode(launch, case, block_n=32, block_g=block_g)
 
 
+OPTIONS = [
+    {"window": 1},
+    {"window": 20},
+    {"window": 300},
+    {"softcap": 2.0},
+    {"sinks": True},
+    {"window": 33, "softcap": 1.5, "sinks": True, "cache_dtype": torch.int8},
+]
+
+
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window": 1},
-        {"window": 20},
-        {"window": 300},
-        {"softcap": 2.0},
-        {"sinks": True},
-        {"window": 33, "softcap": 1.5, "sinks": True, "cache_dtype": torch.int8},
-    ],
-)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_options(launch, splits, options):
     decode(launch, Case([66, 7], [1, 1], heads=2, kv_heads=1, **options, device=launch.device), splits)
 

@@ -28,6 +28,7 @@ from trtllm_cli.kernels.triton.cache_tiles import (
     parts_of_values,
     queries_for_dot,
     rows_of_tile,
+    rows_of_tiles,
     seen_of,
     values,
     weights_of,
@@ -100,13 +101,7 @@ def cache_attention(
     of_copied: gl.constexpr = gl.SliceLayout(2, copied)
     table_ptr = block_tables_ptr + seq.to(gl.int64) * max_blocks
     room = max_blocks * BLOCK_SIZE  # not as many as there are: that would have to be waited for first
-    rows = ()
-    for s in gl.static_range(STAGES):
-        rows += (
-            rows_of_tile(
-                table_ptr, first + s * BLOCK_N, room, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied
-            ),
-        )  # fmt: skip
+    rows = rows_of_tiles(table_ptr, first, room, kv_head, STAGES, BLOCK_N, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
     if (num_queries != 1) | (length <= 0):
         if PDL:
             gdc_wait()  # else this kernel could end before the one in front, and the next one take that for ended too
@@ -124,15 +119,9 @@ def cache_attention(
         first += split * share * BLOCK_N
         final = gl.minimum(first + (share - 1) * BLOCK_N, newest)
         if split > 0:
-            others = ()
-            for s in gl.static_range(STAGES):
-                others += (
-                    rows_of_tile(
-                        table_ptr, first + s * BLOCK_N, length, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE,
-                        of_copied,
-                    ),
-                )  # fmt: skip
-            rows = others
+            rows = rows_of_tiles(
+                table_ptr, first, length, kv_head, STAGES, BLOCK_N, NUM_KV_HEADS, BLOCK_SIZE, of_copied
+            )  # fmt: skip
     row = token.to(gl.int64) * NUM_HEADS + first_head
     k_scale, v_scale, out_step = read_steps(kv_scale_ptr, out_scale_ptr, out_ptr, KV_QUANT)
     factor = v_scale / out_step
@@ -216,12 +205,7 @@ def cache_attention(
             total, top = total * shrink + more, new_top
             accs = with_values(accs, shrink, v, weights, right)
 
-        in_rows_of_heads: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])
-        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        acc_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G, HEAD_DIM], in_rows_of_heads)
-        top_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G], plain)
-        total_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G], plain)
-        found, lse = over_warps(by_heads(accs), top, total, acc_smem, top_smem, total_smem, combined)
+        found, lse = over_warps(by_heads(accs), top, total, combined)
         across = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, of_combined))[None, :]
         if num_splits == 1:
             factors = gl.full([BLOCK_G], 1.0, gl.float32, gl.SliceLayout(1, of_combined)) * factor

@@ -84,6 +84,23 @@ def rows_of_tile(
 
 
 @gluon.jit
+def rows_of_tiles(
+    table_ptr, first, stop, kv_head, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """`rows_of_tile` of as many tiles as have room, from `first` on."""
+    warps: gl.constexpr = gl.num_warps()
+    rows = ()
+    for s in gl.static_range(STAGES):
+        rows += (
+            rows_of_tile(
+                table_ptr, first + s * BLOCK_N, stop, kv_head, warps, BLOCK_N // warps, NUM_KV_HEADS, BLOCK_SIZE, layout
+            ),
+        )  # fmt: skip
+    return rows
+
+
+@gluon.jit
 def copy_rows(smem, cache_ptr, rows, first, stop, layout: gl.constexpr):
     """Asks for a tile's keys or values, at `rows_of_tile`; zeros from token `stop` on, as there may be NaN."""
     COUNT: gl.constexpr = smem.shape[1]
@@ -193,8 +210,12 @@ def seen_of(first, old, lowest, warps: gl.constexpr, count: gl.constexpr, WINDOW
 
 
 @gluon.jit
-def over_warps(acc, top, total, acc_smem, top_smem, total_smem, layout: gl.constexpr):
+def over_warps(acc, top, total, layout: gl.constexpr):
     """The warps' sums [warps, heads, HEAD_DIM] as one's: means [heads, HEAD_DIM] and log2 of the weights, [heads]."""
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    acc_smem = gl.allocate_shared_memory(gl.float32, acc.shape, gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0]))
+    top_smem = gl.allocate_shared_memory(gl.float32, top.shape, plain)
+    total_smem = gl.allocate_shared_memory(gl.float32, top.shape, plain)
     acc_smem.store(acc)
     top_smem.store(top)
     total_smem.store(total)

@@ -225,12 +225,7 @@ def rope_decode_attention(
             gl.thread_barrier()
 
         combined: gl.constexpr = in_columns(HEAD_DIM, warps)
-        swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])
-        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        acc_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G, HEAD_DIM], swizzled)
-        top_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G], plain)
-        total_smem = gl.allocate_shared_memory(gl.float32, [warps, BLOCK_G], plain)
-        found, lse = over_warps(by_heads(accs), top, total, acc_smem, top_smem, total_smem, combined)
+        found, lse = over_warps(by_heads(accs), top, total, combined)
         of_combined: gl.constexpr = gl.SliceLayout(0, combined)
         heads = gl.arange(0, BLOCK_G, gl.SliceLayout(1, of_combined))
         real = (heads < num_heads) & (split < num_splits)
