@@ -85,6 +85,22 @@ def test_prompts_by_specialized_warps(tmp_path, kv):
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < limit
 
 
+def test_steps_whose_attention_shares_no_cache_have_one_graph_however_long_it_is(tmp_path, monkeypatch):
+    """Of up to 8 sequences: captured again for each length they would hold up requests for nothing."""
+    monkeypatch.setattr(cuda_attention, "_SHARE", 1)
+    heads = {"head_size": 32, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    engine, _, _ = build_tiny(tmp_path, "llama", heads, arch="sm_90a")
+    rank = engine.config.pretrained_config.mapping.ranks[0]
+    with engine.tensors(rank) as file:
+        about = engine.plan(file)["splits"]
+    assert (about["above"], about["sequences"]) == (8, 64)
+    runner = CudaRunner(engine, rank, InterpreterDevice(), SingleRank())
+    lens = np.full(9, 10 * about["tokens"], np.int32)
+    splits = [runner._splits(SimpleNamespace(num_seqs=n, seq_lens=lens[:n])) for n in (1, 8, 9)]
+    runner.close()
+    assert splits == [1, 1, 8]
+
+
 @pytest.mark.parametrize("kv", ["bfloat16", "fp8"])
 def test_a_cache_that_is_read_ahead_is_shared_out_where_it_is_long(tmp_path, monkeypatch, kv):
     """Among two programs from 33 tokens on; in steps with prompts too."""
@@ -96,7 +112,7 @@ def test_a_cache_that_is_read_ahead_is_shared_out_where_it_is_long(tmp_path, mon
     engine, graph, weights = build_tiny(tmp_path, "llama", heads, kv_cache_dtype=kv, arch="sm_90a")
     rank = engine.config.pretrained_config.mapping.ranks[0]
     with engine.tensors(rank) as file:
-        assert engine.plan(file)["splits"] == {"tokens": 32, "most": 8, "sequences": 64}
+        assert engine.plan(file)["splits"] == {"tokens": 32, "most": 8, "above": 0, "sequences": 64}
     runner = CudaRunner(engine, rank, InterpreterDevice(), SingleRank())
     runner.allocate_kv_cache(64)
     batch, long = Sequences(block_size=16), [i % 40 for i in range(30)]

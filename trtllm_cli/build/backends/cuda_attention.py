@@ -241,7 +241,11 @@ class AttentionLaunches(CudaLowering):
     @property
     def splits(self) -> dict[str, int] | None:
         """How many programs share a cache; see cuda_program.py."""
-        return {"tokens": self.share, "most": _MOST_SPLITS, "sequences": _SHARED} if self.share else None
+        if not self.share:
+            return None
+        fewest = min(most for most in _AHEAD if most is not None)
+        above = max((most for most, *_ in _DECODE if most is not None and most < fewest), default=0)
+        return {"tokens": self.share, "most": _MOST_SPLITS, "above": above, "sequences": _SHARED}
 
     @property
     def _num_attentions(self) -> int:

@@ -18,8 +18,9 @@ A plan is JSON:
               ways what may take the place of its launches, which the first load on a GPU settles; "instead": how many
               steps that follow have no launches where this one has any, as it computes them: up to the `most` of their
               first way
-    splits    {"tokens", "most", "sequences"}, or None: in a step of up to so many sequences the symbol "num_splits" is
-              one for each so many tokens of the longest, rounded up to a power of two, at most so many; else it is 1
+    splits    {"tokens", "most", "above", "sequences"}, or None: in a step of more than `above` and up to `sequences`
+              sequences the symbol "num_splits" is one for each `tokens` of the longest, rounded up to a power of two,
+              at most `most`; else it is 1
     fixed_tactics    whether the first load times nothing: no others, nor algorithms of cuBLASLt's for "mm", "scaled_mm"
     sampling  such steps by name, which follow where they are asked for: penalties, bans, plain, filtered, logprobs
     token_counts, most_logprobs    the dtype of the scratch "token counts"; how many likely tokens "logprobs" gives

@@ -266,7 +266,7 @@ class CudaRunner:
     def _splits(self, inputs: ModelInputs) -> int:
         """See build/backends/cuda_program.py."""
         about = self._plan.get("splits")  # plans of before have none
-        if about is None or inputs.num_seqs > about["sequences"]:
+        if about is None or not about["above"] < inputs.num_seqs <= about["sequences"]:
             return 1
         wanted = -(-int(inputs.seq_lens.max()) // about["tokens"])
         return int(min(1 << (wanted - 1).bit_length(), about["most"]))
