@@ -43,6 +43,10 @@ POINTERS = (
 _PROMPTS = {
     "first_prompt_ptr": "*i32", "num_prompts": "i32", "num_seqs": "i32", "k_new_ptr": "*bf16", "v_new_ptr": "*bf16"
 }  # fmt: skip
+_ROPE = {
+    "q_norm_ptr": "*bf16", "k_norm_ptr": "*bf16", "angles_ptr": "*fp32", "positions_ptr": "*i32",
+    "slot_mapping_ptr": "*i32",
+}  # fmt: skip
 LAUNCHES = {"decode": 8, "prefill": 4}  # in a graph, at least
 KEPT = 8  # of a case's candidates, the fastest
 _KINDS = {"block_tables": "*i32", "query_start": "*i32", "seq_lens": "*i32", "kv_scale": "*fp32", "out_scale": "*fp32"}
@@ -72,11 +76,12 @@ def decode_source(kv: str, block_size: int, warps: int, stages: int, block_n: in
 
 def ahead_source(kv: str, block_size: int, warps: int, stages: int, block_n: int) -> KernelSource:
     args = _args(kv) | {"partial_ptr": "*i64", "lse_ptr": "*i64", "step_ptr": "*i32", "calls": "i32", "call": "i32"}
+    args |= _ROPE | {"eps": "fp32"}
     constants = _constants(kv, block_size)
     del constants["V_HEAD_DIM"]
     return KernelSource.of(
         "cache_attention", "cache_attention", args, num_warps=warps, BLOCK_G=8, BLOCK_N=block_n, STAGES=stages,
-        NUM_SPLITS=1, SHARE=0, PUSH=True, PULL=True, **constants,
+        NUM_SPLITS=1, SHARE=0, ROPE=False, NORM=False, PUSH=True, PULL=True, **constants,
     )  # fmt: skip
 
 
@@ -267,6 +272,7 @@ class Bench:
             "first_prompt_ptr": starts[:1],
         }  # fmt: skip
         values = {name: tensor.data_ptr() for name, tensor in at.items()}
+        values |= dict.fromkeys((*_ROPE, "eps"), 0)
         values |= {
             "row_seqs_ptr": 0,
             "max_blocks": blocks,

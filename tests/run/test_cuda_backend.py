@@ -102,17 +102,25 @@ def test_steps_whose_attention_shares_no_cache_have_one_graph_however_long_it_is
 
 
 @pytest.mark.parametrize("kv", ["bfloat16", "fp8"])
-def test_a_cache_that_is_read_ahead_is_shared_out_where_it_is_long(tmp_path, monkeypatch, kv):
-    """Among two programs from 33 tokens on; in steps with prompts too."""
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_cache_that_is_read_ahead_is_shared_out_where_it_is_long(tmp_path, monkeypatch, kv, joined):
+    """Among two programs from 33 tokens on; in steps with prompts too. In others they may rotate and append."""
     monkeypatch.setattr(cuda_attention, "_DECODE", ((16, 1, 4, 64), (None, 1, 4, 64)))
     monkeypatch.setattr(cuda_attention, "_AHEAD", dict.fromkeys((16, None), ((1, 0, 2), (1, 0, 2))))
     monkeypatch.setattr(cuda_attention, "_SHARE", 32)
-    monkeypatch.setattr(cuda_attention.AttentionLaunches, "_joined", lambda *_: None)
+    if not joined:
+        monkeypatch.setattr(cuda_attention, "_ROPE_AHEAD", 0)
     heads = {"head_size": 32, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     engine, graph, weights = build_tiny(tmp_path, "llama", heads, kv_cache_dtype=kv, arch="sm_90a")
     rank = engine.config.pretrained_config.mapping.ranks[0]
     with engine.tensors(rank) as file:
-        assert engine.plan(file)["splits"] == {"tokens": 32, "most": 8, "above": 0, "sequences": 64}
+        plan = engine.plan(file)
+    assert plan["splits"] == {"tokens": 32, "most": 8, "above": 0, "sequences": 64}
+    first = [next(s for s in plan["steps"] if s["op"] == op)["ways"][0] for op in ("rope_append", "paged_attention")]
+    assert [most for most, _ in first] == ([16, 16] if joined else [64, 16])
+    whens = [[launch.get("when", "") for launch in launches] for _, launches in first]
+    assert ("decode" in whens[1]) == joined
+    assert not joined or whens[0] == ["mixed"]
     runner = CudaRunner(engine, rank, InterpreterDevice(), SingleRank())
     runner.allocate_kv_cache(64)
     batch, long = Sequences(block_size=16), [i % 40 for i in range(30)]
@@ -215,7 +223,7 @@ def test_a_step_is_computed_once_whether_its_graph_is_there_or_not(tmp_path):
 
 def test_kernels_of_decode_steps_have_all_memory_shared(tmp_path):
     """Of steps with prompts as little as they need."""
-    engine, _, _ = build_tiny(tmp_path, "llama")
+    engine, _, _ = build_tiny(tmp_path, "llama", fixed_tactics=True)  # else the first load times kernels too
     device, seen = InterpreterDevice(), []
     prepare = device.prepare
     device.prepare = lambda kernel, *args: seen.append(kernel["all_shared"]) or prepare(kernel, *args)

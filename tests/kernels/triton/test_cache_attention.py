@@ -8,6 +8,8 @@ from tests import gluon_interpreter
 from tests.kernels.triton.test_decode_attention import LLAMA, OPTIONS, POINTERS, SCRATCH, Case
 from trtllm_cli.kernels.triton import cache_attention
 
+ROPE = {"q_norm_ptr": "*bf16", "k_norm_ptr": "*bf16", "angles_ptr": "*fp32", "positions_ptr": "*i32",
+        "slot_mapping_ptr": "*i32", "eps": "fp32"}  # fmt: skip
 BF16 = {"dtype": torch.bfloat16, "cache_dtype": torch.bfloat16, "head_dim": 32, "v_head_dim": 32}
 
 
@@ -24,8 +26,9 @@ def attend(launch, case, warps=1, block_n=16, stages=2, block_g=8, splits=1, lau
         for push, pull in phases:
             launch(
                 cache_attention.cache_attention, (launched or splits, tiles, seqs), *case.tensors(), partial, lse, step,
-                3, 2, case.inputs["block_tables"].shape[1], case.scale, case.softcap, BLOCK_G=block_g, BLOCK_N=block_n,
-                STAGES=stages, NUM_SPLITS=splits, SHARE=share, PUSH=push, PULL=pull, num_warps=warps, **common,
+                *[step] * 5, 3, 2, case.inputs["block_tables"].shape[1], case.scale, case.softcap, 0.0, ROPE=False,
+                NORM=False, BLOCK_G=block_g, BLOCK_N=block_n, STAGES=stages, NUM_SPLITS=splits, SHARE=share, PUSH=push,
+                PULL=pull, num_warps=warps, **common,
             )  # fmt: skip
     case.check(torch.tensor([n == 1 for n in case.new for _ in range(n)], device=d))
 
@@ -114,11 +117,12 @@ def test_what_is_not_waited_for_is_seen(tmp_path, line, instead, says):
 
 @pytest.mark.parametrize("cache", ["*bf16", "*fp8e4nv", "*i8"])
 @pytest.mark.parametrize(("warps", "splits"), [(1, 1), (2, 1), (2, 8)])
-def test_compiles_for_the_real_shapes(compile_kernel, cache, warps, splits):
-    types = {**POINTERS, **SCRATCH, "k_cache_ptr": cache, "v_cache_ptr": cache}
+@pytest.mark.parametrize("rope", [False, True])
+def test_compiles_for_the_real_shapes(compile_kernel, cache, warps, splits, rope):
+    types = {**POINTERS, **SCRATCH, **ROPE, "k_cache_ptr": cache, "v_cache_ptr": cache}
     constants = {name: value for name, value in LLAMA.items() if name != "V_HEAD_DIM"}
     constants |= {"BLOCK_G": 8, "BLOCK_N": 32, "STAGES": 3, "KV_QUANT": cache != "*bf16", "PUSH": True, "PULL": True}
-    constants |= {"NUM_SPLITS": splits, "SHARE": 4096}
+    constants |= {"NUM_SPLITS": splits, "SHARE": 4096, "ROPE": rope, "NORM": False}
     del types["row_seqs_ptr"]
     compiled = compile_kernel(cache_attention.cache_attention, args=types, constexprs=constants, num_warps=warps)
     assert compiled.spills <= (8 if cache == "*i8" else 0)
@@ -130,3 +134,13 @@ def test_compiles_for_the_real_shapes(compile_kernel, cache, warps, splits):
         assert "ldmatrix.sync.aligned.m8n8.x4.shared" in compiled.ptx
         assert "prmt.b32 both" in compiled.ptx
         assert "ld.shared.b8" not in compiled.ptx
+
+
+def test_a_window_of_one_token_compiles(compile_kernel):
+    """Whose only tile is the last one: the compiler failed where that was found in another way."""
+    types = {**POINTERS, **SCRATCH, **ROPE, "k_cache_ptr": "*bf16", "v_cache_ptr": "*bf16"}
+    constants = {name: value for name, value in LLAMA.items() if name != "V_HEAD_DIM"}
+    constants |= {"HEAD_DIM": 32, "BLOCK_SIZE": 16, "BLOCK_G": 8, "BLOCK_N": 16, "STAGES": 2, "NUM_SPLITS": 1}
+    constants |= {"WINDOW": 1, "SHARE": 0, "ROPE": False, "NORM": False, "PUSH": True, "PULL": True, "KV_QUANT": False}
+    del types["row_seqs_ptr"]
+    compile_kernel(cache_attention.cache_attention, args=types, constexprs=constants, num_warps=1)

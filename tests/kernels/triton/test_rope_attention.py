@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trtllm_cli.kernels.triton import decode_attention, rope_append, rope_attention
+from trtllm_cli.kernels.triton import cache_attention, decode_attention, rope_append, rope_attention
 
 KV_HEADS = 2
 
@@ -28,7 +28,9 @@ KV_HEADS = 2
         ([80], {"warps": 2, "size": 8, "splits": 2}),  # a warp's tokens lie in two blocks
     ],
 )
-def test_as_one_after_another(launch, lengths, options):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_as_one_after_another(launch, lengths, options, ahead):
+    """By the kernel for few sequences, and by the one that reads all older tokens of a part ahead."""
     torch.manual_seed(len(lengths) + sum(lengths))
     d, o = launch.device, {"group": 2, "head_dim": 32, "splits": 4, "cache": torch.bfloat16, **options}
     dim, splits, size, padding = o["head_dim"], o["splits"], o.get("size", 16), 1
@@ -87,11 +89,20 @@ def test_as_one_after_another(launch, lengths, options):
             V_HEAD_DIM=dim, BLOCK_G=16, BLOCK_N=16, OF_ROWS=False, PUSH=push, PULL=pull, **attention,
         )  # fmt: skip
     (new_k, new_v), found, scratch = outputs()
+    rope, tiles = (*norms, angles, positions, slots), {"BLOCK_N": 16 * warps, "STAGES": o.get("stages", 2)}
     for push, pull in phases:
+        if ahead:
+            splits_, seqs_, tiles_ = grid(block_g)
+            launch(
+                cache_attention.cache_attention, (splits_, tiles_, seqs_), qkv, new_k, new_v, *batch, found, *scratch,
+                step, *rope, 5, 2, *scales, 1e-5, ROPE=True, NORM=norm, BLOCK_G=block_g, SHARE=32, PUSH=push,
+                PULL=pull, num_warps=warps, **tiles, **attention,
+            )  # fmt: skip
+            continue
         launch(
-            rope_attention.rope_decode_attention, grid(block_g), qkv, *norms, angles, positions, slots, new_k, new_v,
-            *batch, found, *scratch, step, 5, 2, *scales, 1e-5, NORM=norm, BLOCK_G=block_g, BLOCK_N=16 * warps,
-            STAGES=o.get("stages", 2), PUSH=push, PULL=pull, num_warps=warps, **attention,
+            rope_attention.rope_decode_attention, grid(block_g), qkv, *rope, new_k, new_v, *batch, found, *scratch,
+            step, 5, 2, *scales, 1e-5, NORM=norm, BLOCK_G=block_g, PUSH=push, PULL=pull, num_warps=warps, **tiles,
+            **attention,
         )  # fmt: skip
     for one, other in ((new_k, k), (new_v, v)):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))

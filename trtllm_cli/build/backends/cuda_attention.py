@@ -36,6 +36,11 @@ _AHEAD = {
     16: ((4, 32768, 4), (4, 32768, 4)), 32: ((4, 32768, 3), (4, 32768, 3)), 64: ((2, 16384, 2), (2, 16384, 3)),
     768: ((2, 16384, 2), (2, 16384, 3)), None: ((1, 8192, 3), (2, 16384, 3)),
 }  # fmt: skip
+_ROPE_AHEAD = 64  # in decode steps of up to so many, that kernel does rotary positions and append too
+_ROPE_POINTERS = {
+    "q_norm_ptr": "*bf16", "k_norm_ptr": "*bf16", "angles_ptr": "*fp32", "positions_ptr": "*i32",
+    "slot_mapping_ptr": "*i32",
+}  # fmt: skip
 # There a long sequence, in a step of so many, has up to so many programs for each KV head, one for each so many tokens.
 _SHARED, _MOST_SPLITS, _SHARE = 64, 8, 4096
 _PROGRAMS = 128  # that there are to be, else they share sooner
@@ -83,9 +88,12 @@ class AttentionLaunches(CudaLowering):
             ]  # fmt: skip
 
         (attention,) = (n for n in self.graph.nodes if n.op == "paged_attention" and n.attrs["layer"] == a["layer"])
-        ways: list[tuple[int | None, list[Launch]]] = [(_FEW, way(1, 4)), (None, way(4, 4))]
-        if self._joined(attention) is node:
-            ways.insert(0, (max(_AS_ONE), way(1, 4, mixed_only=True)))
+        joined = max((most for most, *_ in _DECODE if most and self._joined_for(attention, most) is node), default=0)
+        ways: list[tuple[int | None, list[Launch]]] = [(None, way(4, 4))]
+        if joined < _FEW:
+            ways.insert(0, (_FEW, way(1, 4)))
+        if joined:
+            ways.insert(0, (joined, way(1, 4, mixed_only=True)))
         self.ways(node.op, NUM_TOKENS, ways)
 
     def _rotated(self, node: Node) -> dict[str, tuple[str, Any]]:
@@ -112,6 +120,11 @@ class AttentionLaunches(CudaLowering):
         alone = len(self.consumers[maker.output]) == len(self.consumers[node.inputs["q"]]) == 1
         return maker if whole and few and alone else None
 
+    def _joined_for(self, node: Node, most: int | None) -> Node | None:
+        """The rotary positions and append that this attention does itself in decode steps of up to `most` sequences."""
+        ahead = most is not None and most <= _ROPE_AHEAD and self._reads_ahead(node)
+        return self._joined(node) if most in _AS_ONE or ahead else None
+
     def _attention(self, node: Node) -> None:
         a = node.attrs
         kv_heads = a["num_kv_heads"]
@@ -136,22 +149,23 @@ class AttentionLaunches(CudaLowering):
 
     def _paged_attention(self, node: Node) -> None:
         self._count_cache(node)
-        rope, of_rows = self._joined(node), "rows" in node.inputs
+        of_rows = "rows" in node.inputs
         ways: list[tuple[int | None, list[Launch]]] = []
         for most, *about in _DECODE:
-            if rope is not None and most is not None and most in _AS_ONE:
-                decode = self._rope_decode(node, rope, most, *_AS_ONE[most])
-            elif most in _AHEAD and self._reads_ahead(node):
-                decode = self._decode_ahead(node, most, when="decode" if of_rows else "")
-                if not of_rows:
-                    ways.append((most, [decode]))
-                    continue
-            elif of_rows:
-                decode = self._decode(node, most, *about, when="decode")
+            rope, ahead = self._joined_for(node, most), most in _AHEAD and self._reads_ahead(node)
+            when = "decode" if of_rows or rope is not None else ""
+            if rope is not None and most in _AS_ONE:
+                assert most is not None
+                launches = [self._rope_decode(node, rope, most, *_AS_ONE[most])]
+            elif ahead:
+                launches = [self._decode_ahead(node, most, when=when, rope=rope)]
             else:
-                ways.append((most, [self._decode(node, most, *about)]))
-                continue
-            ways.append((most, [decode, self._decode(node, most, *about, when="mixed", of_rows=of_rows)]))
+                launches = [self._decode(node, most, *about, when=when)]
+            if when and ahead and not of_rows:
+                launches.append(self._decode_ahead(node, most, when="mixed"))
+            elif when:
+                launches.append(self._decode(node, most, *about, when="mixed", of_rows=of_rows))
+            ways.append((most, launches))
         self.ways(node.op, NUM_LOGITS if of_rows else NUM_SEQS, ways)
         if not of_rows:
             self._prefill(node)
@@ -183,8 +197,8 @@ class AttentionLaunches(CudaLowering):
         group, dim = node.attrs["num_heads"] // node.attrs["num_kv_heads"], node.attrs["head_dim"]
         return self.arch == "sm_90a" and group <= 16 and dim == v_head_dim(node.attrs) and dim in (32, 64, 128)
 
-    def _decode_ahead(self, node: Node, most: int | None, *, when: str) -> Launch:
-        """Of the sequences that have one token in a step."""
+    def _decode_ahead(self, node: Node, most: int | None, *, when: str, rope: Node | None = None) -> Launch:
+        """Of the sequences that have one token in a step; with `rope`, rotary positions and append too."""
         warps, nbytes, tiles = _AHEAD[most][0 if self._is_quantized(node) else 1]
         kv_heads, group = node.attrs["num_kv_heads"], node.attrs["num_heads"] // node.attrs["num_kv_heads"]
         block_n = max(nbytes // self._tile_bytes(node, 1), 16 * warps)
@@ -194,11 +208,17 @@ class AttentionLaunches(CudaLowering):
             self.share = min(self.share or share, share)
         options = self._options(node)
         del options["V_HEAD_DIM"]
+        args = self._common(node) | self._shared_out(node, most, splits)
+        args |= {name: (kind, None) for name, kind in _ROPE_POINTERS.items()} | {"eps": ("fp32", 0.0)}
+        if rope is not None:
+            rotated = self._rotated(rope)
+            args |= {"q_ptr": rotated.pop("qkv_ptr"), "angles_ptr": rotated.pop("table_ptr"), **rotated}
+            args["slot_mapping_ptr"] = ("*i32", "i:slot_mapping")
         return self.launch(
             "cache_attention", "cache_attention", [[NUM_SPLITS, 1] if splits > 1 else 1, kv_heads, [NUM_ALONE, 1]],
-            self._common(node) | self._shared_out(node, most, splits), num_warps=warps, when=when,
-            BLOCK_G=8 if group <= 8 else 16, BLOCK_N=block_n, STAGES=tiles, NUM_SPLITS=splits, SHARE=share, PUSH=True,
-            PULL=True, **options,
+            args, num_warps=warps, when=when, BLOCK_G=8 if group <= 8 else 16, BLOCK_N=block_n, STAGES=tiles,
+            NUM_SPLITS=splits, SHARE=share, ROPE=rope is not None, NORM=rope is not None and "q_norm" in rope.inputs,
+            PUSH=True, PULL=True, **options,
         )  # fmt: skip
 
     def _rope_decode(

@@ -34,8 +34,10 @@ from trtllm_cli.kernels.triton.cache_tiles import (
     weights_of,
     with_values,
 )
-from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, dot_dtype, read_steps
+from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, dot_dtype, in_log2, read_steps
 from trtllm_cli.kernels.triton.device import as_stored, flagged
+from trtllm_cli.kernels.triton.rope_append import cache_offsets
+from trtllm_cli.kernels.triton.rope_tiles import norms_of, rotated, turns_of
 
 
 @gluon.jit
@@ -61,13 +63,24 @@ def _pull(
 
 
 @gluon.jit
+def _with_new(found, lse, value, score):
+    """What over_warps found of older tokens, and the new token's value, whose weights are 2**score."""
+    top = gl.maximum(lse, score)
+    old, new = gl.exp2(lse - top), gl.exp2(score - top)
+    total = old + new
+    mean = found * (old / total)[:, None] + value.to(gl.float32)[None, :] * (new / total)[:, None]
+    return mean, top + gl.log2(total)
+
+
+@gluon.jit
 def cache_attention(
     q_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, query_start_ptr, seq_lens_ptr, sinks_ptr, kv_scale_ptr,
-    out_scale_ptr, out_ptr, partial_ptr, lse_ptr, step_ptr, calls, call, max_blocks, scale, softcap,
+    out_scale_ptr, out_ptr, partial_ptr, lse_ptr, step_ptr, q_norm_ptr, k_norm_ptr, angles_ptr, positions_ptr,
+    slot_mapping_ptr, calls, call, max_blocks, scale, softcap, eps,
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, KV_QUANT: gl.constexpr, BLOCK_G: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_SPLITS: gl.constexpr, SHARE: gl.constexpr, PUSH: gl.constexpr,
-    PULL: gl.constexpr, PDL: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_SPLITS: gl.constexpr, SHARE: gl.constexpr, ROPE: gl.constexpr,
+    NORM: gl.constexpr, PUSH: gl.constexpr, PULL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid (splits, NUM_KV_HEADS * cdiv(GROUP, BLOCK_G), num_seqs); arguments as in decode_attention.
 
@@ -75,6 +88,10 @@ def cache_attention(
     than one, programs push and pull as decode_attention's do. HEAD_DIM is a power of two of at least 32, BLOCK_G 8 or a
     multiple of 16. STAGES tiles of BLOCK_N tokens, 16 or a multiple a warp, are on their way. The kernel in front may
     write this step's tokens to the cache, and no others.
+
+    With ROPE the queries are a linear's output [num_seqs, (NUM_KV_HEADS * (GROUP + 2)) * HEAD_DIM], one token each, and
+    what rope_append does is done here, with its arguments: q_norm, k_norm (read with NORM), angles, its table, of
+    halves; positions, slot_mapping and eps.
     """
     split, seq = gl.program_id(0), gl.program_id(2)
     if PDL:
@@ -85,6 +102,7 @@ def cache_attention(
     NUM_HEADS: gl.constexpr = NUM_KV_HEADS * GROUP
     DTYPE: gl.constexpr = dot_dtype(q_ptr.dtype.element_ty, KV_QUANT)
     STORED: gl.constexpr = k_cache_ptr.dtype.element_ty
+    HALF: gl.constexpr = HEAD_DIM // 2
     TILES_G: gl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
     kv_head = gl.program_id(1) // TILES_G
     first_member = gl.program_id(1) % TILES_G * BLOCK_G
@@ -107,7 +125,10 @@ def cache_attention(
             gdc_wait()  # else this kernel could end before the one in front, and the next one take that for ended too
         return
 
-    newest = (length - 1) // BLOCK_N * BLOCK_N  # where the last tile begins, which the new token is in
+    stop = length  # of the tokens that are in the cache when this kernel reads it
+    if ROPE:
+        stop = length - 1
+    newest = (gl.maximum(stop, 1) - 1 if ROPE else stop - 1) // BLOCK_N * BLOCK_N  # where the last tile begins
     final, num_splits = newest, 1  # of this program
     if NUM_SPLITS > 1:
         num_tiles = (newest - first) // BLOCK_N + 1
@@ -120,9 +141,14 @@ def cache_attention(
         final = gl.minimum(first + (share - 1) * BLOCK_N, newest)
         if split > 0:
             rows = rows_of_tiles(
-                table_ptr, first, length, kv_head, STAGES, BLOCK_N, NUM_KV_HEADS, BLOCK_SIZE, of_copied
+                table_ptr, first, stop, kv_head, STAGES, BLOCK_N, NUM_KV_HEADS, BLOCK_SIZE, of_copied
             )  # fmt: skip
     row = token.to(gl.int64) * NUM_HEADS + first_head
+    q_row = row
+    if ROPE:
+        q_row += token.to(gl.int64) * (2 * NUM_KV_HEADS)
+        angles_ptr += gl.load(positions_ptr + token).to(gl.int64) * HEAD_DIM
+        slot_of_new = gl.load(slot_mapping_ptr + token)
     k_scale, v_scale, out_step = read_steps(kv_scale_ptr, out_scale_ptr, out_ptr, KV_QUANT)
     factor = v_scale / out_step
     flag = 0
@@ -138,24 +164,26 @@ def cache_attention(
         PARTS: gl.constexpr = parts_of_values(STORED)
         WIDTH: gl.constexpr = HEAD_DIM // PARTS
         VALUES: gl.constexpr = STORED if PARTS == 1 else gl.int32
+        new_values_ptr = v_cache_ptr
         v_cache_ptr = v_cache_ptr.to(gl.pointer_type(VALUES))
         k_smem = gl.allocate_shared_memory(STORED, [STAGES, warps, COUNT, HEAD_DIM], in_banks(STORED, HEAD_DIM))
         v_smem = gl.allocate_shared_memory(VALUES, [STAGES, warps, COUNT, WIDTH], in_banks(VALUES, WIDTH))
         for s in gl.static_range(STAGES):
             start = first + s * BLOCK_N
-            if (start <= final) & (start < newest):
-                copy_tile(k_smem.index(s), v_smem.index(s), k_cache_ptr, v_cache_ptr, rows[s], start, length, copied)
+            if (start <= final) & (ROPE | (start < newest)):  # else the last tile has what the step appends
+                copy_tile(k_smem.index(s), v_smem.index(s), k_cache_ptr, v_cache_ptr, rows[s], start, stop, copied)
             else:
                 async_copy.commit_group()
         last_rows = rows_of_tile(
-            table_ptr, newest, length, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied
+            table_ptr, newest, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied
         )  # fmt: skip
 
         lanes: gl.constexpr = lanes_of_row(HEAD_DIM, 8)
         in_lines: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
         members = gl.arange(0, BLOCK_G, gl.SliceLayout(1, in_lines))
         columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, in_lines))[None, :]
-        q_ptrs = q_ptr + ((row + members) * HEAD_DIM)[:, None] + columns
+        q_ptrs = q_ptr + ((q_row + members) * HEAD_DIM)[:, None]
+        is_head = (members < num_heads)[:, None]
         q_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_G, HEAD_DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
         combined: gl.constexpr = in_columns(HEAD_DIM, warps)
         of_combined: gl.constexpr = gl.SliceLayout(0, combined)
@@ -164,15 +192,37 @@ def cache_attention(
         sinks = heads.to(gl.float32)
         if SINKS:
             sinks = gl.load(sinks_ptr + first_head + heads, mask=real, other=0.0).to(gl.float32) * LOG2E
+        across = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, of_combined))
+        if ROPE:
+            far = (columns + HALF) % HEAD_DIM
+            turns = turns_of(angles_ptr, columns, HEAD_DIM)
+            q_norms, k_norms = norms_of(q_norm_ptr, columns, far, NORM), norms_of(k_norm_ptr, columns, far, NORM)
+            k_row = q_ptr + (q_row + (NUM_HEADS - first_head) + kv_head) * HEAD_DIM
     if PDL:
         gdc_wait()
     if PUSH:
-        slot = (newest - first) // BLOCK_N
-        if (slot < STAGES) & (final == newest):
-            copy_tile(
-                k_smem.index(slot), v_smem.index(slot), k_cache_ptr, v_cache_ptr, last_rows, newest, length, copied
-            )
-        q = gl.load(q_ptrs, mask=(members < num_heads)[:, None], other=0.0)
+        q = gl.load(q_ptrs + columns, mask=is_head, other=0.0)
+        if ROPE:
+            key, value = gl.load(k_row + columns), gl.load(k_row + NUM_KV_HEADS * HEAD_DIM + across).to(gl.float32)
+            q_far, key_far = gl.load(q_ptrs + far, mask=is_head, other=0.0), gl.load(k_row + far)
+            q = rotated(q, q_far, turns, q_norms, eps, 1, NORM).to(q.dtype)  # rounded as a q in memory is
+            key = rotated(key, key_far, turns, k_norms, eps, 1, NORM)
+            if KV_QUANT:
+                key, value = gl.div_rn(key, k_scale), gl.div_rn(value, v_scale)
+            key, value = as_stored(key, STORED), as_stored(value, STORED)
+            if (split == 0) & (first_member == 0) & (slot_of_new >= 0):
+                at = cache_offsets(slot_of_new, kv_head, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
+                gl.store(k_cache_ptr + at + columns, key)
+                gl.store(new_values_ptr + at + across, value)
+            product = gl.sum(queries_for_dot(q, DTYPE).to(gl.float32) * key.to(gl.float32), 1)
+            score = in_log2(product, scale * k_scale, softcap, SOFTCAP)
+            score = gl.convert_layout(score, gl.SliceLayout(1, of_combined))
+        else:
+            slot = (newest - first) // BLOCK_N
+            if (slot < STAGES) & (final == newest):
+                copy_tile(
+                    k_smem.index(slot), v_smem.index(slot), k_cache_ptr, v_cache_ptr, last_rows, newest, stop, copied
+                )
         q_smem.store(queries_for_dot(q, DTYPE))
         gl.thread_barrier()
         q_low, q_high = halves(q_smem, warps, of_queries)
@@ -187,7 +237,7 @@ def cache_attention(
             gl.thread_barrier()
             i = (start - first) // BLOCK_N % STAGES
             k, k_high = keys(k_smem.index(i), DTYPE, of_keys)
-            seen = seen_of(start, length, lowest, warps, COUNT, WINDOW, mma)
+            seen = seen_of(start, stop, lowest, warps, COUNT, WINDOW, mma)
             weights, more, new_top = weights_of(
                 q_low, q_high, k, k_high, seen, scale * k_scale, softcap, top, SOFTCAP, mma
             )  # fmt: skip
@@ -196,9 +246,9 @@ def cache_attention(
             if ahead <= final:
                 gl.thread_barrier()
                 next_rows = rows_of_tile(
-                    table_ptr, ahead, length, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied
+                    table_ptr, ahead, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied
                 )  # fmt: skip
-                copy_tile(k_smem.index(i), v_smem.index(i), k_cache_ptr, v_cache_ptr, next_rows, ahead, length, copied)
+                copy_tile(k_smem.index(i), v_smem.index(i), k_cache_ptr, v_cache_ptr, next_rows, ahead, stop, copied)
             else:
                 async_copy.commit_group()
             shrink = gl.exp2(top - new_top)
@@ -206,16 +256,17 @@ def cache_attention(
             accs = with_values(accs, shrink, v, weights, right)
 
         found, lse = over_warps(by_heads(accs), top, total, combined)
-        across = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, of_combined))[None, :]
+        if ROPE and split == 0:
+            found, lse = _with_new(found, lse, value, score)
         if num_splits == 1:
             factors = gl.full([BLOCK_G], 1.0, gl.float32, gl.SliceLayout(1, of_combined)) * factor
             if SINKS:
                 factors = factors / (1.0 + gl.exp2(sinks - lse))
             y = as_stored(found * factors[:, None], out_ptr.dtype.element_ty)
-            gl.store(out_ptr + ((row + heads) * HEAD_DIM)[:, None] + across, y, mask=real[:, None])
+            gl.store(out_ptr + ((row + heads) * HEAD_DIM)[:, None] + across[None, :], y, mask=real[:, None])
         elif NUM_SPLITS > 1:
             places = (seq.to(gl.int64) * NUM_HEADS + first_head + heads) * NUM_SPLITS + split
-            parts_ptrs = partial_ptr + (places * HEAD_DIM)[:, None] + across
+            parts_ptrs = partial_ptr + (places * HEAD_DIM)[:, None] + across[None, :]
             gl.store(parts_ptrs, flagged(found, flag), mask=real[:, None])
             gl.store(lse_ptr + places, flagged(lse, flag), mask=real)
 

@@ -39,35 +39,7 @@ from trtllm_cli.kernels.triton.cache_tiles import (
 from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, dot_dtype, in_log2, read_steps, share_of
 from trtllm_cli.kernels.triton.device import as_stored, flagged
 from trtllm_cli.kernels.triton.rope_append import cache_offsets
-
-
-@gluon.jit
-def _turns(angles, columns, HEAD_DIM: gl.constexpr):
-    """What a head's columns, and those half a head away, are times: cosines, and sines with their signs."""
-    HALF: gl.constexpr = HEAD_DIM // 2
-    sin = gl.load(angles + HALF + columns % HALF)
-    return gl.load(angles + columns % HALF), gl.where(columns < HALF, -sin, sin)
-
-
-@gluon.jit
-def _norms(norm_ptr, columns, far_columns, NORM: gl.constexpr):
-    """The head norm's weights of columns and of those half a head away."""
-    weight, far_weight = 1.0, 1.0
-    if NORM:
-        weight = gl.load(norm_ptr + columns).to(gl.float32)
-        far_weight = gl.load(norm_ptr + far_columns).to(gl.float32)
-    return weight, far_weight
-
-
-@gluon.jit
-def _rotated(x, far, turns, norms, eps, axis: gl.constexpr, NORM: gl.constexpr):
-    """Heads, with their columns along `axis`, normed and rotated, of their columns and those half a head away."""
-    x, far = x.to(gl.float32), far.to(gl.float32)
-    if NORM:
-        factor = gl.rsqrt(gl.sum(x * x, axis, keep_dims=axis > 0) / x.shape[axis] + eps)
-        x *= factor * norms[0]
-        far *= factor * norms[1]
-    return x * turns[0] + far * turns[1]
+from trtllm_cli.kernels.triton.rope_tiles import norms_of, rotated, turns_of
 
 
 @gluon.jit
@@ -137,9 +109,9 @@ def rope_decode_attention(
     columns = gl.arange(0, HEAD_DIM, in_row)
     far_columns = (columns + HALF) % HEAD_DIM
     own_columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, pulled))
-    turns = _turns(angles, columns, HEAD_DIM)
-    q_norms = _norms(q_norm_ptr, columns, far_columns, NORM)
-    k_norms = _norms(k_norm_ptr, columns, far_columns, NORM)
+    turns = turns_of(angles, columns, HEAD_DIM)
+    q_norms = norms_of(q_norm_ptr, columns, far_columns, NORM)
+    k_norms = norms_of(k_norm_ptr, columns, far_columns, NORM)
 
     if PUSH:
         copied: gl.constexpr = in_copies(STORED, HEAD_DIM, warps)
@@ -169,7 +141,7 @@ def rope_decode_attention(
         members = gl.arange(0, BLOCK_G, gl.SliceLayout(1, in_lines))
         across = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, in_lines))[None, :]
         far_across = (across + HALF) % HEAD_DIM
-        q_turns, norms = _turns(angles, across, HEAD_DIM), _norms(q_norm_ptr, across, far_across, NORM)
+        q_turns, norms = turns_of(angles, across, HEAD_DIM), norms_of(q_norm_ptr, across, far_across, NORM)
         q_ptrs = row + ((first_head + members) * HEAD_DIM)[:, None]
         is_head = (members < num_heads)[:, None]
         q_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_G, HEAD_DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
@@ -193,7 +165,7 @@ def rope_decode_attention(
     key, key_far = gl.load(k_row + columns), gl.load(k_row + far_columns)
     value = gl.load(k_row + NUM_KV_HEADS * HEAD_DIM + own_columns).to(gl.float32)
     if PUSH:
-        q = _rotated(q, q_far, q_turns, norms, eps, 1, NORM)
+        q = rotated(q, q_far, q_turns, norms, eps, 1, NORM)
         q_smem.store(queries_for_dot(q.to(WIDE), DTYPE))  # rounded as a q in memory is
         gl.thread_barrier()
         q_low, q_high = halves(q_smem, warps, of_queries)
@@ -237,7 +209,7 @@ def rope_decode_attention(
         gl.store(lse_ptr + places, flagged(lse, flag), mask=real)
 
     if PULL and split < num_heads:
-        new_key = _rotated(key, key_far, turns, k_norms, eps, 0, NORM)
+        new_key = rotated(key, key_far, turns, k_norms, eps, 0, NORM)
         new_value = value
         if KV_QUANT:
             new_key, new_value = gl.div_rn(new_key, k_scale), gl.div_rn(value, v_scale)
@@ -250,7 +222,7 @@ def rope_decode_attention(
         for member in range(split, num_heads, NUM_SPLITS):
             head = first_head + member
             q_row = row + head * HEAD_DIM
-            query = _rotated(gl.load(q_row + columns), gl.load(q_row + far_columns), turns, q_norms, eps, 0, NORM)
+            query = rotated(gl.load(q_row + columns), gl.load(q_row + far_columns), turns, q_norms, eps, 0, NORM)
             query = queries_for_dot(query.to(WIDE), DTYPE).to(gl.float32)
             score = in_log2(gl.sum(query * stored_key.to(gl.float32), 0), scale * k_scale, softcap, SOFTCAP)
             places_of = (seq_row + head) * NUM_SPLITS + gl.minimum(part, num_splits - 1) + own_columns[None, :] * 0
