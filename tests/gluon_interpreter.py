@@ -170,7 +170,7 @@ class _Memory:
         places = self.places.take(np.arange(int(start), int(start) + int(length)), axis=int(dim))
         return _Memory(self.buffer, self.dtype, places)
 
-    def _reinterpret(self, dtype: Any, shape: Any, layout: Any) -> _Memory:
+    def reinterpret(self, dtype: Any, shape: Any, layout: Any) -> _Memory:
         assert dtype == self.dtype
         assert self.places.size == len(self.buffer.values), "only memory as a whole is seen as another shape"
         return _Memory(self.buffer, dtype, _places(shape, layout))
@@ -486,9 +486,10 @@ def _modules() -> dict[str, ModuleType]:
     gl.full = lambda shape, value, dtype, layout=None: tl.full(shape, value, tl.float32).to(dtype)
     gl.convert_layout = lambda x, layout, assert_trivial=False: x
     gl.num_warps = lambda: _program.num_warps
-    gl.allocate_shared_memory, gl.thread_barrier, gl.inline_asm_elementwise = _allocate, _barrier, _assembly
+    gl.allocate_shared_memory, gl.barrier, gl.inline_asm_elementwise = _allocate, _barrier, _assembly
+    gl.shared_memory_descriptor = _Memory
     hopper.async_copy = ampere.async_copy = SimpleNamespace(
-        async_copy_global_to_shared=_copy, commit_group=_commit_group, wait_group=_wait_group
+        async_load=_copy, commit_group=_commit_group, wait_group=_wait_group
     )
     hopper.async_copy.mbarrier_arrive = _arrive_with_copies
     hopper.mbarrier = SimpleNamespace(init=_init_barrier, arrive=_arrive, wait=_wait_for, MBarrierLayout=_layout)

@@ -99,12 +99,12 @@ def test_prompts_of_a_mixed_step_are_left_alone(launch):
             "not landed|has not been written",
         ),
         (
-            "            gl.thread_barrier()\n            i =",
+            "            barrier()\n            i =",
             "            i =",
             "no barrier between a write and a read",
         ),
-        ("                gl.thread_barrier()\n", "", "no barrier between a read and a write"),
-        ("        gl.thread_barrier()\n        q_low", "        q_low", "no barrier between a write and a read"),
+        ("                barrier()\n", "", "no barrier between a read and a write"),
+        ("        barrier()\n        q_low", "        q_low", "no barrier between a write and a read"),
     ],
 )
 def test_what_is_not_waited_for_is_seen(tmp_path, line, instead, says):

@@ -10,7 +10,7 @@ from tests import gluon_interpreter
 from trtllm_cli.kernels.triton import stream_linear
 
 CHANGES = [
-    ("        gl.thread_barrier()", "        pass", "no barrier between a write and a read"),
+    ("        barrier()", "        pass", "no barrier between a write and a read"),
     ("        fence_async_shared()", "        pass", "no fence between a write and a product"),
     ("async_copy.wait_group(max(STAGES - 2, 0))", "async_copy.wait_group(STAGES - 1)", "what is read has not landed"),
     ("        async_copy.wait_group(0)", "        pass", "what is read has not landed"),

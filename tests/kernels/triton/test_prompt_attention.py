@@ -85,7 +85,7 @@ def test_sizes_of_blocks(launch, block_size, cache_dtype):
             "wait for each other",
         ),
         ("acc = warpgroup_mma_wait(0, (acc,))", "pass", "never waited for|a product under way"),
-        ("    gl.thread_barrier()", "    pass", "no barrier between a write and a read"),
+        ("    barrier()", "    pass", "no barrier between a write and a read"),
     ],
 )
 def test_what_is_not_waited_for_is_seen(tmp_path, line, instead, says):

@@ -95,8 +95,8 @@ def test_words_go_from_shared_memory_to_tensor_cores(compile_kernel, linear, til
 
 
 CHANGES = [
-    ("        gl.thread_barrier()  # also", "        pass  # also", "no barrier between a "),
-    ("        gl.thread_barrier()\n        if STAGES", "        if STAGES", "no barrier between a "),
+    ("        barrier()  # also", "        pass  # also", "no barrier between a "),
+    ("        barrier()\n        if STAGES", "        if STAGES", "no barrier between a "),
     ("        fence_async_shared()", "        pass", "no fence between a write and a product"),
     ("wait_group(STAGES - 1)", "wait_group(STAGES)", "what is read has not landed"),
     ("waited(1 if parts > 1 else 0, sums)", "waited(2, sums)", "a product under way reads what is overwritten"),

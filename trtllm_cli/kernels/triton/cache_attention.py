@@ -36,6 +36,7 @@ from trtllm_cli.kernels.triton.cache_tiles import (
 )
 from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, dot_dtype, in_log2, read_steps
 from trtllm_cli.kernels.triton.device import as_stored, flagged
+from trtllm_cli.kernels.triton.gluon_names import barrier
 from trtllm_cli.kernels.triton.rope_append import cache_offsets
 from trtllm_cli.kernels.triton.rope_tiles import norms_of, rotated, turns_of
 
@@ -224,7 +225,7 @@ def cache_attention(
                     k_smem.index(slot), v_smem.index(slot), k_cache_ptr, v_cache_ptr, last_rows, newest, stop, copied
                 )
         q_smem.store(queries_for_dot(q, DTYPE))
-        gl.thread_barrier()
+        barrier()
         q_low, q_high = halves(q_smem, warps, of_queries)
         top = gl.full([warps, BLOCK_G], LOWEST, gl.float32, gl.SliceLayout(2, mma))
         total = gl.zeros([warps, BLOCK_G], gl.float32, gl.SliceLayout(2, mma))
@@ -234,7 +235,7 @@ def cache_attention(
                 async_copy.wait_group(0)
             else:
                 async_copy.wait_group(STAGES - 1)
-            gl.thread_barrier()
+            barrier()
             i = (start - first) // BLOCK_N % STAGES
             k, k_high = keys(k_smem.index(i), DTYPE, of_keys)
             seen = seen_of(start, stop, lowest, warps, COUNT, WINDOW, mma)
@@ -244,7 +245,7 @@ def cache_attention(
             v = values(v_smem.index(i), STORED, DTYPE, left)
             ahead = start + STAGES * BLOCK_N
             if ahead <= final:
-                gl.thread_barrier()
+                barrier()
                 next_rows = rows_of_tile(
                     table_ptr, ahead, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied
                 )  # fmt: skip

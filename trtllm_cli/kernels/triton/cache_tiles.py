@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from trtllm_cli.kernels.triton.decode_attention import byte_of, in_log2
 from trtllm_cli.kernels.triton.device import await_flagged, await_words, await_words_constraints, is_compiled
+from trtllm_cli.kernels.triton.gluon_names import barrier, copy_to_shared
 
 
 @gluon.constexpr_function
@@ -110,7 +111,7 @@ def copy_rows(smem, cache_ptr, rows, first, stop, layout: gl.constexpr):
     columns = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
     at = (places[None, :] * WIDTH)[:, :, None] + columns[None, None, :]
     starts = (rows * WIDTH)[:, :, None]
-    async_copy.async_copy_global_to_shared(smem, cache_ptr + starts + at, mask=live[:, :, None])
+    copy_to_shared(smem, cache_ptr + starts + at, mask=live[:, :, None])
 
 
 @gluon.jit
@@ -219,7 +220,7 @@ def over_warps(acc, top, total, layout: gl.constexpr):
     acc_smem.store(acc)
     top_smem.store(top)
     total_smem.store(total)
-    gl.thread_barrier()
+    barrier()
     tops, totals = top_smem.load(gl.SliceLayout(2, layout)), total_smem.load(gl.SliceLayout(2, layout))
     top = gl.max(tops, 0)
     shrinks = gl.exp2(tops - top[None, :])

@@ -21,6 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST
 from trtllm_cli.kernels.triton.device import as_stored, tanh
+from trtllm_cli.kernels.triton.gluon_names import barrier, copy_to_shared
 from trtllm_cli.kernels.triton.prefill_attention import tile_of
 
 ROWS = gl.constexpr(64)  # of a warpgroup that multiplies
@@ -73,7 +74,7 @@ def _bring(
             live = (token + c * CHUNK + rows < stop)[:, None] & (cols < HEAD_DIM)[None, :]
             ptrs = (k_ptr, v_ptr)[part] + bases[c] + inside
             if STORED == DTYPE:
-                async_copy.async_copy_global_to_shared(memory.slice(c * CHUNK, CHUNK), ptrs, live)
+                copy_to_shared(memory.slice(c * CHUNK, CHUNK), ptrs, live)
             else:
                 memory.slice(c * CHUNK, CHUNK).store(gl.load(ptrs, mask=live, other=0.0).to(gl.float32).to(DTYPE))
         if STORED == DTYPE:
@@ -160,7 +161,7 @@ def _attend(
     mine = q_smem.index(which)
     mine.store(gl.load(q_ptr + offsets, mask=mask, other=0.0))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
     # Row i sees tokens lowest[i] .. bounds[i] - 1 of the sequence.
     before = length - num_queries

@@ -38,6 +38,7 @@ from trtllm_cli.kernels.triton.cache_tiles import (
 )
 from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, dot_dtype, in_log2, read_steps, share_of
 from trtllm_cli.kernels.triton.device import as_stored, flagged
+from trtllm_cli.kernels.triton.gluon_names import barrier
 from trtllm_cli.kernels.triton.rope_append import cache_offsets
 from trtllm_cli.kernels.triton.rope_tiles import norms_of, rotated, turns_of
 
@@ -147,11 +148,11 @@ def rope_decode_attention(
         q_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_G, HEAD_DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
         seen = seen_of(first, stop, lowest, warps, COUNT, WINDOW, mma)
         async_copy.wait_group(0)
-        gl.thread_barrier()
+        barrier()
         k, k_high = keys(k_smem.index(0), DTYPE, of_keys)
         v = values(v_smem.index(0), STORED, DTYPE, left)
         if ahead < stop:
-            gl.thread_barrier()
+            barrier()
             copy_tile(k_smem.index(0), v_smem.index(0), k_cache_ptr, values_ptr, rows, ahead, stop, copied)
             ahead += BLOCK_N
             rows = rows_of_tile(tiles_ptr, ahead, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
@@ -167,7 +168,7 @@ def rope_decode_attention(
     if PUSH:
         q = rotated(q, q_far, q_turns, norms, eps, 1, NORM)
         q_smem.store(queries_for_dot(q.to(WIDE), DTYPE))  # rounded as a q in memory is
-        gl.thread_barrier()
+        barrier()
         q_low, q_high = halves(q_smem, warps, of_queries)
         top = gl.full([warps, BLOCK_G], LOWEST, gl.float32, gl.SliceLayout(2, mma))
         weights, total, top = weights_of(
@@ -178,7 +179,7 @@ def rope_decode_attention(
         if first + BLOCK_N < stop:
             for start in range(first + BLOCK_N, stop, BLOCK_N):
                 async_copy.wait_group(STAGES - 1)
-                gl.thread_barrier()
+                barrier()
                 i = (start - first) // BLOCK_N % STAGES
                 k, k_high = keys(k_smem.index(i), DTYPE, of_keys)
                 seen = seen_of(start, stop, lowest, warps, COUNT, WINDOW, mma)
@@ -186,7 +187,7 @@ def rope_decode_attention(
                     q_low, q_high, k, k_high, seen, scale * k_scale, softcap, top, SOFTCAP, mma
                 )  # fmt: skip
                 v = values(v_smem.index(i), STORED, DTYPE, left)
-                gl.thread_barrier()
+                barrier()
                 copy_tile(k_smem.index(i), v_smem.index(i), k_cache_ptr, values_ptr, rows, ahead, stop, copied)
                 ahead += BLOCK_N
                 rows = rows_of_tile(tiles_ptr, ahead, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied)
@@ -194,7 +195,7 @@ def rope_decode_attention(
                 total, top = total * shrink + more, new_top
                 accs = with_values(accs, shrink, v, weights, right)
             async_copy.wait_group(0)
-            gl.thread_barrier()
+            barrier()
 
         combined: gl.constexpr = in_columns(HEAD_DIM, warps)
         found, lse = over_warps(by_heads(accs), top, total, combined)

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_cli.kernels.triton.device import gated, steps_in_one
+from trtllm_cli.kernels.triton.gluon_names import barrier, copy_to_shared, reinterpret
 from trtllm_cli.kernels.triton.over_ranks import in_pairs, over_ranks, read_deltas, read_flag
 
 
@@ -48,7 +49,7 @@ def copy_weights(w_smem, w_ptr, first, r, slot, PART: gl.constexpr, outputs: gl.
     columns = gl.arange(0, BK, gl.SliceLayout(0, layout))
     at = rows % ROWS * PART + rows // ROWS % HALVES * (outputs * K) + rows // (HALVES * ROWS) * BK
     w_ptr += first.to(gl.int64) * K + r * (ROUND * BK)
-    async_copy.async_copy_global_to_shared(w_smem.index(slot), w_ptr + (at[:, None] + columns[None, :]))
+    copy_to_shared(w_smem.index(slot), w_ptr + (at[:, None] + columns[None, :]))
 
 
 @gluon.jit
@@ -62,7 +63,7 @@ def copy_inputs(x_smem, x_ptr, num_tokens, r, slot, PART: gl.constexpr, K: gl.co
     columns = gl.arange(0, BK, gl.SliceLayout(0, layout))
     at = gl.minimum(rows % BM, num_tokens - 1) * K + rows // BM % PARTS * PART + rows // (PARTS * BM) * BK
     x_ptr += r * (ROUND * BK)
-    async_copy.async_copy_global_to_shared(x_smem.index(slot), x_ptr + (at[:, None] + columns[None, :]))
+    copy_to_shared(x_smem.index(slot), x_ptr + (at[:, None] + columns[None, :]))
 
 
 @gluon.constexpr_function
@@ -315,11 +316,11 @@ def stream_linear(
     )
     acc = gl.zeros([ROWS, PARTS * BM], gl.float32, mma)
     up = gl.zeros([ROWS, PARTS * BM], gl.float32, mma)
-    w_pieces = w_smem._reinterpret(DTYPE, [STAGES * ROUND * HALVES, ROWS, BK], pieces_layout)
-    x_pieces = x_smem._reinterpret(DTYPE, [X_PIECES, PARTS * BM, BK], pieces_layout)
+    w_pieces = reinterpret(w_smem, DTYPE, [STAGES * ROUND * HALVES, ROWS, BK], pieces_layout)
+    x_pieces = reinterpret(x_smem, DTYPE, [X_PIECES, PARTS * BM, BK], pieces_layout)
     for r in range(rounds):
         async_copy.wait_group(max(STAGES - 2, 0))
-        gl.thread_barrier()  # also of the products before, which read the slot that is filled next
+        barrier()  # also of the products before, which read the slot that is filled next
         fence_async_shared()
         for u in gl.static_range(ROUND):
             slot = r % STAGES * ROUND + u

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_cli.kernels.triton.device import gated
+from trtllm_cli.kernels.triton.gluon_names import barrier, copy_to_shared, reinterpret
 from trtllm_cli.kernels.triton.over_ranks import over_ranks, read_deltas, read_flag
 from trtllm_cli.kernels.triton.stream_linear import (
     pieces_at_once,
@@ -55,7 +56,7 @@ def _copy_words(w_smem, w_ptr, block, group, slot, blocks: gl.constexpr, K: gl.c
     inside = gl.arange(0, BYTES, gl.SliceLayout(0, layout))
     at = parts // PARTS * (blocks * 8 * K) + parts % PARTS * (8 * K // PARTS)
     w_ptr = w_ptr.to(gl.pointer_type(gl.int8)) + block.to(gl.int64) * (8 * K) + group * BYTES
-    async_copy.async_copy_global_to_shared(w_smem.index(slot), w_ptr + (at[:, None] + inside[None, :]))
+    copy_to_shared(w_smem.index(slot), w_ptr + (at[:, None] + inside[None, :]))
 
 
 @gluon.jit
@@ -66,7 +67,7 @@ def _copy_scales(smem, ptr, block, blocks: gl.constexpr, GROUPS: gl.constexpr):
     e = gl.arange(0, smem.shape[0], gl.BlockedLayout([4], [32], [PARTS], [0]))
     group = e // 16 % PARTS * GROUPS + gl.minimum(e // ROWS % triton.next_power_of_2(GROUPS), GROUPS - 1)
     at = e // (triton.next_power_of_2(GROUPS) * ROWS) * (blocks * ROWS * GROUPS) + group * 16 + e % 16
-    async_copy.async_copy_global_to_shared(smem, ptr + block.to(gl.int64) * (ROWS * GROUPS) + at)
+    copy_to_shared(smem, ptr + block.to(gl.int64) * (ROWS * GROUPS) + at)
 
 
 @gluon.constexpr_function
@@ -325,24 +326,24 @@ def stream_words(
         squares = read_squares(squares_ptr, token, num_tokens, BM, SQUARES)
     fence_async_shared()
     # where a group lies as well
-    x_smem = x_smem._reinterpret(gl.int8, [groups, 2 * PARTS * BM, GROUP], swizzled)
-    steps = step_smem._reinterpret(gl.float32, [groups, PARTS * BM], flat)
+    x_smem = reinterpret(x_smem, gl.int8, [groups, 2 * PARTS * BM, GROUP], swizzled)
+    steps = reinterpret(step_smem, gl.float32, [groups, PARTS * BM], flat)
 
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [PARTS, 1], [16, 2 * PARTS * BM, 32])
     none = gl.zeros([ROWS, 2 * PARTS * BM], gl.int32, mma)
     empty = _whole(none)
     sums = (empty,) if GATED == "" else (empty, empty)
     of_sums: gl.constexpr = empty.type.layout
-    words = w_smem._reinterpret(gl.int8, [STAGES * ROUND * HALVES, PARTS, 8 * GROUP], plain)
+    words = reinterpret(w_smem, gl.int8, [STAGES * ROUND * HALVES, PARTS, 8 * GROUP], plain)
     up_first: gl.constexpr = triton.next_power_of_2(groups)
-    scales = s_smem._reinterpret(gl.float32, [HALVES * up_first, ROWS], flat)
+    scales = reinterpret(s_smem, gl.float32, [HALVES * up_first, ROWS], flat)
     totals, zeros = None, None
     if HAS_ZERO:
-        totals = total_smem._reinterpret(gl.float32, [groups, PARTS * BM], flat)
-        zeros = z_smem._reinterpret(gl.float32, [HALVES * up_first, ROWS], flat)
+        totals = reinterpret(total_smem, gl.float32, [groups, PARTS * BM], flat)
+        zeros = reinterpret(z_smem, gl.float32, [HALVES * up_first, ROWS], flat)
     for r in range(rounds):
         async_copy.wait_group(STAGES - 2)
-        gl.thread_barrier()  # also of the reads before, of the slots that are filled next
+        barrier()  # also of the reads before, of the slots that are filled next
         if STAGES < rounds:  # else all is on its way
             ahead = r - 1 + STAGES
             if (r > 0) & (ahead < rounds):

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trtllm_cli.kernels.triton.device import gated
+from trtllm_cli.kernels.triton.gluon_names import barrier, reinterpret
 from trtllm_cli.kernels.triton.linear import COUNTERS
 from trtllm_cli.kernels.triton.stream_linear import (
     copy_inputs,
@@ -90,7 +91,7 @@ def end_split(
         at = scratch_ptr + COUNTERS + tile * (SPLIT * P * BN * BM) + (rows[:, None] * BM + columns[None, :])
         for p in gl.static_range(P):
             gl.store(at + (gl.program_id(0) * P + p) * (BN * BM), sums[p])
-        gl.thread_barrier()  # all of the parts are written before the count goes up
+        barrier()  # all of the parts are written before the count goes up
         if gl.atomic_add(scratch_ptr + tile, 1.0, sem="acq_rel") == SPLIT - 1:
             totals = ()
             for p in gl.static_range(P):
@@ -166,11 +167,11 @@ def wide_linear(
     for _ in gl.static_range(P):
         sums += (gl.zeros([ROWS, BM], gl.float32, mma),)
     parts: gl.constexpr = ROUND * P
-    weights = w_smem._reinterpret(DTYPE, [STAGES * parts, ROWS, BK], swizzled)
-    inputs = x_smem._reinterpret(DTYPE, [STAGES * ROUND, BM, BK], swizzled)
+    weights = reinterpret(w_smem, DTYPE, [STAGES * parts, ROWS, BK], swizzled)
+    inputs = reinterpret(x_smem, DTYPE, [STAGES * ROUND, BM, BK], swizzled)
     for i in range(rounds):
         async_copy.wait_group(STAGES - 3)
-        gl.thread_barrier()  # also of the products before the last, which read the slot that is filled next
+        barrier()  # also of the products before the last, which read the slot that is filled next
         fence_async_shared()
         slot = i % STAGES
         for u in gl.static_range(ROUND):

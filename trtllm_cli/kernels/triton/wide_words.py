@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from trtllm_cli.kernels.triton.gluon_names import barrier, copy_to_shared, reinterpret
 from trtllm_cli.kernels.triton.linear import pairs_of_word
 from trtllm_cli.kernels.triton.stream_linear import read_biases, read_in_one
 from trtllm_cli.kernels.triton.wide_linear import end_split, waited
@@ -52,7 +53,7 @@ def _copy_words(smem, w_ptr, first, tile, R: gl.constexpr, P: gl.constexpr, outp
     block = e // (R * WARPS) % (P // R) * (outputs // 16) + e % (R * WARPS)
     at = block * (2 * K) + e // (P * WARPS) * smem.shape[1]
     w_ptr += first.to(gl.int64) * (2 * K) + tile * smem.shape[1]
-    async_copy.async_copy_global_to_shared(smem, w_ptr + (at[:, None] + words[None, :]))
+    copy_to_shared(smem, w_ptr + (at[:, None] + words[None, :]))
 
 
 @gluon.jit
@@ -66,7 +67,7 @@ def _copy_scales(smem, ptr, first, tile, R: gl.constexpr, P: gl.constexpr, outpu
     block = part // R * (outputs // 16) + part % R * WARPS + e // 16 % WARPS
     group = e // (16 * WARPS * here * P) * here + e // (16 * WARPS) % here
     ptr += (first.to(gl.int64) * (K // GROUP) + tile * here) * 16
-    async_copy.async_copy_global_to_shared(smem, ptr + ((block * (K // GROUP) + group) * 16 + e % 16))
+    copy_to_shared(smem, ptr + ((block * (K // GROUP) + group) * 16 + e % 16))
 
 
 @gluon.jit
@@ -259,15 +260,15 @@ def wide_words(
         sums += (gl.zeros([ROWS, BM], gl.float32, mma),)
         factors += (1.0,)  # weights are times their scales
     parts: gl.constexpr = ROUND * P
-    words = w_smem._reinterpret(gl.int32, [STAGES * parts, WARPS, 2 * TILE], plain)
-    scales = s_smem._reinterpret(gl.float32, [STAGES * parts, here, ROWS], plain)
+    words = reinterpret(w_smem, gl.int32, [STAGES * parts, WARPS, 2 * TILE], plain)
+    scales = reinterpret(s_smem, gl.float32, [STAGES * parts, here, ROWS], plain)
     zeros = None
     if HAS_ZERO:
-        zeros = z_smem._reinterpret(gl.float32, [STAGES * parts, here, ROWS], plain)
-    xs = x_smem._reinterpret(gl.bfloat16, [2 * ROUND, BM, TILE], swizzled)
+        zeros = reinterpret(z_smem, gl.float32, [STAGES * parts, here, ROWS], plain)
+    xs = reinterpret(x_smem, gl.bfloat16, [2 * ROUND, BM, TILE], swizzled)
     for i in range(rounds):
         async_copy.wait_group(STAGES - 1)
-        gl.thread_barrier()  # also of the products that read what is written next
+        barrier()  # also of the products that read what is written next
         _store_inputs(x_smem.index(i % 2), x)
         fence_async_shared()
         x = _inputs(x_ptr, num_tokens - token, start + gl.minimum(i + 1, rounds - 1) * ROUND, K, BM, ROUND)
@@ -275,7 +276,7 @@ def wide_words(
         for p in gl.static_range(parts):
             read += (_read(words, scales, zeros, i % STAGES * parts + p),)
         w = _weights(read[0], read[0][0], mma)
-        gl.thread_barrier()
+        barrier()
         if STAGES < rounds:  # else all is on its way
             if i + STAGES < rounds:
                 _copy_round(
