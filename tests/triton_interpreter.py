@@ -1,7 +1,8 @@
-"""Mends Triton's interpreter. Its `tl.dot` multiplies the bits of bfloat16 numbers, as integers; float32 becomes
-bfloat16 by rounding down; its scalars, which are arrays of one element, are no indices to numpy 2.4. And it makes anew
-what is the same each time: a patched language at each call of a device function, a table of dtypes at each look into
-it, types of shapes.
+"""Mends Triton's interpreter, in all versions that kernels compile with. Its `tl.dot` multiplies the bits of bfloat16
+numbers, as integers; float32 becomes bfloat16 by rounding down; its scalars, which are arrays of one element, are no
+indices to numpy 2.4; 3.9 takes no mask from a scalar; 3.8 finds no largest of NaN alone. And it makes anew what is the
+same each time: a patched language at each call of a device function, a table of dtypes at each look into it, types of
+shapes.
 """
 
 import numpy as np
@@ -105,6 +106,27 @@ def _reduce(self, tensors):
 
 
 interpreter.ReduceOps.generic_reduce = _reduce
+
+_min_max = interpreter.ReduceOps.min_max
+_WITH_NAN = {np.nanmin: np.min, np.nanmax: np.max, np.nanargmin: np.argmin, np.nanargmax: np.argmax}
+
+
+def _min_max_at(self, values, val_reduce_op, idx_reduce_op=None):
+    """As before 3.8, which passes over NaN: numpy ends with an error where there is nothing else."""
+    if idx_reduce_op is not None:
+        val_reduce_op, idx_reduce_op = (_WITH_NAN.get(op, op) for op in (val_reduce_op, idx_reduce_op))
+    return _min_max(self, values, val_reduce_op, idx_reduce_op)
+
+
+interpreter.ReduceOps.min_max = _min_max_at
+
+
+def _splat(self, ret_ty, arg):
+    """Of ret_ty's kind: what comes from comparing scalars says that it is of the kind that was compared."""
+    return TensorHandle(np.full(ret_ty.shape, arg.data.reshape(-1)[0], _numpy_dtype(ret_ty)), ret_ty.scalar)
+
+
+InterpreterBuilder.create_splat = _splat
 
 _BITS = {tl.float32: torch.int32, tl.bfloat16: torch.int16, tl.float8e4nv: torch.int8, tl.float8e5: torch.int8}
 _convert_float, _FLOATS = interpreter._convert_float, {tl.float32: torch.float32, **_TORCH}
