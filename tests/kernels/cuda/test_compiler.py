@@ -1,10 +1,12 @@
 """What compiles kernels for GPUs, where it is not there or another one is."""
 
+import re
+
 import pytest
 
 from trtllm_cli.errors import ResourceError
 from trtllm_cli.kernels.cuda import compiler
-from trtllm_cli.kernels.cuda.kernel import KernelSource
+from trtllm_cli.kernels.cuda.kernel import ARCHITECTURES, KernelSource
 
 SOURCE = KernelSource.of("rows", "unary", {"x_ptr": "*fp32"}, WIDTH=7)  # which no cache has
 
@@ -25,3 +27,14 @@ def test_another_compiler_is_refused_at_once(tmp_path, monkeypatch, version, say
     with pytest.raises(ResourceError, match=says) as caught:
         compiler.compile_kernels([SOURCE], "sm_90a")
     assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_driver_of_cuda_12_loads_what_is_compiled(arch):
+    pytest.importorskip("triton")  # which assembler it takes for an architecture differs from version to version
+    types = {"x_ptr": "*fp32", "out_ptr": "*fp32", "number": "fp32"}
+    source = KernelSource.of("rows", "unary", types, WIDTH=64, X_STRIDE=64, BLOCK=64, OP="scale", PDL=False)
+    cubin = compiler.compile_kernels([source], arch)[source].cubin
+    releases = re.findall(rb"Cuda compilation tools, release (\d+)", cubin)  # none where CUDA 12 has the ABI of old
+    assert cubin[:4] == b"\x7fELF"
+    assert set(releases) <= {b"12"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
+    _assemble_by_cuda_12()
     function = getattr(importlib.import_module(request["module"]), request["function"])
     types, constants = dict(request["args"]), dict(request["constants"])
     signature: dict[str, str] = {}
@@ -84,6 +86,16 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
         "spills": spills,
         "ptx": compiled.asm["ptx"] if request.get("ptx") else "",
     }
+
+
+def _assemble_by_cuda_12() -> None:
+    """Triton brings two assemblers. From 3.7 on the one that it takes for some architectures is of CUDA 13: a driver of
+    CUDA 12 loads nothing of that, and driver.LEAST_DRIVER is one. The other one knows all our architectures as well.
+    """
+    from triton import knobs
+
+    if not knobs.nvidia.ptxas_blackwell.version.startswith("12."):
+        os.environ["TRITON_PTXAS_BLACKWELL_PATH"] = knobs.nvidia.ptxas.path
 
 
 def check_assembly(ttgir: str) -> None:
