@@ -15,7 +15,7 @@ SOURCE = KernelSource.of("rows", "unary", {"x_ptr": "*fp32"}, WIDTH=7)  # which 
     ("version", "says", "fix"),
     [
         (None, "which is not installed", "trtllm-cli[cuda]"),
-        ("3.8.0", "with triton 3.6; 3.8.0 is installed", "torch==2.11.*"),
+        ("3.10.0", "with triton 3.6 to 3.9; 3.10.0 is installed", "torch==2.11.*"),
         ("3.60.1", "3.60.1 is installed", "an environment of its own"),
         ("3.5.1", "3.5.1 is installed", "needs no triton"),
     ],
@@ -27,6 +27,18 @@ def test_another_compiler_is_refused_at_once(tmp_path, monkeypatch, version, say
     with pytest.raises(ResourceError, match=says) as caught:
         compiler.compile_kernels([SOURCE], "sm_90a")
     assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.7.1", "3.8.0", "3.9.0"])
+def test_what_the_kernels_compile_with_is_taken(tmp_path, monkeypatch, version):
+    class Compiles(Exception):
+        pass
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiler, "triton_version", lambda: version)
+    monkeypatch.setattr(compiler, "_Workers", lambda *_: (_ for _ in ()).throw(Compiles))
+    with pytest.raises(Compiles):
+        compiler.compile_kernels([SOURCE], "sm_90a")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests import gluon_interpreter
-from trtllm_cli.kernels.cuda.compiler import PACKAGE, compile_kernels
+from trtllm_cli.kernels.cuda.compiler import PACKAGE, compile_kernels, triton_version
 from trtllm_cli.kernels.cuda.kernel import CompiledKernel, KernelSource
 
 TYPES = {
@@ -71,8 +71,15 @@ def launch(request: pytest.FixtureRequest) -> Interpreter | Gpu:
 
 
 @pytest.fixture
-def compile_kernel() -> Callable[..., CompiledKernel]:
-    """`compile_kernel(kernel, args={"x_ptr": "*bf16"}, constexprs={...}, arch="sm_90a")`: the machine code."""
+def compile_kernel(request: pytest.FixtureRequest) -> Callable[..., CompiledKernel]:
+    """`compile_kernel(kernel, args={"x_ptr": "*bf16"}, constexprs={...}, arch="sm_90a")`: the machine code.
+
+    What tests say of it (registers, barriers, instructions) was measured with Triton 3.6, and holds with 3.7. Newer
+    versions must compile, and may do it otherwise: where they do, a test says so and does not fail.
+    """
+    if not str(triton_version()).startswith(("3.6.", "3.7.")):
+        other = pytest.mark.xfail(raises=AssertionError, strict=False, reason="compiled otherwise than by triton 3.6")
+        request.applymarker(other)
 
     def compiled(
         kernel: Any, args: dict[str, str], constexprs: dict[str, Any], num_warps: int = 4, num_stages: int = 3,

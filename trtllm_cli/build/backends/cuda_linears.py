@@ -1,7 +1,8 @@
 """Which kernel computes a linear for few tokens, with which tiles; for more the runtime calls cuBLASLt.
 
-_SHIPPED is what was the fastest on an H200 (benchmarks/h200/step_sweep.py and linear_sweep.py print its rows);
-cuda_tactics.py puts what was measured for a shape itself in its place.
+_SHIPPED is what was the fastest on an H200 (benchmarks/h200/step_sweep.py and linear_sweep.py print its rows), compiled
+by Triton 3.6; of what others compile it is the best guess. cuda_tactics.py puts what was measured for a shape itself,
+with the Triton that is installed, in its place.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ from trtllm_cli.kernels.cuda.kernel import CompiledKernel, KernelSource
 from trtllm_cli.machine import available_cores
 
 PACKAGE = "trtllm_cli.kernels.triton"
-_TRITON = "3.6"  # what the kernels are written for and were measured with
+_TRITONS = ("3.6", "3.7", "3.8", "3.9")  # with which all kernels compile and the tests pass
+_MEASURED = "3.6.0"  # whose machine code ran on GPUs, and made the figures
 _TORCH = "torch==2.11.*"  # asks for that one
 
 
@@ -88,22 +89,26 @@ def _source_file(module: str) -> Path:
 
 
 def _check_compiler() -> None:
-    """Raises ResourceError where Triton is not there, or another than the kernels are written for: newer ones name
-    what Gluon has differently, and older ones do not have it.
+    """Raises ResourceError where Triton is not there, or another than the kernels were compiled with: what Gluon has
+    is named differently from version to version, and older ones do not have it.
     """
     version = triton_version()
     if version is None:
         raise ResourceError(
             "the cuda backend compiles its kernels with triton, which is not installed",
-            fix=f"pip install 'trtllm-cli[cuda]', or triton=={_TRITON}.0",
+            fix=f"pip install 'trtllm-cli[cuda]', or triton=={_MEASURED}",
         )
-    if not version.startswith(f"{_TRITON}."):
+    if not version.startswith(tuple(f"{series}." for series in _TRITONS)):
         raise ResourceError(
-            f"the cuda backend compiles its kernels with triton {_TRITON}; {version} is installed, as torch "
+            f"the cuda backend compiles its kernels with {_tritons()}; {version} is installed, as torch "
             f"{importlib.metadata.version('torch')} may ask for",
             fix=f"build in an environment of its own, with {_TORCH} and 'trtllm-cli[cuda]' (README, Install); running "
             "the engine needs no triton",
         )
+
+
+def _tritons() -> str:
+    return f"triton {_TRITONS[0]} to {_TRITONS[-1]}"
 
 
 class _Workers:
@@ -154,7 +159,7 @@ class _Workers:
         if "error" in answer:
             raise ResourceError(
                 f"triton {triton_version()} cannot compile `{source.function}` for {arch}: {answer['error']}",
-                fix=f"the kernels are written for triton {_TRITON}",
+                fix=f"the kernels are written for {_tritons()}",
             )
         kernel = _kernel(answer)
         keep(_path(source, arch), json.dumps(answer).encode())
