@@ -29,7 +29,7 @@ from trtllm_cli.machine import available_cores
 
 PACKAGE = "trtllm_cli.kernels.triton"
 _TRITONS = ("3.6", "3.7", "3.8", "3.9")  # with which all kernels compile and the tests pass
-_MEASURED = "3.6.0"  # whose machine code ran on GPUs, and made the figures
+_MEASURED = "3.6.0"  # whose machine code made the figures
 _TORCH = "torch==2.11.*"  # asks for that one
 
 

@@ -37,8 +37,7 @@ from trtllm_cli.kernels.triton.cache_tiles import (
 from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, dot_dtype, in_log2, read_steps
 from trtllm_cli.kernels.triton.device import as_stored, flagged
 from trtllm_cli.kernels.triton.gluon_names import barrier
-from trtllm_cli.kernels.triton.rope_append import cache_offsets
-from trtllm_cli.kernels.triton.rope_tiles import norms_of, rotated, turns_of
+from trtllm_cli.kernels.triton.rope_tiles import append, norms_of, rotated, turns_of
 
 
 @gluon.jit
@@ -207,14 +206,11 @@ def cache_attention(
             key, value = gl.load(k_row + columns), gl.load(k_row + NUM_KV_HEADS * HEAD_DIM + across).to(gl.float32)
             q_far, key_far = gl.load(q_ptrs + far, mask=is_head, other=0.0), gl.load(k_row + far)
             q = rotated(q, q_far, turns, q_norms, eps, 1, NORM).to(q.dtype)  # rounded as a q in memory is
-            key = rotated(key, key_far, turns, k_norms, eps, 1, NORM)
-            if KV_QUANT:
-                key, value = gl.div_rn(key, k_scale), gl.div_rn(value, v_scale)
-            key, value = as_stored(key, STORED), as_stored(value, STORED)
-            if (split == 0) & (first_member == 0) & (slot_of_new >= 0):
-                at = cache_offsets(slot_of_new, kv_head, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
-                gl.store(k_cache_ptr + at + columns, key)
-                gl.store(new_values_ptr + at + across, value)
+            key, value = append(
+                rotated(key, key_far, turns, k_norms, eps, 1, NORM), value, k_scale, v_scale, k_cache_ptr,
+                new_values_ptr, slot_of_new, (split == 0) & (first_member == 0), kv_head, columns, across,
+                NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, KV_QUANT,
+            )  # fmt: skip
             product = gl.sum(queries_for_dot(q, DTYPE).to(gl.float32) * key.to(gl.float32), 1)
             score = in_log2(product, scale * k_scale, softcap, SOFTCAP)
             score = gl.convert_layout(score, gl.SliceLayout(1, of_combined))

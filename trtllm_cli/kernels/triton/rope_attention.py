@@ -39,8 +39,7 @@ from trtllm_cli.kernels.triton.cache_tiles import (
 from trtllm_cli.kernels.triton.decode_attention import LOG2E, LOWEST, dot_dtype, in_log2, read_steps, share_of
 from trtllm_cli.kernels.triton.device import as_stored, flagged
 from trtllm_cli.kernels.triton.gluon_names import barrier
-from trtllm_cli.kernels.triton.rope_append import cache_offsets
-from trtllm_cli.kernels.triton.rope_tiles import norms_of, rotated, turns_of
+from trtllm_cli.kernels.triton.rope_tiles import append, norms_of, rotated, turns_of
 
 
 @gluon.jit
@@ -210,15 +209,11 @@ def rope_decode_attention(
         gl.store(lse_ptr + places, flagged(lse, flag), mask=real)
 
     if PULL and split < num_heads:
-        new_key = rotated(key, key_far, turns, k_norms, eps, 0, NORM)
-        new_value = value
-        if KV_QUANT:
-            new_key, new_value = gl.div_rn(new_key, k_scale), gl.div_rn(value, v_scale)
-        stored_key, stored_value = as_stored(new_key, STORED), as_stored(new_value, STORED)
-        if (split == 0) & (first_member == 0) & (slot >= 0):
-            at = cache_offsets(slot, kv_head, HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE)
-            gl.store(k_cache_ptr + at + columns, stored_key)
-            gl.store(v_cache_ptr + at + own_columns, stored_value)
+        stored_key, stored_value = append(
+            rotated(key, key_far, turns, k_norms, eps, 0, NORM), value, k_scale, v_scale, k_cache_ptr, v_cache_ptr,
+            slot, (split == 0) & (first_member == 0), kv_head, columns, own_columns, NUM_KV_HEADS, HEAD_DIM,
+            BLOCK_SIZE, KV_QUANT,
+        )  # fmt: skip
         part = gl.arange(0, SPLITS, gl.SliceLayout(1, pulled))[:, None]
         for member in range(split, num_heads, NUM_SPLITS):
             head = first_head + member
