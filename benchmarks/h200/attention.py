@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.common import say, table
 from benchmarks.h200 import floors
 from benchmarks.h200.machine import machine
+from trtllm_cli.build.backends.cuda_attention import ROPE_POINTERS
 from trtllm_cli.errors import TrtllmError
 from trtllm_cli.kernels.cuda.compiler import compile_kernels
 from trtllm_cli.kernels.cuda.graph_time import graph_milliseconds
@@ -42,10 +43,6 @@ POINTERS = (
 )  # fmt: skip
 _PROMPTS = {
     "first_prompt_ptr": "*i32", "num_prompts": "i32", "num_seqs": "i32", "k_new_ptr": "*bf16", "v_new_ptr": "*bf16"
-}  # fmt: skip
-_ROPE = {
-    "q_norm_ptr": "*bf16", "k_norm_ptr": "*bf16", "angles_ptr": "*fp32", "positions_ptr": "*i32",
-    "slot_mapping_ptr": "*i32",
 }  # fmt: skip
 LAUNCHES = {"decode": 8, "prefill": 4}  # in a graph, at least
 KEPT = 8  # of a case's candidates, the fastest
@@ -76,7 +73,7 @@ def decode_source(kv: str, block_size: int, warps: int, stages: int, block_n: in
 
 def ahead_source(kv: str, block_size: int, warps: int, stages: int, block_n: int) -> KernelSource:
     args = _args(kv) | {"partial_ptr": "*i64", "lse_ptr": "*i64", "step_ptr": "*i32", "calls": "i32", "call": "i32"}
-    args |= _ROPE | {"eps": "fp32"}
+    args |= ROPE_POINTERS | {"eps": "fp32"}
     constants = _constants(kv, block_size)
     del constants["V_HEAD_DIM"]
     return KernelSource.of(
@@ -272,7 +269,7 @@ class Bench:
             "first_prompt_ptr": starts[:1],
         }  # fmt: skip
         values = {name: tensor.data_ptr() for name, tensor in at.items()}
-        values |= dict.fromkeys((*_ROPE, "eps"), 0)
+        values |= dict.fromkeys((*ROPE_POINTERS, "eps"), 0)
         values |= {
             "row_seqs_ptr": 0,
             "max_blocks": blocks,

@@ -6,10 +6,10 @@ from triton.runtime.errors import InterpreterError
 
 from tests import gluon_interpreter
 from tests.kernels.triton.test_decode_attention import LLAMA, OPTIONS, POINTERS, SCRATCH, Case
+from trtllm_cli.build.backends.cuda_attention import ROPE_POINTERS
 from trtllm_cli.kernels.triton import cache_attention
 
-ROPE = {"q_norm_ptr": "*bf16", "k_norm_ptr": "*bf16", "angles_ptr": "*fp32", "positions_ptr": "*i32",
-        "slot_mapping_ptr": "*i32", "eps": "fp32"}  # fmt: skip
+ROPE = {**ROPE_POINTERS, "eps": "fp32"}
 BF16 = {"dtype": torch.bfloat16, "cache_dtype": torch.bfloat16, "head_dim": 32, "v_head_dim": 32}
 
 

@@ -37,7 +37,7 @@ _AHEAD = {
     768: ((2, 16384, 2), (2, 16384, 3)), None: ((1, 8192, 3), (2, 16384, 3)),
 }  # fmt: skip
 _ROPE_AHEAD = 64  # in decode steps of up to so many, that kernel does rotary positions and append too
-_ROPE_POINTERS = {
+ROPE_POINTERS = {
     "q_norm_ptr": "*bf16", "k_norm_ptr": "*bf16", "angles_ptr": "*fp32", "positions_ptr": "*i32",
     "slot_mapping_ptr": "*i32",
 }  # fmt: skip
@@ -209,7 +209,7 @@ class AttentionLaunches(CudaLowering):
         options = self._options(node)
         del options["V_HEAD_DIM"]
         args = self._common(node) | self._shared_out(node, most, splits)
-        args |= {name: (kind, None) for name, kind in _ROPE_POINTERS.items()} | {"eps": ("fp32", 0.0)}
+        args |= {name: (kind, None) for name, kind in ROPE_POINTERS.items()} | {"eps": ("fp32", 0.0)}
         if rope is not None:
             rotated = self._rotated(rope)
             args |= {"q_ptr": rotated.pop("qkv_ptr"), "angles_ptr": rotated.pop("table_ptr"), **rotated}
