@@ -92,18 +92,18 @@ def test_as_one_after_another(launch, lengths, options, ahead):
     rope, tiles = (*norms, angles, positions, slots), {"BLOCK_N": 16 * warps, "STAGES": o.get("stages", 2)}
     for push, pull in phases:
         if ahead:
-            splits_, seqs_, tiles_ = grid(block_g)
+            parts, seqs_padded, groups = grid(block_g)
             launch(
-                cache_attention.cache_attention, (splits_, tiles_, seqs_), qkv, new_k, new_v, *batch, found, *scratch,
-                step, *rope, 5, 2, *scales, 1e-5, ROPE=True, NORM=norm, BLOCK_G=block_g, SHARE=32, PUSH=push,
+                cache_attention.cache_attention, (parts, groups, seqs_padded), qkv, new_k, new_v, *batch, found,
+                *scratch, step, *rope, 5, 2, *scales, 1e-5, ROPE=True, NORM=norm, BLOCK_G=block_g, SHARE=32, PUSH=push,
                 PULL=pull, num_warps=warps, **tiles, **attention,
             )  # fmt: skip
-            continue
-        launch(
-            rope_attention.rope_decode_attention, grid(block_g), qkv, *rope, new_k, new_v, *batch, found, *scratch,
-            step, 5, 2, *scales, 1e-5, NORM=norm, BLOCK_G=block_g, PUSH=push, PULL=pull, num_warps=warps, **tiles,
-            **attention,
-        )  # fmt: skip
+        else:
+            launch(
+                rope_attention.rope_decode_attention, grid(block_g), qkv, *rope, new_k, new_v, *batch, found, *scratch,
+                step, 5, 2, *scales, 1e-5, NORM=norm, BLOCK_G=block_g, PUSH=push, PULL=pull, num_warps=warps, **tiles,
+                **attention,
+            )  # fmt: skip
     for one, other in ((new_k, k), (new_v, v)):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
     assert expected.float().isfinite().all()

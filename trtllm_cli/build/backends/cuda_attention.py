@@ -88,7 +88,9 @@ class AttentionLaunches(CudaLowering):
             ]  # fmt: skip
 
         (attention,) = (n for n in self.graph.nodes if n.op == "paged_attention" and n.attrs["layer"] == a["layer"])
-        joined = max((most for most, *_ in _DECODE if most and self._joined_for(attention, most) is node), default=0)
+        joined = 0
+        if self._joined(attention) is node:
+            joined = max((most for most, *_ in _DECODE if most and self._joins(attention, most)), default=0)
         ways: list[tuple[int | None, list[Launch]]] = [(None, way(4, 4))]
         if joined < _FEW:
             ways.insert(0, (_FEW, way(1, 4)))
@@ -120,10 +122,9 @@ class AttentionLaunches(CudaLowering):
         alone = len(self.consumers[maker.output]) == len(self.consumers[node.inputs["q"]]) == 1
         return maker if whole and few and alone else None
 
-    def _joined_for(self, node: Node, most: int | None) -> Node | None:
-        """The rotary positions and append that this attention does itself in decode steps of up to `most` sequences."""
-        ahead = most is not None and most <= _ROPE_AHEAD and self._reads_ahead(node)
-        return self._joined(node) if most in _AS_ONE or ahead else None
+    def _joins(self, node: Node, most: int | None) -> bool:
+        """Whether the kernel of decode steps of up to `most` sequences can do rotary positions and append too."""
+        return most in _AS_ONE or (most is not None and most <= _ROPE_AHEAD and self._reads_ahead(node))
 
     def _attention(self, node: Node) -> None:
         a = node.attrs
@@ -149,10 +150,10 @@ class AttentionLaunches(CudaLowering):
 
     def _paged_attention(self, node: Node) -> None:
         self._count_cache(node)
-        of_rows = "rows" in node.inputs
+        joined, of_rows = self._joined(node), "rows" in node.inputs
         ways: list[tuple[int | None, list[Launch]]] = []
         for most, *about in _DECODE:
-            rope, ahead = self._joined_for(node, most), most in _AHEAD and self._reads_ahead(node)
+            rope, ahead = joined if self._joins(node, most) else None, most in _AHEAD and self._reads_ahead(node)
             when = "decode" if of_rows or rope is not None else ""
             if rope is not None and most in _AS_ONE:
                 assert most is not None

@@ -174,9 +174,10 @@ def cache_attention(
                 copy_tile(k_smem.index(s), v_smem.index(s), k_cache_ptr, v_cache_ptr, rows[s], start, stop, copied)
             else:
                 async_copy.commit_group()
-        last_rows = rows_of_tile(
-            table_ptr, newest, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied
-        )  # fmt: skip
+        if not ROPE:
+            last_rows = rows_of_tile(
+                table_ptr, newest, stop, kv_head, warps, COUNT, NUM_KV_HEADS, BLOCK_SIZE, of_copied
+            )  # fmt: skip
 
         lanes: gl.constexpr = lanes_of_row(HEAD_DIM, 8)
         in_lines: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
